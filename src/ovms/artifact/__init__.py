@@ -1,0 +1,1 @@
+"""Artifacts: local files ↔ OVMS manifest ↔ OCI artifact in the local store."""

@@ -1,0 +1,183 @@
+"""qcow2 headers: what a layer may say, and empty overlays written by ourselves.
+
+Source: the qcow2 specification in QEMU's ``docs/interop/qcow2.txt``. A qcow2 file names its own backing file and data
+file, and QEMU opens whatever they name; no command line can forbid the data file. So the header is read, and anything
+that makes QEMU open another file, run other code than the plain format's or use unbounded memory is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ovms.errors import DiskInvalid
+from ovms.spec import limits
+
+MAGIC: Final = b"QFI\xfb"
+CLUSTER_BITS_MIN: Final = 9
+CLUSTER_BITS_MAX: Final = 21
+#: L1 entries: QEMU's own limit is 4 Mi entries (32 MiB); with it a hostile header costs memory before any check.
+L1_BYTES_MAX: Final = 32 * limits.MIB
+EXTENSIONS_MAX: Final = 64
+
+_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3: Final = struct.Struct(">QQQII")
+
+_INCOMPATIBLE: Final = {
+    0: "is marked dirty (it was not closed cleanly)",
+    1: "is marked corrupt",
+    2: "uses an external data file",
+    3: None,  # compression type: zstd
+    4: None,  # extended L2 entries
+}
+
+_EXT_END: Final = 0
+_EXT_BACKING_FORMAT: Final = 0xE2792ACA
+_EXT_FEATURE_NAMES: Final = 0x6803F857
+_EXTENSIONS_REFUSED: Final = {
+    0x44415441: "names an external data file",
+    0x0537BE77: "is encrypted",
+    0x23852875: "holds persistent bitmaps",
+}
+
+
+@dataclass(frozen=True)
+class Qcow2Info:
+    """What a checked header says; sizes in bytes."""
+
+    version: int
+    virtual_size: int
+    cluster_size: int
+
+
+def check_header(fd: int, what: str) -> Qcow2Info:
+    """Checks the header of the qcow2 file *fd*; *what* names it in errors.
+
+    Raises:
+        DiskInvalid: not qcow2, damaged, or it has anything that a layer must not have.
+    """
+    file_size = os.fstat(fd).st_size
+    head = os.pread(fd, 112, 0)
+    if head[:4] != MAGIC:
+        raise DiskInvalid(
+            f"{what} is not a qcow2 image (it begins with {head[:4].hex() or 'nothing'})",
+            hint="say the format that it really has: 'raw' for a plain disk image",
+        )
+    if len(head) < _V2.size:
+        raise DiskInvalid(f"{what}: the qcow2 header is cut short")
+    (_, version, backing_at, backing_size, cluster_bits, size, encryption, l1_entries, l1_at, table_at, table_clusters,
+     snapshots, _) = _V2.unpack_from(head)  # fmt: skip
+    if version not in (2, 3):
+        raise DiskInvalid(f"{what}: qcow2 version {version} is not supported")
+    if version == 3 and len(head) < _V2.size + _V3.size:
+        raise DiskInvalid(f"{what}: the qcow2 header is cut short")
+    if not CLUSTER_BITS_MIN <= cluster_bits <= CLUSTER_BITS_MAX:
+        raise DiskInvalid(f"{what}: clusters of 2^{cluster_bits} bytes are out of range")
+    cluster = 1 << cluster_bits
+    if backing_at or backing_size:
+        raise DiskInvalid(
+            f"{what} names a backing file ({_backing_name(fd, backing_at, backing_size)})",
+            hint="a layer names nothing: the manifest gives the order. Take the name out of a copy with"
+            " 'qemu-img rebase -u -b \"\" FILE'",
+        )
+    if encryption:
+        raise DiskInvalid(f"{what} is encrypted, which layers cannot be")
+    if snapshots:
+        raise DiskInvalid(
+            f"{what} holds {snapshots} internal snapshots",
+            hint="remove them with 'qemu-img snapshot -d NAME FILE', or copy the image with 'qemu-img convert'",
+        )
+    if not 0 < size <= limits.DISK_VIRTUAL_MAX:
+        raise DiskInvalid(f"{what}: a disk of {size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})")
+    _check_tables(what, file_size, cluster, size, l1_entries, l1_at, table_at, table_clusters, extended=_extended(head))
+    header_length = _check_features(head, what) if version == 3 else _V2.size
+    _check_extensions(fd, what, header_length, cluster)
+    return Qcow2Info(version, size, cluster)
+
+
+def _extended(head: bytes) -> bool:
+    return len(head) >= 80 and head[4:8] == b"\0\0\0\3" and bool(int.from_bytes(head[72:80], "big") & 0x10)
+
+
+def _backing_name(fd: int, offset: int, size: int) -> str:
+    name = os.pread(fd, min(size, 200), offset) if 0 < offset < 2**62 else b""
+    return ascii(name.decode("utf-8", "replace"))
+
+
+def _check_tables(
+    what: str, file_size: int, cluster: int, size: int, l1_entries: int, l1_at: int, table_at: int, table_clusters: int,
+    *, extended: bool,
+) -> None:  # fmt: skip
+    entry = 16 if extended else 8
+    covered = cluster * (cluster // entry)
+    if l1_entries * 8 > L1_BYTES_MAX or l1_entries < -(-size // covered):
+        raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes")
+    for name, at, length in (("L1 table", l1_at, l1_entries * 8), ("refcount table", table_at, table_clusters * cluster)):
+        if at % cluster or not cluster <= at < file_size or at + length > -(-file_size // cluster) * cluster:
+            raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file")
+    if table_clusters * cluster > 8 * limits.MIB or table_clusters == 0:
+        raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range")
+
+
+def _check_features(head: bytes, what: str) -> int:
+    incompatible, _, _, refcount_order, header_length = _V3.unpack_from(head, _V2.size)
+    for bit in range(64):
+        if incompatible >> bit & 1 and (reason := _INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
+            raise DiskInvalid(
+                f"{what} {reason}",
+                hint="make a plain copy of it with 'qemu-img convert -O qcow2 IN OUT'",
+            )
+    if refcount_order > 6:
+        raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range")
+    if not _V2.size + _V3.size <= header_length <= 4096 or header_length % 8:
+        raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range")
+    return int(header_length)
+
+
+def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
+    at = start
+    for _ in range(EXTENSIONS_MAX):
+        if at + 8 > cluster:
+            return
+        head = os.pread(fd, 8, at)
+        if len(head) < 8:
+            raise DiskInvalid(f"{what}: the header extensions are cut short, at offset {at}")
+        kind, length = struct.unpack(">II", head)
+        if kind == _EXT_END:
+            return
+        if reason := _EXTENSIONS_REFUSED.get(kind):
+            raise DiskInvalid(
+                f"{what} {reason}", hint="make a plain copy of it with 'qemu-img convert -O qcow2 IN OUT'"
+            )
+        at += 8 + -(-length // 8) * 8
+        if at > cluster:
+            raise DiskInvalid(f"{what}: a header extension reaches beyond the first cluster, at offset {at}")
+    raise DiskInvalid(f"{what}: more than {EXTENSIONS_MAX} header extensions")
+
+
+def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> None:
+    """Writes an empty qcow2 v3 image of *virtual_size* bytes that names no backing file.
+
+    Fifty times faster than ``qemu-img create``. The caller puts it on a backing node by an explicit block graph.
+    Not fsynced: an overlay is worthless after a crash of the host.
+    """
+    cluster = 1 << cluster_bits
+    l1_entries = max(1, -(-virtual_size // (cluster * (cluster // 8))))
+    l1_clusters = -(-l1_entries * 8 // cluster)
+    # header · refcount table · one refcount block · L1 table
+    clusters = 3 + l1_clusters
+    if clusters > cluster // 2:
+        raise DiskInvalid(f"a disk of {virtual_size} bytes is too large for an overlay")
+    header = _V2.pack(MAGIC, 3, 0, 0, cluster_bits, virtual_size, 0, l1_entries, 3 * cluster, cluster, 1, 0, 0)
+    header += _V3.pack(0, 0, 0, 4, _V2.size + _V3.size) + bytes(8)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(fd, header, 0)
+        os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
+        os.pwrite(fd, struct.pack(">H", 1) * clusters, 2 * cluster)
+        os.ftruncate(fd, clusters * cluster)
+    finally:
+        os.close(fd)

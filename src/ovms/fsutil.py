@@ -1,0 +1,385 @@
+"""Files that appear whole or not at all, locks that die with their holder, copies that keep holes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from ovms.errors import DiskFull, FileProblem, Locked
+
+#: Bytes moved at once. 256 KiB beat every other size when hashing and copying (it stays in the L2 cache).
+COPY_BUFFER = 256 * 1024
+
+#: Room left on a file system beyond what a copy needs, in bytes: a full disk harms more than ovms.
+SPACE_RESERVE = 16 * 1024 * 1024
+
+_FICLONE = 0x40049409
+_ZEROES = bytes(COPY_BUFFER)
+
+
+class Hasher(Protocol):
+    """What :mod:`hashlib` objects offer."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes renames and links inside *path* durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Replaces *path* by *data*: readers see the old or the new file, never a part.
+
+    With ``durable=False`` the content may be lost (never torn) in a power failure: for what can be made again.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+def open_input(path: Path, what: str, *, max_size: int | None = None) -> BinaryIO:
+    """Opens a file that the user named as an input, for reading.
+
+    *what* names its role for the error ("kernel", "disk layer 2"). Only regular, non-empty files of at most
+    *max_size* bytes pass; a FIFO or a device is refused without waiting on it.
+
+    Raises:
+        FileProblem: missing, empty, a directory or another kind of file, unreadable, too large.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileProblem(
+            f"{what}: there is no file {path}", code="file-missing", path=str(path), hint="check the path"
+        ) from None
+    except OSError as exc:
+        raise FileProblem(f"{what}: cannot read {path}: {exc.strerror}", path=str(path)) from exc
+    file = os.fdopen(fd, "rb", buffering=0)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+            raise FileProblem(
+                f"{what}: {path} is {kind}, where a file is needed", code="file-not-regular", path=str(path)
+            )
+        if info.st_size == 0:
+            raise FileProblem(f"{what}: {path} is empty", code="file-empty", path=str(path))
+        if max_size is not None and info.st_size > max_size:
+            raise FileProblem(
+                f"{what}: {path} has {info.st_size} bytes; at most {max_size} are allowed",
+                code="file-too-large",
+                path=str(path),
+                size=info.st_size,
+                limit=max_size,
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file  # type: ignore[return-value]  # FileIO is all the BinaryIO that callers use
+
+
+def read_input(path: Path, what: str, *, max_size: int) -> bytes:
+    """The content of a small input file. Raises like :func:`open_input`."""
+    with open_input(path, what, max_size=max_size) as file:
+        data = bytearray()
+        while chunk := file.read(COPY_BUFFER):
+            data += chunk
+            if len(data) > max_size:
+                raise FileProblem(f"{what}: {path} grows while it is read", code="file-too-large", path=str(path))
+        return bytes(data)
+
+
+def require_space(directory: Path, needed: int, what: str) -> None:
+    """Raises :class:`DiskFull` unless *directory*'s file system has room for *needed* bytes more (and a reserve)."""
+    free = shutil.disk_usage(directory).free
+    if needed > 0 and free < needed + SPACE_RESERVE:
+        raise DiskFull(
+            f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
+            hint="free some space ('ovm rmi' removes artifacts), or set OVMS_ROOT to a larger file system",
+            needed=needed,
+            available=free,
+            path=str(directory),
+        )
+
+
+def disk_full(exc: OSError, what: str, path: Path) -> DiskFull | None:
+    """The :class:`DiskFull` that an ``ENOSPC`` or ``EDQUOT`` stands for, or None for any other error."""
+    if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return DiskFull(
+        f"{what}: the file system of {path} is full", hint="free some space and try again", path=str(path)
+    )
+
+
+def reflink(source_fd: int, target_fd: int) -> bool:
+    """Makes the target share the source's extents (btrfs, XFS, …). False where the file system can't."""
+    try:
+        fcntl.ioctl(target_fd, _FICLONE, source_fd)
+    except OSError:
+        return False
+    return True
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The ``(start, end)`` ranges of *fd* that hold data, in order; a file system without holes gives one range."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # only a hole is left
+                return
+            yield position, size
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start >= end:
+            return
+        yield start, end
+        position = end
+
+
+def hash_zeroes(hasher: Hasher, count: int) -> None:
+    """Feeds *count* zero bytes to *hasher*."""
+    while count > 0:
+        step = min(count, COPY_BUFFER)
+        hasher.update(memoryview(_ZEROES)[:step])
+        count -= step
+
+
+def is_zero(data: bytes | memoryview) -> bool:
+    """Whether *data* (at most :data:`COPY_BUFFER` bytes) is all zeroes."""
+    return data == memoryview(_ZEROES)[: len(data)]
+
+
+def copy_sparse(
+    source_fd: int,
+    target_fd: int,
+    *,
+    hasher: Hasher | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> int:
+    """Copies a whole file into an empty one, keeps its holes and makes new ones for runs of zeroes.
+
+    The target's offset and content must be empty. Returns the size in bytes. *hasher* is fed the logical content.
+    """
+    size = os.fstat(source_fd).st_size
+    buffer = bytearray(COPY_BUFFER)
+    view = memoryview(buffer)
+    at = 0
+    for start, end in data_extents(source_fd, size):
+        if hasher is not None:
+            hash_zeroes(hasher, start - at)
+        if advance is not None and start > at:
+            advance(start - at)
+        at = start
+        while at < end:
+            got = os.preadv(source_fd, [view[: min(COPY_BUFFER, end - at)]], at)
+            if got == 0:
+                raise FileProblem("a file shrinks while it is copied")
+            piece = view[:got]
+            if hasher is not None:
+                hasher.update(piece)
+            if not is_zero(piece):
+                pwrite_all(target_fd, piece, at)
+            at += got
+            if advance is not None:
+                advance(got)
+    if hasher is not None:
+        hash_zeroes(hasher, size - at)
+    if advance is not None and size > at:
+        advance(size - at)
+    os.ftruncate(target_fd, size)
+    return size
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """``pwrite`` until all of *data* is written."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def hash_file(fd: int, hasher: Hasher, *, advance: Callable[[int], None] | None = None) -> int:
+    """Feeds the whole of *fd* to *hasher*, holes without reading them. Returns the size in bytes."""
+    size = os.fstat(fd).st_size
+    buffer = bytearray(COPY_BUFFER)
+    view = memoryview(buffer)
+    at = 0
+    for start, end in data_extents(fd, size):
+        hash_zeroes(hasher, start - at)
+        if advance is not None and start > at:
+            advance(start - at)
+        at = start
+        while at < end:
+            got = os.preadv(fd, [view[: min(COPY_BUFFER, end - at)]], at)
+            if got == 0:
+                raise FileProblem("a file shrinks while it is read")
+            hasher.update(view[:got])
+            at += got
+            if advance is not None:
+                advance(got)
+    hash_zeroes(hasher, size - at)
+    if advance is not None and size > at:
+        advance(size - at)
+    return size
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory tree (never following links out of it); fine when it is gone already."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, shared: bool = False, timeout: float | None = None) -> Iterator[None]:
+    """Holds ``flock`` on *path* (created when missing). The kernel drops it when the holder dies.
+
+    Args:
+        shared: a reader's lock: any number of them, but none beside an exclusive one.
+        timeout: seconds to wait; 0 tries once; None waits for ever.
+
+    Raises:
+        Locked: the lock was not to be had in time.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        if timeout is None:
+            fcntl.flock(fd, operation)
+        else:
+            deadline = time.monotonic() + timeout
+            while True:
+                try:
+                    fcntl.flock(fd, operation | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise Locked(
+                            f"another ovms process holds {path}",
+                            hint="wait for it to end, then try again",
+                            path=str(path),
+                        ) from None
+                    time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staging_dir(parent: Path) -> Iterator[Path]:
+    """A private directory below *parent* that is gone afterwards, whatever happens.
+
+    ``parent/<name>/.lock`` is locked as long as the holder lives, so that :func:`sweep_staging` can tell what a
+    killed process left behind from what is in use.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = parent / secrets.token_hex(8)
+        path.mkdir(mode=0o700)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (path / ".lock").exists():  # a sweeper may have come between mkdir and flock
+            break
+        os.close(lock)
+    try:
+        yield path
+    finally:
+        remove_tree(path)
+        os.close(lock)
+
+
+def sweep_staging(parent: Path) -> int:
+    """Removes what killed processes left below *parent* (see :func:`staging_dir`). Returns how many were removed."""
+    removed = 0
+    try:
+        entries = list(parent.iterdir())
+    except FileNotFoundError:
+        return 0
+    for path in entries:
+        try:
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # mkdir happened, the lock file not yet: leave a fresh one to its owner
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > 60:
+                    remove_tree(path)
+                    removed += 1
+            continue
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_tree(path)
+            removed += 1
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+    return removed
+
+
+def listen_unix(path: Path, *, backlog: int = 8) -> socket.socket:
+    """A listening UNIX socket at *path*, mode 0600; a stale one is replaced.
+
+    ``sun_path`` holds 107 bytes, and state directories are often deeper: the socket is bound through the
+    directory's file descriptor, whose path is always short.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.bind(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.close(directory)
+        path.chmod(0o600)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_unix(path: Path, *, timeout: float | None) -> socket.socket:
+    """Connects to the UNIX socket at *path* (of any length). Raises OSError when nobody listens."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(timeout)
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.close(directory)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

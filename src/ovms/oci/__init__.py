@@ -1,0 +1,1 @@
+"""OCI: references, descriptors, manifests, the local image layout, and the registry client."""

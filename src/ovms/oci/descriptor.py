@@ -1,0 +1,182 @@
+"""OCI descriptors, image manifests and indexes: read strictly, unknown fields kept in the original bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovms.errors import RegistryProtocol
+from ovms.spec import limits, mediatypes, strictjson
+from ovms.spec.digest import Digest, is_digest, of_bytes
+
+_SIZE_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What a manifest says of a blob: media type, digest, size in bytes, annotations."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str | None = None
+    platform: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> Descriptor:
+        """Raises :class:`RegistryProtocol` with *where* as the place when a required field is missing or wrong."""
+        if not isinstance(value, dict):
+            raise RegistryProtocol(f"{where} is not an object")
+        media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
+        if not isinstance(media_type, str) or not media_type or len(media_type) > limits.NAME_MAX:
+            raise RegistryProtocol(f"{where}.mediaType is missing or no string")
+        if not isinstance(digest, str) or not is_digest(digest):
+            raise RegistryProtocol(f"{where}.digest is missing or no sha256 digest")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _SIZE_MAX:
+            raise RegistryProtocol(f"{where}.size is missing or no size")
+        platform = value.get("platform")
+        if platform is not None and not isinstance(platform, dict):
+            raise RegistryProtocol(f"{where}.platform is not an object")
+        artifact_type = value.get("artifactType")
+        if artifact_type is not None and not isinstance(artifact_type, str):
+            raise RegistryProtocol(f"{where}.artifactType is no string")
+        return cls(
+            media_type, Digest(digest), size, annotations_of(value, where), artifact_type, platform
+        )
+
+    @classmethod
+    def of(cls, media_type: str, data: bytes, annotations: Mapping[str, str] | None = None) -> Descriptor:
+        """The descriptor of *data*."""
+        return cls(media_type, of_bytes(data), len(data), annotations or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, without the fields that are not set."""
+        answer: dict[str, Any] = {"mediaType": self.media_type}
+        if self.artifact_type is not None:
+            answer["artifactType"] = self.artifact_type
+        answer.update(digest=self.digest, size=self.size)
+        if self.annotations:
+            answer["annotations"] = dict(self.annotations)
+        if self.platform is not None:
+            answer["platform"] = dict(self.platform)
+        return answer
+
+
+def annotations_of(value: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The ``annotations`` of a manifest or descriptor (an empty dict where there are none)."""
+    annotations = value.get("annotations")
+    if annotations is None:
+        return {}
+    if not isinstance(annotations, dict) or not all(isinstance(v, str) for v in annotations.values()):
+        raise RegistryProtocol(f"{where}.annotations is not an object of strings")
+    return annotations
+
+
+@dataclass(frozen=True)
+class ImageManifest:
+    """An OCI image manifest: what it names, and its original bytes."""
+
+    raw: bytes
+    artifact_type: str | None
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    subject: Descriptor | None
+    annotations: Mapping[str, str]
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the original bytes."""
+        return of_bytes(self.raw)
+
+    @property
+    def blobs(self) -> tuple[Descriptor, ...]:
+        """The config and the layers, each digest once."""
+        seen: dict[Digest, Descriptor] = {}
+        for descriptor in (self.config, *self.layers):
+            seen.setdefault(descriptor.digest, descriptor)
+        return tuple(seen.values())
+
+    def descriptor(self) -> Descriptor:
+        """What an index says of this manifest."""
+        return Descriptor(
+            mediatypes.OCI_MANIFEST, self.digest, len(self.raw), artifact_type=self.artifact_type
+        )
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """An OCI image index: a list of manifests to choose from, and its original bytes."""
+
+    raw: bytes
+    manifests: tuple[Descriptor, ...]
+    annotations: Mapping[str, str]
+
+
+def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
+    """An image manifest or index from its bytes; *where* names it in errors.
+
+    Raises:
+        JsonInvalid: not strict JSON, or too large.
+        RegistryProtocol: not an OCI manifest or index.
+    """
+    value = strictjson.parse(raw, where, max_size=limits.OCI_MANIFEST_MAX)
+    if not isinstance(value, dict):
+        raise RegistryProtocol(f"{where} is not an object")
+    if value.get("schemaVersion") != 2:
+        raise RegistryProtocol(f"{where}.schemaVersion is not 2")
+    media_type = value.get("mediaType")
+    if media_type == mediatypes.OCI_INDEX or (media_type is None and "manifests" in value):
+        manifests = value.get("manifests")
+        if not isinstance(manifests, list) or "config" in value:
+            raise RegistryProtocol(f"{where}.manifests is not a list")
+        return ImageIndex(
+            raw,
+            tuple(Descriptor.from_json(m, f"{where}.manifests[{i}]") for i, m in enumerate(manifests)),
+            annotations_of(value, where),
+        )
+    if media_type not in (mediatypes.OCI_MANIFEST, None) or "manifests" in value:
+        raise RegistryProtocol(
+            f"{where} is of the type {ascii(str(media_type)[:100])}, not an OCI image manifest or index",
+            hint="ovms artifacts are OCI manifests; Docker's own manifest types hold container images",
+        )
+    layers = value.get("layers")
+    if not isinstance(layers, list) or len(layers) > limits.OCI_LAYERS_MAX:
+        raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}")
+    artifact_type = value.get("artifactType")
+    if artifact_type is not None and not isinstance(artifact_type, str):
+        raise RegistryProtocol(f"{where}.artifactType is no string")
+    subject = value.get("subject")
+    return ImageManifest(
+        raw,
+        artifact_type,
+        Descriptor.from_json(value.get("config"), f"{where}.config"),
+        tuple(Descriptor.from_json(layer, f"{where}.layers[{i}]") for i, layer in enumerate(layers)),
+        None if subject is None else Descriptor.from_json(subject, f"{where}.subject"),
+        annotations_of(value, where),
+    )
+
+
+def build_manifest(
+    *,
+    artifact_type: str,
+    config: Descriptor,
+    layers: tuple[Descriptor, ...],
+    subject: Descriptor | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> ImageManifest:
+    """A new image manifest, with its bytes."""
+    value: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_MANIFEST,
+        "artifactType": artifact_type,
+        "config": config.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+    }
+    if subject is not None:
+        value["subject"] = Descriptor(subject.media_type, subject.digest, subject.size).to_json()
+    if annotations:
+        value["annotations"] = dict(annotations)
+    raw = strictjson.canonical(value)
+    return ImageManifest(raw, artifact_type, config, layers, subject, annotations or {})

@@ -1,0 +1,402 @@
+r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it is.
+
+::
+
+    store/
+    ├── oci-layout               {"imageLayoutVersion": "1.0.0"}
+    ├── index.json               one descriptor for each name, in ``org.opencontainers.image.ref.name``
+    ├── index.lock               flock, exclusive, around every read-modify-write of index.json
+    ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
+    ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
+    ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
+    └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
+
+A writer holds ``ovms.lock`` shared from its first blob until the name in ``index.json`` (or the instance's record) that
+keeps the blobs alive, so the collector never takes what is not named *yet*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ovms import fsutil
+from ovms.errors import BlobNotFound, DigestMismatch, JsonInvalid, OvmsError, RegistryProtocol, StoreCorrupt
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, annotations_of, parse_manifest
+from ovms.spec import limits, mediatypes, strictjson
+from ovms.spec.digest import Digest, from_hasher, hex_of, of_bytes
+
+_LAYOUT: Final = b'{"imageLayoutVersion": "1.0.0"}\n'
+_INDEX_MAX: Final = 64 * limits.MIB
+_LOCK_TIMEOUT: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name in the store and what it stands for."""
+
+    name: str
+    descriptor: Descriptor
+
+
+class BlobWriter:
+    """Receives a blob's bytes in order; nothing is visible until :meth:`commit`.
+
+    Runs of zeroes become holes. Hashing happens on the way.
+    """
+
+    def __init__(self, layout: Layout, fd: int, path: Path) -> None:
+        self._layout = layout
+        self._fd = fd
+        self._path = path
+        self._hasher = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends *data*. Raises :class:`~ovms.errors.DiskFull` when the file system has no room."""
+        view = memoryview(data)
+        self._hasher.update(view)
+        while view:
+            piece = view[: fsutil.COPY_BUFFER]
+            if len(piece) < 4096 or not fsutil.is_zero(piece):
+                try:
+                    fsutil.pwrite_all(self._fd, piece, self.size)
+                except OSError as exc:
+                    raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
+            self.size += len(piece)
+            view = view[len(piece) :]
+
+    def commit(self, *, expected: Descriptor | None = None) -> Digest:
+        """Checks the content against *expected*, makes it durable and visible, and returns its digest.
+
+        Raises:
+            DigestMismatch: the size or the digest is not the expected one; nothing becomes visible.
+        """
+        digest = from_hasher(self._hasher)
+        if expected is not None and (digest != expected.digest or self.size != expected.size):
+            raise DigestMismatch(
+                f"a blob of {expected.size} bytes with digest {expected.digest} was expected; "
+                f"{self.size} bytes with digest {digest} came",
+                hint="the source is damaged or was tampered with; try again, or ask its owner",
+                expected=expected.digest,
+                got=digest,
+            )
+        os.ftruncate(self._fd, self.size)
+        self._layout._publish(self._fd, self._path, digest)
+        return digest
+
+
+class Layout:
+    """An OCI image layout on disk (see the module's docstring for its files and locks)."""
+
+    def __init__(self, root: Path) -> None:
+        """Opens the layout at *root*, and makes an empty one where there is none.
+
+        Raises:
+            StoreCorrupt: *root* holds a layout of another version.
+        """
+        self.root = root
+        self.blob_dir = root / "blobs" / "sha256"
+        self.derived_dir = root / "ovms.blobs"
+        self.staging_root = root / "ovms.tmp"
+        marker = root / "oci-layout"
+        try:
+            found = marker.read_bytes()
+        except FileNotFoundError:
+            self._create(marker)
+        else:
+            self._check_version(found)
+
+    def _create(self, marker: Path) -> None:
+        for directory in (self.blob_dir, self.derived_dir, self.staging_root):
+            directory.mkdir(parents=True, exist_ok=True)
+        with self._index_lock():
+            if not (self.root / "index.json").exists():
+                self._write_index({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": []})
+            fsutil.atomic_write(marker, _LAYOUT)
+
+    def _check_version(self, found: bytes) -> None:
+        try:
+            version = json.loads(found)["imageLayoutVersion"]
+        except (ValueError, KeyError, TypeError):
+            version = None
+        if version != "1.0.0":
+            raise StoreCorrupt(
+                f"{self.root} is no OCI image layout of version 1.0.0",
+                hint="set OVMS_ROOT to a directory of ovms's own",
+                path=str(self.root),
+            )
+
+    # --- locks -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Keeps the garbage collector away while blobs are added, or used without a name of their own."""
+        with fsutil.file_lock(self.root / "ovms.lock", shared=True, timeout=_LOCK_TIMEOUT):
+            yield
+
+    @contextlib.contextmanager
+    def _index_lock(self) -> Iterator[None]:
+        with fsutil.file_lock(self.root / "index.lock", timeout=_LOCK_TIMEOUT):
+            yield
+
+    # --- blobs -------------------------------------------------------------------------------------------------
+
+    def path(self, digest: Digest) -> Path:
+        """Where a blob is, or would be."""
+        return self.blob_dir / hex_of(digest)
+
+    def size(self, digest: Digest) -> int | None:
+        """A blob's size in bytes, None when it is not here."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether the blob is here.
+
+        Raises:
+            DigestMismatch: it is, but of another size than the descriptor says: one of the two lies.
+        """
+        size = self.size(descriptor.digest)
+        if size is not None and size != descriptor.size:
+            raise DigestMismatch(
+                f"{descriptor.digest} has {size} bytes, but its descriptor says {descriptor.size}",
+                expected=descriptor.size,
+                got=size,
+            )
+        return size is not None
+
+    def read(self, digest: Digest, what: str, *, max_size: int) -> bytes:
+        """A small blob's content, checked against its digest.
+
+        Raises:
+            BlobNotFound: it is not here.
+            StoreCorrupt: its content is not what its digest says.
+        """
+        try:
+            data = fsutil.read_input(self.path(digest), what, max_size=max_size)
+        except OvmsError as exc:
+            if exc.code == "file-missing":
+                raise BlobNotFound(f"{what}: the store has no blob {digest}", digest=digest) from None
+            raise
+        if of_bytes(data) != digest:
+            raise StoreCorrupt(
+                f"{what}: the content of {self.path(digest)} is not what its name says",
+                hint="remove that file, and pull or build the artifact again",
+                digest=digest,
+            )
+        return data
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[BlobWriter]:
+        """A place for a new blob; what is not committed is gone at the end."""
+        with fsutil.staging_dir(self.staging_root) as staging:
+            path = staging / "blob"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                yield BlobWriter(self, fd, path)
+            finally:
+                os.close(fd)
+
+    def add_bytes(self, data: bytes) -> Digest:
+        """Adds a small blob."""
+        digest = of_bytes(data)
+        if self.size(digest) != len(data):
+            with self.writer() as writer:
+                writer.write(data)
+                writer.commit()
+        return digest
+
+    def add_file(
+        self, fd: int, what: str, *, advance: Callable[[int], None] | None = None
+    ) -> tuple[Digest, int, bool]:
+        """Adds the content of an open file, by reflink where the file system can, else by a copy that keeps holes.
+
+        Returns its digest, its size and whether it is new here. What is here already is not copied. The bytes that
+        are hashed are the bytes that are kept, even when somebody writes to the file meanwhile.
+
+        Raises:
+            DiskFull: said before the first byte is copied.
+        """
+        size = os.fstat(fd).st_size
+        with fsutil.staging_dir(self.staging_root) as staging:
+            path = staging / "blob"
+            target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                hasher = hashlib.sha256()
+                if fsutil.reflink(fd, target):
+                    fsutil.hash_file(target, hasher, advance=advance)
+                    size = os.fstat(target).st_size
+                else:
+                    known = self._known_content(fd, size, advance)
+                    if known is not None:
+                        return known, size, False
+                    fsutil.require_space(self.root, _allocated(fd), f"adding {what} to the store")
+                    try:
+                        size = fsutil.copy_sparse(fd, target, hasher=hasher, advance=advance)
+                    except OSError as exc:
+                        raise (fsutil.disk_full(exc, f"adding {what} to the store", self.root) or exc) from exc
+                digest = from_hasher(hasher)
+                new = self.size(digest) != size
+                if new:
+                    self._publish(target, path, digest)
+                return digest, size, new
+            finally:
+                os.close(target)
+
+    def _known_content(self, fd: int, size: int, advance: Callable[[int], None] | None) -> Digest | None:
+        # Hashing before copying pays only when the content may be here: when some blob has this very size.
+        with os.scandir(self.blob_dir) as entries:
+            if not any(entry.stat().st_size == size for entry in entries):
+                return None
+        hasher = hashlib.sha256()
+        # Progress would run twice as far as the total when a copy follows; that is rare, and the bar clamps it.
+        if fsutil.hash_file(fd, hasher, advance=advance) != size:
+            return None
+        digest = from_hasher(hasher)
+        return digest if self.size(digest) == size else None
+
+    def _publish(self, fd: int, path: Path, digest: Digest) -> None:
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+        os.replace(path, self.path(digest))
+        fsutil.fsync_dir(self.blob_dir)
+
+    # --- names -------------------------------------------------------------------------------------------------
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.root / "index.json"
+        try:
+            value = strictjson.parse(path.read_bytes(), str(path), max_size=_INDEX_MAX)
+            if not isinstance(value, dict) or not isinstance(value.get("manifests"), list):
+                raise JsonInvalid(f"{path} has no list of manifests")
+        except (JsonInvalid, FileNotFoundError) as exc:
+            raise StoreCorrupt(
+                f"the store's index cannot be read: {exc}", hint=f"move {path} away to start with no names", path=str(path)
+            ) from exc
+        return value
+
+    def _write_index(self, value: dict[str, Any]) -> None:
+        fsutil.atomic_write(self.root / "index.json", strictjson.canonical(value))
+
+    def entries(self) -> list[Entry]:
+        """Every name and what it stands for, in the order in which they were set. No name: the empty string."""
+        answer = []
+        for i, item in enumerate(self._read_index()["manifests"]):
+            try:
+                descriptor = Descriptor.from_json(item, f"index.json: manifests[{i}]")
+                name = annotations_of(item, "index.json").get(mediatypes.REF_NAME_ANNOTATION, "")
+            except RegistryProtocol as exc:
+                raise StoreCorrupt(f"the store's index is damaged: {exc}", path=str(self.root / "index.json")) from exc
+            answer.append(Entry(name, descriptor))
+        return answer
+
+    def find(self, name: str) -> Descriptor | None:
+        """What *name* stands for."""
+        for entry in self.entries():
+            if entry.name == name:
+                return entry.descriptor
+        return None
+
+    def set_name(self, name: str, descriptor: Descriptor) -> None:
+        """Lets *name* stand for *descriptor*, whatever it stood for before."""
+        annotations = {**descriptor.annotations, mediatypes.REF_NAME_ANNOTATION: name}
+        item = replace(descriptor, annotations=annotations).to_json()
+        with self._index_lock():
+            index = self._read_index()
+            index["manifests"] = [m for m in index["manifests"] if _name_of(m) != name] + [item]
+            self._write_index(index)
+
+    def remove_name(self, name: str) -> bool:
+        """Takes *name* away; the blobs stay until :meth:`collect`. False when there was no such name."""
+        with self._index_lock():
+            index = self._read_index()
+            kept = [m for m in index["manifests"] if _name_of(m) != name]
+            if len(kept) == len(index["manifests"]):
+                return False
+            index["manifests"] = kept
+            self._write_index(index)
+            return True
+
+    # --- manifests ---------------------------------------------------------------------------------------------
+
+    def manifest(self, digest: Digest) -> ImageManifest | ImageIndex:
+        """A manifest or index that is here, checked against its digest.
+
+        Raises:
+            BlobNotFound, StoreCorrupt, JsonInvalid, RegistryProtocol: see :func:`parse_manifest`.
+        """
+        what = f"manifest {digest}"
+        return parse_manifest(self.read(digest, what, max_size=limits.OCI_MANIFEST_MAX), what)
+
+    def reachable(self, digest: Digest) -> set[Digest]:
+        """The manifest *digest*, and every blob and manifest that it names. What is missing here counts too."""
+        answer: set[Digest] = set()
+        pending = [digest]
+        while pending:
+            current = pending.pop()
+            if current in answer:
+                continue
+            answer.add(current)
+            try:
+                manifest = self.manifest(current)
+            except BlobNotFound:
+                continue
+            if isinstance(manifest, ImageIndex):
+                pending.extend(m.digest for m in manifest.manifests)
+            else:
+                answer.update(blob.digest for blob in manifest.blobs)
+        return answer
+
+    # --- clean-up ----------------------------------------------------------------------------------------------
+
+    def collect(self, keep: set[Digest]) -> int | None:
+        """Removes the blobs that neither a name nor *keep* (digests of manifests) reaches, and stale work.
+
+        Returns the bytes freed on disk, or None when another process adds or uses blobs just now: then nothing is
+        removed, and the next call will do it.
+        """
+        try:
+            with fsutil.file_lock(self.root / "ovms.lock", timeout=0):
+                fsutil.sweep_staging(self.staging_root)
+                live: set[Digest] = set()
+                for digest in keep | {entry.descriptor.digest for entry in self.entries()}:
+                    live |= self.reachable(digest)
+                names = {hex_of(digest) for digest in live}
+                freed = 0
+                for directory in (self.blob_dir, self.derived_dir):
+                    freed += _remove_unnamed(directory, names)
+                return freed
+        except OvmsError as exc:
+            if exc.code == "locked":
+                return None
+            raise
+
+
+def _name_of(item: Any) -> str:
+    if isinstance(item, dict) and isinstance(item.get("annotations"), dict):
+        return str(item["annotations"].get(mediatypes.REF_NAME_ANNOTATION, ""))
+    return ""
+
+
+def _allocated(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
+
+
+def _remove_unnamed(directory: Path, names: set[str]) -> int:
+    # Derived files are named <hex of the blob that they were made from>.<kind>.
+    freed = 0
+    for path in directory.iterdir():
+        if path.name.partition(".")[0] not in names:
+            info = path.lstat()
+            path.unlink()
+            freed += info.st_blocks * 512
+    return freed
