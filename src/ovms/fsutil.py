@@ -30,7 +30,8 @@ _ZEROES = bytes(COPY_BUFFER)
 class Hasher(Protocol):
     """What :mod:`hashlib` objects offer."""
 
-    def update(self, data: bytes | memoryview, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Feeds *data*."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -102,7 +103,7 @@ def open_input(path: Path, what: str, *, max_size: int | None = None) -> BinaryI
     except BaseException:
         file.close()
         raise
-    return file  # type: ignore[return-value]  # FileIO is all the BinaryIO that callers use
+    return file
 
 
 def read_input(path: Path, what: str, *, max_size: int) -> bytes:
@@ -133,9 +134,7 @@ def disk_full(exc: OSError, what: str, path: Path) -> DiskFull | None:
     """The :class:`DiskFull` that an ``ENOSPC`` or ``EDQUOT`` stands for, or None for any other error."""
     if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFull(
-        f"{what}: the file system of {path} is full", hint="free some space and try again", path=str(path)
-    )
+    return DiskFull(f"{what}: the file system of {path} is full", hint="free some space and try again", path=str(path))
 
 
 def reflink(source_fd: int, target_fd: int) -> bool:
@@ -263,6 +262,7 @@ def file_lock(path: Path, *, shared: bool = False, timeout: float | None = None)
     """Holds ``flock`` on *path* (created when missing). The kernel drops it when the holder dies.
 
     Args:
+        path: the lock file.
         shared: a reader's lock: any number of them, but none beside an exclusive one.
         timeout: seconds to wait; 0 tries once; None waits for ever.
 

@@ -55,6 +55,7 @@ class NullProgress:
     """Says nothing."""
 
     def task(self, label: str, total: int | None = None) -> Task:
+        """A task that says nothing."""
         return _NullTask()
 
 

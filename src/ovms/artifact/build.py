@@ -95,9 +95,7 @@ class Builder:
 
     # --- inputs ------------------------------------------------------------------------------------------------
 
-    def _open_inputs(
-        self, checked: manifest.Manifest, directory: Path, files: contextlib.ExitStack
-    ) -> list[_Input]:
+    def _open_inputs(self, checked: manifest.Manifest, directory: Path, files: contextlib.ExitStack) -> list[_Input]:
         problems: list[Problem] = []
         errors: list[OvmsError] = []
         answer: list[_Input] = []
@@ -138,9 +136,7 @@ class Builder:
             return replace(item, found=(self._check_blob(item, parse_digest(item.ref)),))
         local = directory / item.ref.removeprefix("file:")
         if item.ref.startswith((".", "/", "file:")) or os.path.lexists(local):
-            file = files.enter_context(
-                fsutil.open_input(local, item.label, max_size=_SIZE_LIMITS[item.kind])
-            )
+            file = files.enter_context(fsutil.open_input(local, item.label, max_size=_SIZE_LIMITS[item.kind]))
             _check_content(item, file.fileno())
             return replace(item, file=file)
         return replace(item, found=self._from_artifact(item, local))
@@ -148,7 +144,9 @@ class Builder:
     def _check_blob(self, item: _Input, digest: Digest) -> Descriptor:
         size = self._layout.size(digest)
         if size is None:
-            raise NotFound(f"{item.label}: the store has no blob {digest}", hint="pull the artifact that holds it first")
+            raise NotFound(
+                f"{item.label}: the store has no blob {digest}", hint="pull the artifact that holds it first"
+            )
         with fsutil.open_input(self._layout.path(digest), item.label, max_size=_SIZE_LIMITS[item.kind]) as file:
             _check_content(item, file.fileno())
             return _descriptor(item, file.fileno(), digest, size)
@@ -158,7 +156,7 @@ class Builder:
             Reference.parse(item.ref)
         except InputError:
             raise FileProblem(
-                f"{item.label}: there is no file {local}, and {ascii(item.ref[:80])} is no reference",
+                f"{item.label}: there is no file {local}, and {item.ref[:80]!a} is no reference",
                 code="file-missing",
                 path=str(local),
             ) from None

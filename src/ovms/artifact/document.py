@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ def read_document(path: Path) -> Any:
     return _parse_yaml(data, str(path))
 
 
+def _line(item: Any) -> int:
+    return int(item.start_mark.line) + 1
+
+
+def _construct_map(loader: Any, node: Any) -> Any:
+    return loader.construct_mapping(node, deep=True)
+
+
 def _parse_yaml(data: bytes, what: str) -> Any:
     import yaml
 
@@ -32,25 +41,25 @@ def _parse_yaml(data: bytes, what: str) -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
-                raise JsonInvalid(f"{what}: aliases are not allowed, in line {event.start_mark.line + 1}")
+                raise JsonInvalid(f"{what}: aliases are not allowed, in line {_line(event)}")
             self.ovms_depth = getattr(self, "ovms_depth", 0) + 1
             if self.ovms_depth > limits.JSON_DEPTH_MAX:
                 raise JsonInvalid(f"{what} is nested deeper than {limits.JSON_DEPTH_MAX} levels")
             try:
-                return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+                return super().compose_node(parent, index)
             finally:
                 self.ovms_depth -= 1
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-            seen: dict[str, Any] = {}
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            seen: dict[Hashable, Any] = {}
             for key_node, value_node in node.value:
-                key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-                line = key_node.start_mark.line + 1
+                key = self.construct_object(key_node, deep=True)
+                line = _line(key_node)
                 if not isinstance(key, str):
                     raise JsonInvalid(f"{what}: the key {key!r} in line {line} is no string")
                 if key in seen:
                     raise JsonInvalid(f"{what} has a key twice in one object: {key!r}, in line {line}", key=key)
-                seen[key] = self.construct_object(value_node, deep=deep)  # type: ignore[no-untyped-call]
+                seen[key] = self.construct_object(value_node, deep=deep)
             return seen
 
     # A date stays the text that it is: JSON has no dates.
@@ -58,9 +67,9 @@ def _parse_yaml(data: bytes, what: str) -> Any:
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+    Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
     try:
-        return yaml.load(data, Loader)
+        return yaml.load(data, Loader)  # noqa: S506 - it is a SafeLoader
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""

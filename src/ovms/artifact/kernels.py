@@ -53,9 +53,7 @@ def _check_elf(fd: int, head: bytes, what: str) -> KernelKind:
     kind, machine = struct.unpack_from("<HH", head, 16)
     if kind not in (2, 3) or machine not in (3, 62):
         raise KernelInvalid(f"{what} is an ELF file, but no x86 executable", hint=hint)
-    table, size, count = (
-        struct.unpack_from("<Q14xHH", head, 32) if wide else struct.unpack_from("<I10xHH", head, 28)
-    )
+    table, size, count = struct.unpack_from("<Q14xHH", head, 32) if wide else struct.unpack_from("<I10xHH", head, 28)
     if size != (56 if wide else 32) or not 0 < count <= _PROGRAM_HEADERS_MAX:
         raise KernelInvalid(f"{what}: the ELF program headers are damaged", hint=hint)
     for i in range(count):

@@ -80,7 +80,7 @@ def ovms_descriptor(image: ImageManifest) -> Descriptor:
     found = [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
     if len(found) != 1:
         raise Unsupported(
-            f"{image.digest} is no OVMS artifact: its config is {ascii(image.config.media_type)}"
+            f"{image.digest} is no OVMS artifact: its config is {image.config.media_type!a}"
             + (", and several layers claim to be the manifest" if found else ""),
             hint=_NOT_OURS,
         )
@@ -92,7 +92,7 @@ def check_refs(checked: manifest.Manifest, layers: set[Digest]) -> None:
     problems = []
     for path, ref in checked.refs():
         if not is_digest(ref):
-            problems.append((path, f"must be a digest in a finished artifact, not {ascii(ref[:80])}"))
+            problems.append((path, f"must be a digest in a finished artifact, not {ref[:80]!a}"))
         elif Digest(ref) not in layers:
             problems.append((path, f"{ref} is not among the layers of the OCI manifest"))
     if problems:

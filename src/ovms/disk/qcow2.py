@@ -115,7 +115,10 @@ def _check_tables(
     covered = cluster * (cluster // entry)
     if l1_entries * 8 > L1_BYTES_MAX or l1_entries < -(-size // covered):
         raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes")
-    for name, at, length in (("L1 table", l1_at, l1_entries * 8), ("refcount table", table_at, table_clusters * cluster)):
+    for name, at, length in (
+        ("L1 table", l1_at, l1_entries * 8),
+        ("refcount table", table_at, table_clusters * cluster),
+    ):
         if at % cluster or not cluster <= at < file_size or at + length > -(-file_size // cluster) * cluster:
             raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file")
     if table_clusters * cluster > 8 * limits.MIB or table_clusters == 0:

@@ -42,9 +42,7 @@ class Descriptor:
         artifact_type = value.get("artifactType")
         if artifact_type is not None and not isinstance(artifact_type, str):
             raise RegistryProtocol(f"{where}.artifactType is no string")
-        return cls(
-            media_type, Digest(digest), size, annotations_of(value, where), artifact_type, platform
-        )
+        return cls(media_type, Digest(digest), size, annotations_of(value, where), artifact_type, platform)
 
     @classmethod
     def of(cls, media_type: str, data: bytes, annotations: Mapping[str, str] | None = None) -> Descriptor:
@@ -100,9 +98,7 @@ class ImageManifest:
 
     def descriptor(self) -> Descriptor:
         """What an index says of this manifest."""
-        return Descriptor(
-            mediatypes.OCI_MANIFEST, self.digest, len(self.raw), artifact_type=self.artifact_type
-        )
+        return Descriptor(mediatypes.OCI_MANIFEST, self.digest, len(self.raw), artifact_type=self.artifact_type)
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
         )
     if media_type not in (mediatypes.OCI_MANIFEST, None) or "manifests" in value:
         raise RegistryProtocol(
-            f"{where} is of the type {ascii(str(media_type)[:100])}, not an OCI image manifest or index",
+            f"{where} is of the type {str(media_type)[:100]!a}, not an OCI image manifest or index",
             hint="ovms artifacts are OCI manifests; Docker's own manifest types hold container images",
         )
     layers = value.get("layers")

@@ -88,7 +88,7 @@ class BlobWriter:
                 got=digest,
             )
         os.ftruncate(self._fd, self.size)
-        self._layout._publish(self._fd, self._path, digest)
+        self._layout.publish(self._fd, self._path, digest)
         return digest
 
 
@@ -215,9 +215,7 @@ class Layout:
                 writer.commit()
         return digest
 
-    def add_file(
-        self, fd: int, what: str, *, advance: Callable[[int], None] | None = None
-    ) -> tuple[Digest, int, bool]:
+    def add_file(self, fd: int, what: str, *, advance: Callable[[int], None] | None = None) -> tuple[Digest, int, bool]:
         """Adds the content of an open file, by reflink where the file system can, else by a copy that keeps holes.
 
         Returns its digest, its size and whether it is new here. What is here already is not copied. The bytes that
@@ -247,7 +245,7 @@ class Layout:
                 digest = from_hasher(hasher)
                 new = self.size(digest) != size
                 if new:
-                    self._publish(target, path, digest)
+                    self.publish(target, path, digest)
                 return digest, size, new
             finally:
                 os.close(target)
@@ -264,7 +262,8 @@ class Layout:
         digest = from_hasher(hasher)
         return digest if self.size(digest) == size else None
 
-    def _publish(self, fd: int, path: Path, digest: Digest) -> None:
+    def publish(self, fd: int, path: Path, digest: Digest) -> None:
+        """Makes the finished file *fd* at *path* (inside :meth:`writer`'s staging directory) durable and visible."""
         os.fchmod(fd, 0o444)
         os.fsync(fd)
         os.replace(path, self.path(digest))
@@ -280,7 +279,9 @@ class Layout:
                 raise JsonInvalid(f"{path} has no list of manifests")
         except (JsonInvalid, FileNotFoundError) as exc:
             raise StoreCorrupt(
-                f"the store's index cannot be read: {exc}", hint=f"move {path} away to start with no names", path=str(path)
+                f"the store's index cannot be read: {exc}",
+                hint=f"move {path} away to start with no names",
+                path=str(path),
             ) from exc
         return value
 

@@ -55,16 +55,16 @@ class Reference:
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
             if not _HOST.fullmatch(first):
-                raise ReferenceInvalid(f"{shown}: {ascii(first)} is no host name", hint=hint)
+                raise ReferenceInvalid(f"{shown}: {first!a} is no host name", hint=hint)
             registry, rest = first, remainder
         repository, colon, tag = rest.partition(":")
         if not _REPOSITORY.fullmatch(repository):
             raise ReferenceInvalid(
-                f"{shown}: {ascii(repository)} is no repository name (lower case, digits, and . _ - / between them)",
+                f"{shown}: {repository!a} is no repository name (lower case, digits, and . _ - / between them)",
                 hint=hint,
             )
         if colon and not _TAG.fullmatch(tag):
-            raise ReferenceInvalid(f"{shown}: {ascii(tag)} is no tag", hint=hint)
+            raise ReferenceInvalid(f"{shown}: {tag!a} is no tag", hint=hint)
         if not colon and not at:
             tag = DEFAULT_TAG
         return cls(registry, repository, tag or None, Digest(digest) if at else None)
