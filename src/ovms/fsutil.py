@@ -146,21 +146,24 @@ def reflink(source_fd: int, target_fd: int) -> bool:
     return True
 
 
-def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ``(start, end)`` ranges of *fd* that hold data, in order; a file system without holes gives one range."""
-    position = 0
+def data_extents(fd: int, size: int, *, start: int = 0) -> Iterator[tuple[int, int]]:
+    """The ``(start, end)`` ranges of *fd* that hold data, in order; a file system without holes gives one range.
+
+    Looked for from the offset *start* up to *size*.
+    """
+    position = start
     while position < size:
         try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
+            data = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as exc:
             if exc.errno == errno.ENXIO:  # only a hole is left
                 return
             yield position, size
             return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        if start >= end:
+        end = min(os.lseek(fd, data, os.SEEK_HOLE), size)
+        if data >= end:
             return
-        yield start, end
+        yield data, end
         position = end
 
 

@@ -53,6 +53,19 @@ def find(layout: Layout, text: str) -> Found:
     return Found(str(reference), load(layout, descriptor.digest))
 
 
+def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
+    """What *text* names in the store, without reading the artifact: its name (None for a digest) and its digest.
+
+    None when there is nothing of that name. Raises like :func:`find` on what is no reference at all.
+    """
+    digest = _by_digest(layout, text)
+    if digest is not None:
+        return None, digest
+    reference = Reference.parse(text)
+    descriptor = layout.find(str(reference))
+    return None if descriptor is None else (str(reference), descriptor.digest)
+
+
 def _find_descriptor(layout: Layout, reference: Reference) -> Descriptor | None:
     descriptor = layout.find(str(reference))
     if descriptor is None and reference.digest is not None:

@@ -359,8 +359,11 @@ class Layout:
 
     # --- clean-up ----------------------------------------------------------------------------------------------
 
-    def collect(self, keep: set[Digest]) -> int | None:
-        """Removes the blobs that neither a name nor *keep* (digests of manifests) reaches, and stale work.
+    def collect(self, keep: Callable[[], set[Digest]]) -> int | None:
+        """Removes the blobs that neither a name nor *keep* reaches, and stale work.
+
+        *keep* gives the digests of manifests that are in use without a name; it is asked under the lock, when nobody
+        can begin to use another.
 
         Returns the bytes freed on disk, or None when another process adds or uses blobs just now: then nothing is
         removed, and the next call will do it.
@@ -369,7 +372,7 @@ class Layout:
             with fsutil.file_lock(self.root / "ovms.lock", timeout=0):
                 fsutil.sweep_staging(self.staging_root)
                 live: set[Digest] = set()
-                for digest in keep | {entry.descriptor.digest for entry in self.entries()}:
+                for digest in keep() | {entry.descriptor.digest for entry in self.entries()}:
                     live |= self.reachable(digest)
                 names = {hex_of(digest) for digest in live}
                 freed = 0

@@ -1,0 +1,7 @@
+"""``python -m ovms.cli``."""
+
+import sys
+
+from ovms.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,33 @@
+"""Build an artifact from a manifest, and put it into the local store.
+
+The manifest is JSON or YAML of the OVMS shape. Its refs may be local paths (from the manifest's directory), digests of
+blobs in the store, or references to artifacts whose part is taken over.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ovms.cli import output
+from ovms.cli.context import Context
+from ovms.cli.exitcodes import Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("manifest", metavar="MANIFEST", type=Path, help="the manifest file")
+    parser.add_argument("-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Runs the command."""
+    from ovms.artifact.build import Builder
+
+    builder = Builder(context.layout, context.connect, context.progress)
+    artifact = builder.build(args.manifest, name=args.tag)
+    if args.json:
+        output.answer_json({"digest": artifact.digest, "name": args.tag, "size": artifact.size})
+    else:
+        output.answer(artifact.digest)
+    return Exit.OK

@@ -1,0 +1,74 @@
+"""Show what an artifact (or an instance) is made of, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ovms.cli import output
+from ovms.cli.context import Context
+from ovms.cli.exitcodes import Exit
+from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("name", metavar="REF|INSTANCE", help="an artifact's name or digest, or an instance")
+    parser.add_argument("--raw", action="store_true", help="the artifact's OCI manifest, byte for byte")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Runs the command."""
+    try:
+        return _artifact(args, context)
+    except (NotFound, ReferenceInvalid) as no_artifact:
+        if args.raw:
+            raise
+        try:
+            record = context.runtime.instances.find(args.name)
+        except InstanceNotFound:
+            raise no_artifact from None
+    from ovms.cli.view import instance
+
+    _print(args, instance(context.runtime.instances.status(record), details=True))
+    return Exit.OK
+
+
+def _artifact(args: argparse.Namespace, context: Context) -> int:
+    from ovms.artifact.resolve import find
+    from ovms.spec import strictjson
+
+    found = find(context.layout, args.name)
+    image = found.artifact.image
+    if args.raw:
+        sys.stdout.buffer.write(image.raw)
+        sys.stdout.buffer.flush()
+        return Exit.OK
+    value: dict[str, Any] = {
+        "name": found.name,
+        "digest": found.artifact.digest,
+        "size": found.artifact.size,
+        "manifest": dict(found.artifact.manifest.document),
+        "oci": strictjson.parse(image.raw, "the OCI manifest", max_size=len(image.raw)),
+    }
+    ram = found.artifact.manifest.ram_snapshot
+    if ram is not None:
+        from ovms.memory.snapshot import read_control
+        from ovms.spec.digest import parse_digest
+
+        control = read_control(context.layout, parse_digest(ram.ref))
+        value["ram_snapshot"] = {
+            **control.meta,
+            "chunks": len(control.chunks),
+            "stored_pages": sum(chunk.pages for chunk in control.chunks),
+        }
+    _print(args, value)
+    return Exit.OK
+
+
+def _print(args: argparse.Namespace, value: Any) -> None:
+    if args.json:
+        output.answer_json(value)
+    else:
+        output.answer_document(value)

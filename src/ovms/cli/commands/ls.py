@@ -1,0 +1,59 @@
+"""List the artifacts in the local store."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ovms.cli import output
+from ovms.cli.context import Context
+from ovms.cli.exitcodes import Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Runs the command."""
+    entries = [_describe(context, entry.name, entry.descriptor.digest) for entry in context.layout.entries()]
+    if args.json:
+        output.answer_json(entries)
+    elif args.quiet:
+        for entry in entries:
+            output.answer(entry["name"] or entry["digest"])
+    else:
+        output.table(
+            ("NAME", "DIGEST", "CREATED", "SIZE", "RAM SNAPSHOT"),
+            (
+                (
+                    entry["name"] or "<none>",
+                    output.short(entry["digest"]),
+                    f"{output.ago(entry['created'])} ago" if entry["created"] else "-",
+                    output.size(entry["size"]) if entry["size"] is not None else f"? ({entry['problem']})",
+                    "yes" if entry["ram_snapshot"] else "no",
+                )
+                for entry in entries
+            ),
+        )
+    return Exit.OK
+
+
+def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
+    from ovms.artifact.model import load
+    from ovms.errors import OvmsError
+    from ovms.spec.digest import Digest
+
+    answer: dict[str, Any] = {"name": name, "digest": digest, "size": None, "created": None, "ram_snapshot": False}
+    try:
+        artifact = load(context.layout, Digest(digest))
+    except OvmsError as exc:
+        # one damaged artifact must not hide the others
+        return {**answer, "problem": exc.code}
+    return {
+        **answer,
+        "size": artifact.size,
+        "created": artifact.manifest.metadata.created,
+        "ram_snapshot": artifact.manifest.ram_snapshot is not None,
+    }

@@ -1,0 +1,124 @@
+"""Start a VM from an artifact: restored from its RAM snapshot where it has one, booted otherwise.
+
+The artifact is pulled when it is not in the local store. In the foreground the console is on the terminal: Ctrl-C asks
+the guest to power down, a second one ends it. With -d the VM runs on by itself, and its ID is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ovms.cli import output, values
+from ovms.cli.context import Context
+from ovms.cli.exitcodes import Exit
+from ovms.errors import InstanceNotFound, UsageError
+
+if TYPE_CHECKING:
+    from ovms.runtime.record import Record
+    from ovms.runtime.runtime import Started
+
+#: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
+GRACE = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("reference", metavar="REF", help="an artifact's name or digest")
+    parser.add_argument("-d", "--detach", action="store_true", help="run in the background, and print the ID")
+    parser.add_argument(
+        "-i", "--interactive", action="store_true", help="send stdin to the console also when it is no terminal"
+    )
+    parser.add_argument("--name", metavar="NAME", help="the instance's name (default: made from the artifact's)")
+    parser.add_argument("-m", "--memory", metavar="SIZE", type=values.memory, help="such as 512m or 2g (default: 512m)")
+    parser.add_argument("--cpus", metavar="N", type=values.cpus, help="virtual CPUs (default: 1)")
+    parser.add_argument(
+        "-p",
+        "--publish",
+        metavar="[[IP:]HOST:]GUEST[/udp]",
+        action="append",
+        default=[],
+        help="forward a port of the host (127.0.0.1 unless IP says otherwise) to the guest; may be repeated",
+    )
+    parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
+    parser.add_argument("--cold", action="store_true", help="boot from the disk, also where there is a RAM snapshot")
+    parser.add_argument(
+        "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
+    )
+    parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
+    parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Runs the command."""
+    if args.json and not args.detach:
+        raise UsageError("--json needs -d: in the foreground, stdout is the console")
+    if args.detach:
+        started = _start(args, context)
+        if args.json:
+            from ovms.cli.view import instance
+
+            status = context.runtime.instances.status(started.record)
+            output.answer_json({**instance(status), "not_restored": started.not_restored})
+        else:
+            output.answer(started.record.id)
+        return Exit.OK
+    return _foreground(args, context)
+
+
+def _start(args: argparse.Namespace, context: Context) -> Started:
+    from ovms.artifact.resolve import resolve
+    from ovms.runtime import ports
+    from ovms.runtime.runtime import RunOptions
+    from ovms.vmm.model import Accel
+
+    runtime = context.runtime
+    options = RunOptions(
+        name=args.name,
+        memory=args.memory,
+        vcpus=args.cpus,
+        ports=tuple(ports.parse(text) for text in args.publish),
+        accel=None if args.accel is None else Accel(args.accel),
+        cold=args.cold,
+        remove_on_exit=args.rm,
+        runtime=args.runtime,
+    )
+    runtime.vmm(args.runtime)
+    with runtime.layout.using():
+        found = resolve(runtime.layout, context.connect, args.reference, policy=args.pull, progress=context.progress)
+        started = runtime.start(found, options, context.progress)
+    record = started.record
+    if record.accel_reason is not None:
+        output.say(f"running under {record.machine.accel.upper()}, not KVM: {record.accel_reason}")
+    if started.not_restored is not None:
+        output.say(f"booted from the disk, not restored from the RAM snapshot: {started.not_restored}")
+    return started
+
+
+def _foreground(args: argparse.Namespace, context: Context) -> int:
+    from ovms.cli.console import Attachment, Interrupts
+
+    # Until the VM runs, Ctrl-C breaks the start off; from then on it is the guest's.
+    record = _start(args, context).record
+    interrupts = Interrupts()
+    with interrupts.caught():
+        Attachment(context.runtime, record, interrupts, pipes=args.interactive).run(GRACE)
+    return _ending(args, context, record)
+
+
+def _ending(args: argparse.Namespace, context: Context, record: Record) -> int:
+    from ovms.vmm.model import Ending
+
+    instances = context.runtime.instances
+    try:
+        status = instances.status(instances.find(record.id))
+    except InstanceNotFound:
+        return Exit.KILLED  # 'ovm rm -f' took it away
+    if args.rm:
+        context.runtime.remove(status.record)
+    if status.ending is Ending.POWERED_OFF:
+        return Exit.OK
+    if status.ending is Ending.PANICKED:
+        return Exit.VMM
+    output.say(f"{record.name} was ended" if status.record.stop_requested else f"the VMM of {record.name} died")
+    return Exit.KILLED if status.record.stop_requested else Exit.VMM

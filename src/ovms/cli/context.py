@@ -1,0 +1,62 @@
+"""What a command works on: the root directory, the registry clients, the progress."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovms.progress import Progress
+
+if TYPE_CHECKING:
+    from ovms.oci.layout import Layout
+    from ovms.oci.registry import RegistryClient
+    from ovms.runtime.root import Root
+    from ovms.runtime.runtime import Runtime
+
+
+class Context:
+    """Made once for each command; what it holds is made when it is first needed."""
+
+    def __init__(self, root: str | None, progress: str) -> None:
+        self._root = root
+        self._progress = progress
+
+    @cached_property
+    def root(self) -> Root:
+        """The root directory: from the command line, the environment, or the usual one."""
+        from ovms.runtime.root import Root
+
+        if self._root:
+            return Root(Path(self._root).absolute())
+        return Root.default(os.environ, os.geteuid())
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The runtime; what killed commands left half done is tidied up first."""
+        from ovms.runtime.runtime import Runtime
+
+        runtime = Runtime(self.root)
+        runtime.instances.recover()
+        return runtime
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The local store."""
+        self.root.prepare()
+        return self.root.layout()
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Where long work reports."""
+        from ovms.cli.progress import make
+
+        return make(self._progress)
+
+    def connect(self, host: str) -> RegistryClient:
+        """A client for a registry, with the user's credentials."""
+        from ovms.oci.credentials import Credentials
+        from ovms.oci.registry import RegistryClient
+
+        return RegistryClient(host, credentials=Credentials.from_environment())

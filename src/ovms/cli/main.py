@@ -1,0 +1,171 @@
+"""From ``argv`` to a command, and from errors to exit codes.
+
+Only the module of the command that runs is imported: a command line has to answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from ovms import __version__
+from ovms.cli.exitcodes import Exit, exit_code
+from ovms.errors import HostError, OvmsError, UsageError
+
+#: Command → what it does, in the order of the help text. Each is a module of ``ovms.cli.commands``.
+COMMANDS: Final = {
+    "build": "Build an artifact from a manifest",
+    "pull": "Fetch an artifact from a registry",
+    "push": "Upload an artifact to its registry",
+    "ls": "List the artifacts in the local store",
+    "inspect": "Show what an artifact or an instance is made of",
+    "tag": "Give an artifact another name",
+    "rmi": "Remove artifacts from the local store",
+    "run": "Start a VM from an artifact",
+    "ps": "List instances",
+    "logs": "Show what an instance's console printed",
+    "stop": "Power instances down",
+    "rm": "Remove instances",
+    "snapshot": "Snapshot a running instance as an artifact",
+    "version": "Show the versions of ovms and of what it uses",
+}
+
+DEBUG_VARIABLE: Final = "OVMS_DEBUG"
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that nothing half-done is left."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises :class:`UsageError`."""
+        raise UsageError(message, hint=f"'{self.prog} --help' shows how it is used")
+
+
+def build_parser() -> Parser:
+    """The parser of what stands before the command."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        prog="ovm",
+        usage="ovm [--root DIR] [--progress MODE] COMMAND ...",
+        description="Build, ship and run virtual machines as OCI artifacts.",
+        epilog=f"commands:\n{listing}\n\n'ovm COMMAND --help' tells more about each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ovm {__version__}")
+    parser.add_argument("--root", metavar="DIR", help="where artifacts and instances live (else: OVMS_ROOT)")
+    parser.add_argument(
+        "--progress",
+        metavar="MODE",
+        default="auto",
+        choices=("auto", "bar", "json", "none"),
+        help="how long work reports on stderr: auto, bar, json (lines), none",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def command_parser(name: str) -> tuple[Parser, Any]:
+    """The parser of one command, and its module."""
+    module = importlib.import_module(f"ovms.cli.commands.{name}")
+    parser = Parser(
+        prog=f"ovm {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="answer with one JSON document")
+    module.add_arguments(parser)
+    return parser, module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``ovm`` and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    try:
+        return _run(arguments)
+    except SystemExit as exc:  # --help and --version
+        return exc.code if isinstance(exc.code, int) else 0
+    except _Terminated as exc:
+        return 128 + exc.number
+    except KeyboardInterrupt:
+        print("ovm: interrupted", file=sys.stderr)
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our answer has gone: no more to say, also not when Python flushes at its end
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+    except OvmsError as exc:
+        return _fail(exc, as_json)
+    except OSError as exc:
+        place = f"{exc.filename}: " if exc.filename else ""
+        return _fail(HostError(f"{place}{exc.strerror or exc}"), as_json)
+    except Exception as exc:  # noqa: BLE001 - no traceback reaches a user
+        return _bug(exc)
+
+
+def _run(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    if not options.command:
+        raise UsageError("no command", hint="'ovm --help' lists them")
+    name, *rest = options.command
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name[:40]!a}", hint=_suggestion(name))
+    parser, module = command_parser(name)
+    args = parser.parse_args(rest)
+
+    from ovms.cli.context import Context
+
+    return int(module.run(args, Context(options.root, options.progress)))
+
+
+def _suggestion(name: str) -> str:
+    import difflib
+
+    # what Docker users type
+    known = {"images": "ls", "image": "ls", "kill": "stop", "delete": "rm", "start": "run", "commit": "snapshot"}
+    near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)
+    return f"did you mean 'ovm {near}'?" if near else "'ovm --help' lists the commands"
+
+
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated(number)
+
+
+def _fail(error: OvmsError, as_json: bool) -> int:
+    from ovms.cli import output
+
+    output.complain(error, as_json=as_json)
+    return exit_code(error)
+
+
+def _bug(exc: Exception) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        import traceback
+
+        traceback.print_exc()
+    print(
+        f"ovm: internal error: {type(exc).__name__}: {str(exc)[:500]!a}\n"
+        f"  hint: this is a bug in ovms; report it with the output of {DEBUG_VARIABLE}=1",
+        file=sys.stderr,
+    )
+    return Exit.INTERNAL

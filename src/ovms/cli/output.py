@@ -1,0 +1,89 @@
+"""What the command line prints: answers on stdout, talk on stderr, nothing that drives the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from ovms.errors import ManifestInvalid, OvmsError
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def safe(text: str) -> str:
+    """*text* without anything that a terminal would act on: artifacts and registries choose their own words."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def say(text: str) -> None:
+    """One line on stderr: news that is no answer."""
+    print(f"ovm: {safe(text)}", file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """One line on stdout."""
+    print(safe(text), flush=True)
+
+
+def answer_json(value: Any) -> None:
+    """One JSON document on stdout, in one line."""
+    print(json.dumps(value), flush=True)
+
+
+def answer_document(value: Any) -> None:
+    """One JSON document on stdout, for people to read."""
+    print(json.dumps(value, indent=2), flush=True)
+
+
+def complain(error: OvmsError, *, as_json: bool) -> None:
+    """An error on stderr: what is wrong, each problem of a manifest, and what to do."""
+    if as_json:
+        print(json.dumps({"error": error.to_json()}), file=sys.stderr, flush=True)
+        return
+    lines = [f"ovm: error: {safe(error.message)}"]
+    if isinstance(error, ManifestInvalid):
+        lines += [f"  {safe(path)}: {safe(text)}" for path, text in error.problems]
+    if error.hint:
+        lines.append(f"  hint: {safe(error.hint)}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell, three blanks between them, as Docker prints them."""
+    cells = [list(head), *([safe(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    sys.stdout.flush()
+
+
+def size(count: int) -> str:
+    """``1.5 MiB``"""
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def ago(timestamp: str | None, now: datetime | None = None) -> str:
+    """``3 minutes`` since an RFC 3339 time; ``?`` when it can't be read."""
+    try:
+        then = datetime.fromisoformat(timestamp or "")
+        seconds = ((now or datetime.now(UTC)) - then).total_seconds()
+    except (ValueError, TypeError):
+        return "?"
+    for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    return "less than a second"
+
+
+def short(digest: str) -> str:
+    """The first twelve digits of a digest."""
+    return digest.removeprefix("sha256:")[:12]

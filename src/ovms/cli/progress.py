@@ -1,0 +1,148 @@
+"""Progress that people and programs see: bars on a terminal, JSON lines for a program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Final, Self, TextIO
+
+from ovms.cli import output
+from ovms.progress import NULL, Progress, Task
+
+MODES: Final = ("auto", "bar", "json", "none")
+#: Seconds between two pictures.
+_INTERVAL: Final = 0.1
+_LABEL: Final = 24
+_BAR: Final = 24
+
+
+def make(mode: str) -> Progress:
+    """The progress of a mode; ``auto`` is bars on a terminal, and nothing elsewhere."""
+    if mode == "auto":
+        mode = "bar" if sys.stderr.isatty() else "none"
+    if mode == "bar":
+        return _Bars(sys.stderr)
+    return _JsonLines(sys.stderr) if mode == "json" else NULL
+
+
+class _Task:
+    """One piece of work, whatever draws it."""
+
+    def __init__(self, owner: _Bars | _JsonLines, label: str, total: int | None) -> None:
+        self.owner = owner
+        self.label = label
+        self.total = total
+        self.done = 0
+        self.text = ""
+
+    def __enter__(self) -> Self:
+        self.owner.begin(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.text = self.text or "broken off"
+        self.owner.end(self)
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        self.owner.changed(self)
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+
+class _Bars:
+    """A line for each task; those at work are redrawn in place."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._active: list[_Task] = []
+        self._drawn = 0
+        self._last = 0.0
+
+    def task(self, label: str, total: int | None = None) -> Task:
+        return _Task(self, label, total)
+
+    def begin(self, task: _Task) -> None:
+        with self._lock:
+            self._active.append(task)
+            self._draw()
+
+    def changed(self, task: _Task) -> None:
+        if time.monotonic() - self._last >= _INTERVAL:
+            with self._lock:
+                self._draw()
+
+    def end(self, task: _Task) -> None:
+        with self._lock:
+            self._erase()
+            self._active.remove(task)
+            self._stream.write(self._line(task, finished=True) + "\n")
+            self._draw()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\x1b[{self._drawn}A\x1b[J")
+            self._drawn = 0
+
+    def _draw(self) -> None:
+        self._erase()
+        for task in self._active:
+            self._stream.write(self._line(task, finished=False) + "\n")
+        self._drawn = len(self._active)
+        self._last = time.monotonic()
+        self._stream.flush()
+
+    def _line(self, task: _Task, *, finished: bool) -> str:
+        label = output.safe(task.label)[:_LABEL].ljust(_LABEL)
+        if finished:
+            line = f"{label} {task.text or 'done'}  {output.size(task.total if task.total is not None else task.done)}"
+        elif task.total:
+            done = min(task.done, task.total)
+            filled = _BAR * done // task.total
+            bar = ("=" * filled + ">")[:_BAR].ljust(_BAR)
+            line = f"{label} [{bar}] {output.size(done)} / {output.size(task.total)}"
+        else:
+            line = f"{label} {output.size(task.done)}"
+        # a line that wraps could not be erased again
+        return line[: max(20, shutil.get_terminal_size().columns - 1)]
+
+
+class _JsonLines:
+    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?}``."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._last: dict[int, float] = {}
+
+    def task(self, label: str, total: int | None = None) -> Task:
+        return _Task(self, label, total)
+
+    def begin(self, task: _Task) -> None:
+        self._write(task, "begin")
+
+    def changed(self, task: _Task) -> None:
+        if time.monotonic() - self._last.get(id(task), 0.0) >= _INTERVAL:
+            self._write(task, "going")
+
+    def end(self, task: _Task) -> None:
+        self._write(task, "end")
+        self._last.pop(id(task), None)
+
+    def _write(self, task: _Task, state: str) -> None:
+        value = {"task": task.label, "done": task.done, "total": task.total, "state": state}
+        if task.text:
+            value["note"] = task.text
+        with self._lock:
+            self._last[id(task)] = time.monotonic()
+            self._stream.write(json.dumps(value) + "\n")
+            self._stream.flush()

@@ -1,0 +1,209 @@
+"""The memory of a paused VM, copied out of it as fast as can be, because the guest stands still meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ovms import fsutil
+from ovms.errors import HostError
+from ovms.vmm.model import GuestRam
+
+PAGE: Final = 4096
+
+# PAGEMAP_SCAN (Linux 6.7): _IOWR('f', 16, struct pm_scan_arg)
+_PAGEMAP_SCAN: Final = 0xC0606610
+_PAGE_IS_FILE: Final = 1 << 2
+_PAGE_IS_PRESENT: Final = 1 << 3
+_PAGE_IS_SWAPPED: Final = 1 << 4
+_SCAN_ARG: Final = struct.Struct("<12Q")
+_REGIONS: Final = 4096
+
+# Bits of an entry of /proc/PID/pagemap
+_FILE_BIT: Final = 1 << 61
+_PRESENT_OR_SWAPPED: Final = 3 << 62
+_ENTRIES: Final = 32 * 1024
+
+#: A mapping in ``/proc/PID/maps``: address range, permissions, offset, device, inode, path.
+_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ ([0-9]+)\s*(.*)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive pages: bytes from *start* up to *end*, counted from the start of the memory."""
+
+    start: int
+    end: int
+
+
+class Capture:
+    """A copy of a VM's memory, in a sparse file. Call :meth:`finish` once the VM goes on again."""
+
+    def __init__(self, fd: int, base: Path | None, runs: list[Run], size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._base = base
+        self._runs = runs
+
+    def finish(self) -> None:
+        """Fills in what did not have to be copied while the VM stood still: the image that it was restored from."""
+        if self._base is None:
+            return
+        with fsutil.open_input(self._base, "the RAM image that the VM was restored from") as base:
+            at = 0
+            for run in [*self._runs, Run(self.size, self.size)]:
+                _copy_range(base.fileno(), self.fd, at, run.start)
+                at = run.end
+        self._base = None
+
+
+def take(guest: GuestRam, fd: int) -> Capture:
+    """Copies the memory of a paused VM into the empty file *fd*: all of it, or what it wrote since its restore.
+
+    Raises:
+        HostError: we may not read the VMM's memory.
+        DiskFull: no room for the copy.
+    """
+    os.ftruncate(fd, guest.size)
+    try:
+        if guest.private:
+            return Capture(fd, guest.file, _take_private(guest, fd), guest.size)
+        source = os.open(guest.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fsutil.copy_sparse(source, fd)
+        finally:
+            os.close(source)
+        return Capture(fd, None, [], guest.size)
+    except PermissionError as exc:
+        raise HostError(
+            f"no permission to read the memory of process {guest.pid}",
+            hint="run as the user that started the VM; where kernel.yama.ptrace_scope is 1 or more, run as root",
+        ) from exc
+    except OSError as exc:
+        full = fsutil.disk_full(exc, "copying the VM's memory", Path("/proc/self/fd") / str(fd))
+        raise full or HostError(f"the memory of process {guest.pid} cannot be read: {exc.strerror}") from exc
+
+
+def _take_private(guest: GuestRam, fd: int) -> list[Run]:
+    address = find_mapping(guest.pid, guest.file, guest.size)
+    memory = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        runs = list(written_pages(guest.pid, address, guest.size))
+        for run in runs:
+            at = run.start
+            while at < run.end:
+                data = os.pread(memory, min(fsutil.COPY_BUFFER, run.end - at), address + at)
+                if not data:
+                    raise HostError(f"the memory of process {guest.pid} cannot be read at {address + at:#x}")
+                if not fsutil.is_zero(data):
+                    fsutil.pwrite_all(fd, data, at)
+                at += len(data)
+        return runs
+    finally:
+        os.close(memory)
+
+
+def find_mapping(pid: int, file: Path, size: int) -> int:
+    """The address at which process *pid* has mapped *size* bytes of *file*.
+
+    Raises:
+        HostError: there is no such mapping.
+    """
+    real = file.resolve()
+    inode = real.stat().st_ino
+    lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        if (match := _MAPPING.fullmatch(line)) is None:
+            continue
+        start, end = int(match[1], 16), int(match[2], 16)
+        # Not the device: on btrfs and overlayfs the number there is another than that of stat.
+        if end - start == size and int(match[4]) == inode and match[5].removesuffix(" (deleted)") == str(real):
+            return start
+    raise HostError(f"process {pid} has not mapped {file}")
+
+
+def written_pages(pid: int, address: int, size: int) -> Iterator[Run]:
+    """The pages of a private file mapping that the process has written to: they are its own, and not the file's."""
+    with contextlib.ExitStack() as stack:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        try:
+            yield from _scan(fd, address, size)
+        except OSError as exc:
+            # ENOTTY: Linux before 6.7; EINVAL, EFAULT: one that knows it in another form
+            if isinstance(exc, PermissionError):
+                raise
+            yield from _read_pagemap(fd, address, size)
+
+
+def _scan(fd: int, address: int, size: int) -> Iterator[Run]:
+    regions = (ctypes.c_uint64 * (3 * _REGIONS))()
+    found: list[Run] = []
+    start, end = address, address + size
+    while start < end:
+        argument = bytearray(
+            _SCAN_ARG.pack(
+                _SCAN_ARG.size,
+                0,
+                start,
+                end,
+                0,
+                ctypes.addressof(regions),
+                _REGIONS,
+                0,
+                _PAGE_IS_FILE,  # inverted: not of the file
+                _PAGE_IS_FILE,
+                _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
+                _PAGE_IS_PRESENT,
+            )
+        )
+        count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
+        walked = _SCAN_ARG.unpack(argument)[4]
+        found.extend(Run(regions[3 * i] - address, regions[3 * i + 1] - address) for i in range(min(count, _REGIONS)))
+        if walked <= start:
+            break
+        start = walked
+    # Only when all of it went well: the caller falls back to the other way on an error.
+    yield from found
+
+
+def _read_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
+    pages = size // PAGE
+    open_run: int | None = None
+    for first in range(0, pages, _ENTRIES):
+        count = min(_ENTRIES, pages - first)
+        data = os.pread(fd, count * 8, (address // PAGE + first) * 8)
+        if len(data) != count * 8:
+            raise HostError("the page map of the VMM ends too early")
+        for i, entry in enumerate(memoryview(data).cast("Q")):
+            own = entry & _PRESENT_OR_SWAPPED and not entry & _FILE_BIT
+            at = (first + i) * PAGE
+            if own and open_run is None:
+                open_run = at
+            elif not own and open_run is not None:
+                yield Run(open_run, at)
+                open_run = None
+    if open_run is not None:
+        yield Run(open_run, size)
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    buffer = bytearray(fsutil.COPY_BUFFER)
+    view = memoryview(buffer)
+    for first, last in fsutil.data_extents(source, end, start=start):
+        at = first
+        while at < last:
+            got = os.preadv(source, [view[: min(len(buffer), last - at)]], at)
+            if got == 0:
+                return
+            if not fsutil.is_zero(view[:got]):
+                fsutil.pwrite_all(target, view[:got], at)
+            at += got

@@ -1,0 +1,1 @@
+"""The runtime: instances, their records, and what can be done with them."""

@@ -1,0 +1,273 @@
+"""The instances on this machine: found, locked, told apart from what is left of dead ones.
+
+Any number of commands and servers work here at once. Whoever changes an instance, or talks to its VMM, holds the lock in
+its directory; reading needs none. Nothing is believed that a killed command may have left behind: a VM lives when its
+very process does, and what was half done is finished or taken back by the next who looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from ovms import fsutil, process
+from ovms.errors import InputError, InstanceNotFound, Locked, NameTaken, OvmsError, StateConflict
+from ovms.process import ProcessId
+from ovms.runtime import names
+from ovms.runtime.record import FILE, Record, load, save
+from ovms.runtime.root import Root
+from ovms.spec.digest import Digest
+from ovms.vmm.model import Ending, VmFiles
+from ovms.vmm.protocol import Control, Vmm
+
+#: Seconds to wait for another command that works on the same instance. A snapshot of a large VM takes its time.
+LOCK_TIMEOUT: Final = 120.0
+LOCK: Final = "lock"
+
+#: The VMM of a name.
+Vmms = Callable[[str], Vmm]
+
+
+class State(StrEnum):
+    """The state of an instance, in the words of the specification."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a VMM process."""
+        return self not in (State.STOPPED, State.ERROR)
+
+
+@dataclass(frozen=True)
+class Status:
+    """An instance and what it does now; ``ending`` for one that is no more."""
+
+    record: Record
+    state: State
+    ending: Ending | None = None
+
+
+class Instances:
+    """All instances below one root."""
+
+    def __init__(self, root: Root, vmms: Vmms) -> None:
+        root.prepare()
+        self._root = root
+        self._vmms = vmms
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    def directory(self, instance_id: str) -> Path:
+        """The directory of an instance."""
+        return self._root.instances / instance_id
+
+    def files(self, record: Record) -> VmFiles:
+        """The files of an instance's VM."""
+        return VmFiles(self.directory(record.id))
+
+    def records(self, *, damaged: Callable[[OvmsError], None] | None = None) -> list[Record]:
+        """Every record, oldest instance first. One that can't be read is told to *damaged*, and left out."""
+        answer = []
+        for directory in self._root.instances.iterdir():
+            if directory.name.startswith("."):
+                continue
+            try:
+                record = load(directory)
+            except OvmsError as exc:
+                if damaged is not None:
+                    damaged(exc)
+                continue
+            if record is not None:
+                answer.append(record)
+        return sorted(answer, key=lambda record: (record.created, record.id))
+
+    def find(self, text: str) -> Record:
+        """The instance of a name, an ID, or the first digits of one.
+
+        Raises:
+            InstanceNotFound: there is none.
+            InputError: the digits fit several.
+        """
+        records = self.records()
+        exact = [r for r in records if text in (r.name, r.id, r.id.replace("-", ""))]
+        fitting = exact or [r for r in records if len(text) >= 3 and r.id.startswith(text)]
+        if len(fitting) > 1:
+            raise InputError(f"{text!a} fits {len(fitting)} instances; give more digits of the ID")
+        if not fitting:
+            raise InstanceNotFound(
+                f"there is no instance {text[:80]!a}", hint="'ovm ps -a' lists all of them", instance=text[:80]
+            )
+        return fitting[0]
+
+    def status(self, record: Record) -> Status:
+        """What an instance does now."""
+        if record.process is None:
+            return Status(record, State.STARTING if self._locked(record) else State.ERROR)
+        if record.process.alive():
+            if record.stop_requested:
+                return Status(record, State.STOPPING)
+            return Status(record, State.PAUSED if record.pausing else State.RUNNING)
+        process.reap(record.process.pid)
+        ending = self._vmms(record.vmm).ending(self.files(record))
+        if ending is Ending.KILLED and not record.stop_requested:
+            return Status(record, State.ERROR, ending)
+        return Status(record, State.STOPPED, ending)
+
+    def _locked(self, record: Record) -> bool:
+        try:
+            with fsutil.file_lock(self.directory(record.id) / LOCK, timeout=0):
+                return False
+        except Locked:
+            return True
+        except FileNotFoundError:
+            return False
+
+    def artifacts(self) -> set[Digest]:
+        """The artifacts that instances need.
+
+        Raises:
+            StoreCorrupt: a record can't be read: then nobody knows what its instance needs.
+        """
+
+        def refuse(error: OvmsError) -> None:
+            raise error
+
+        return {record.digest for record in self.records(damaged=refuse)}
+
+    # --- changing ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self, record: Record, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Record]:
+        """Holds an instance's lock, and gives its newest record.
+
+        Raises:
+            Locked: another command has it.
+            InstanceNotFound: it was removed meanwhile.
+        """
+        directory = self.directory(record.id)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(fsutil.file_lock(directory / LOCK, timeout=timeout))
+            except FileNotFoundError:
+                raise self._gone(record) from None
+            newest = load(directory)
+            if newest is None:
+                raise self._gone(record)
+            yield newest
+
+    def _gone(self, record: Record) -> InstanceNotFound:
+        return InstanceNotFound(f"the instance {record.name} was removed meanwhile", instance=record.name)
+
+    def save(self, record: Record) -> Record:
+        """Writes a record (under its lock). Returns it."""
+        save(self.directory(record.id), record)
+        return record
+
+    @contextlib.contextmanager
+    def create(self, make: Callable[[str, str], Record], artifact: str, name: str | None) -> Iterator[Record]:
+        """Makes an instance's directory and first record, and holds its lock; takes all back on an error.
+
+        Args:
+            make: from the new ID and name to the record.
+            artifact: what the name is made from when none is given.
+            name: the name that the user gave.
+
+        Raises:
+            NameTaken: another instance has it.
+        """
+        instance_id = str(uuid.uuid4())
+        directory = self.directory(instance_id)
+        with contextlib.ExitStack() as lock:
+            with fsutil.file_lock(self._root.instances / ".lock"):
+                taken = {r.name: r for r in self.records()}
+                if name is not None and names.check(name) in taken:
+                    raise NameTaken(
+                        f"the name {name} is taken by the instance {taken[name].id}",
+                        hint=f"choose another, or remove that one: 'ovm rm {name}'",
+                        instance=taken[name].id,
+                    )
+                record = make(instance_id, name or names.make(artifact, instance_id, taken))
+                directory.mkdir(mode=0o700)
+                lock.enter_context(fsutil.file_lock(directory / LOCK))
+                save(directory, record)
+            try:
+                yield record
+            except BaseException:
+                self.remove(record)
+                raise
+
+    def remove(self, record: Record) -> None:
+        """Removes what is left of an instance whose VM is no more (under its lock)."""
+        directory = self.directory(record.id)
+        # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
+        (directory / FILE).unlink(missing_ok=True)
+        fsutil.remove_tree(directory)
+
+    @contextlib.contextmanager
+    def control(self, record: Record) -> Iterator[Control]:
+        """The control channel of an instance's living VM (under its lock)."""
+        with self._connect(record) as control:
+            yield control
+
+    def _connect(self, record: Record) -> AbstractContextManager[Control]:
+        if record.process is None or not record.process.alive():
+            raise StateConflict(
+                f"the instance {record.name} does not run", hint="'ovm ps -a' tells its state", instance=record.name
+            )
+        vmm = self._vmms(record.vmm)
+        return vmm.connect(self.files(record), record.machine, record.process.pid, record.ram_image)
+
+    # --- recovery ----------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
+        for directory in list(self._root.instances.iterdir()):
+            if directory.name.startswith(".") or not directory.is_dir():
+                continue
+            with contextlib.suppress(OvmsError, OSError):
+                self._recover(directory)
+
+    def _recover(self, directory: Path) -> None:
+        record = load(directory)
+        if record is not None and not self._needs_recovery(record):
+            return
+        # A directory without a record is just being made or removed: both happen under this lock.
+        with (
+            fsutil.file_lock(self._root.instances / ".lock", timeout=0 if record is None else None),
+            fsutil.file_lock(directory / LOCK, timeout=0),
+        ):
+            record = load(directory)
+            if record is None:
+                fsutil.remove_tree(directory)
+                return
+            if record.process is None:
+                record = self._adopt(record)
+            if record.pausing and record.process is not None and record.process.alive():
+                with self.control(record) as control:
+                    control.resume()
+                record = self.save(replace(record, pausing=False))
+                for left in directory.glob("capture-*"):
+                    left.unlink(missing_ok=True)
+            if record.remove_on_exit and not self.status(record).state.alive:
+                self.remove(record)
+
+    def _needs_recovery(self, record: Record) -> bool:
+        if record.process is None or record.pausing:
+            return True
+        return record.remove_on_exit and not record.process.alive()
+
+    def _adopt(self, record: Record) -> Record:
+        found: ProcessId | None = self._vmms(record.vmm).find_process(self.files(record))
+        return record if found is None else self.save(replace(record, process=found))

@@ -1,0 +1,165 @@
+"""What is known about an instance: one JSON file in its directory, always whole.
+
+::
+
+    instances/<uuid>/
+    ├── record.json             this module; replaced by rename
+    ├── lock                    flock: whoever changes the instance, or talks to its VMM
+    ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
+    ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── console.log             what the console printed
+    ├── events.out              the VMM's events
+    ├── vmm.log, vmm.pid        the VMM's stderr; its process number
+    └── capture-*               a snapshot in the making
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ovms import fsutil
+from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
+from ovms.process import ProcessId
+from ovms.spec import limits, strictjson
+from ovms.spec.digest import Digest, parse_digest
+from ovms.vmm.model import Machine, PortForward
+
+VERSION: Final = 1
+FILE: Final = "record.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
+
+    ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
+    the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
+    VM: whoever finds it so, and unlocked, lets it go on.
+    """
+
+    id: str
+    name: str
+    created: str
+    reference: str
+    digest: Digest
+    vmm: str
+    vmm_version: str
+    machine: Machine
+    accel_reason: str | None
+    ports: tuple[PortForward, ...]
+    overlays: tuple[str, ...]
+    remove_on_exit: bool = False
+    ram_image: Path | None = None
+    process: ProcessId | None = None
+    started: str | None = None
+    start_ms: float | None = None
+    stop_requested: bool = False
+    pausing: bool = False
+
+    @property
+    def restored(self) -> bool:
+        """Whether the VM came from a RAM snapshot."""
+        return self.ram_image is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the record's file."""
+        process = self.process
+        return {
+            "version": VERSION,
+            "id": self.id,
+            "name": self.name,
+            "created": self.created,
+            "reference": self.reference,
+            "digest": self.digest,
+            "vmm": {"name": self.vmm, "version": self.vmm_version},
+            "machine": self.machine.to_json(),
+            "accel_reason": self.accel_reason,
+            "ports": [
+                {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
+                for p in self.ports
+            ],
+            "overlays": list(self.overlays),
+            "remove_on_exit": self.remove_on_exit,
+            "ram_image": None if self.ram_image is None else str(self.ram_image),
+            "process": None
+            if process is None
+            else {"pid": process.pid, "start_time": process.start_time, "boot_id": process.boot_id},
+            "started": self.started,
+            "start_ms": self.start_ms,
+            "stop_requested": self.stop_requested,
+            "pausing": self.pausing,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Record:
+        """Raises KeyError, TypeError, ValueError or an OvmsError on anything that :meth:`to_json` does not write."""
+        if value["version"] != VERSION:
+            raise ValueError(f"its version is {value['version']}, and this ovms knows {VERSION}")
+        process = value["process"]
+        return cls(
+            id=str(value["id"]),
+            name=str(value["name"]),
+            created=str(value["created"]),
+            reference=str(value["reference"]),
+            digest=parse_digest(value["digest"]),
+            vmm=str(value["vmm"]["name"]),
+            vmm_version=str(value["vmm"]["version"]),
+            machine=Machine.from_json(value["machine"], "machine"),
+            accel_reason=value["accel_reason"],
+            ports=tuple(PortForward(**port) for port in value["ports"]),
+            overlays=tuple(Path(str(name)).name for name in value["overlays"]),
+            remove_on_exit=bool(value["remove_on_exit"]),
+            ram_image=None if value["ram_image"] is None else Path(value["ram_image"]),
+            process=None if process is None else ProcessId(**process),
+            started=value["started"],
+            start_ms=value["start_ms"],
+            stop_requested=bool(value["stop_requested"]),
+            pausing=bool(value["pausing"]),
+        )
+
+    def with_overlay(self) -> Record:
+        """The same with one overlay more, of a number that was never used."""
+        numbers = [int(Path(name).stem.rpartition("-")[2]) for name in self.overlays]
+        return replace(self, overlays=(*self.overlays, overlay_name(max(numbers, default=-1) + 1)))
+
+
+def overlay_name(number: int) -> str:
+    """The file name of an overlay."""
+    return f"overlay-{number}.qcow2"
+
+
+def save(directory: Path, record: Record) -> None:
+    """Replaces the record of the instance in *directory*."""
+    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600)
+
+
+def load(directory: Path) -> Record | None:
+    """The record of the instance in *directory*; None when there is none (it is being made, or removed).
+
+    Raises:
+        StoreCorrupt: it can't be read.
+    """
+    path = directory / FILE
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        raise _damaged(path, exc.strerror or "unreadable") from exc
+    try:
+        return Record.from_json(strictjson.parse(data, str(path), max_size=limits.MANIFEST_MAX))
+    except JsonInvalid as exc:
+        raise _damaged(path, exc.message) from exc
+    except (KeyError, TypeError, ValueError, AttributeError, OvmsError) as exc:
+        raise _damaged(path, f"{type(exc).__name__}: {exc}") from exc
+
+
+def _damaged(path: Path, why: str) -> StoreCorrupt:
+    return StoreCorrupt(
+        f"the record {path} cannot be read: {why}",
+        hint=f"if the instance does not matter, remove {path.parent} (a VM that still runs is named in vmm.pid there)",
+        path=str(path),
+    )

@@ -1,0 +1,82 @@
+"""Where everything of ovms lives on this machine.
+
+::
+
+    ROOT/                       OVMS_ROOT, else /var/lib/ovms (root) or $XDG_DATA_HOME/ovms (~/.local/share/ovms)
+    ├── store/                  artifacts: an OCI image layout (ovms.oci.layout)
+    ├── instances/
+    │   ├── .lock               flock: around taking a name, and around the removal of an instance
+    │   └── <uuid>/             one instance (ovms.runtime.record)
+    └── cache/                  what is slow to find out about this host; can go at any time
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ovms.errors import HostError
+from ovms.oci.layout import Layout
+
+VARIABLE: Final = "OVMS_ROOT"
+_SYSTEM: Final = Path("/var/lib/ovms")
+
+
+@dataclass(frozen=True)
+class Root:
+    """The directory of ovms's state."""
+
+    path: Path
+
+    @classmethod
+    def default(cls, environ: Mapping[str, str], uid: int) -> Root:
+        """The root that the environment names, else the usual one of the user *uid*."""
+        if named := environ.get(VARIABLE):
+            return cls(Path(named).absolute())
+        if uid == 0:
+            return cls(_SYSTEM)
+        data = environ.get("XDG_DATA_HOME", "")
+        if not data.startswith("/"):  # the XDG specification: a relative path counts as unset
+            data = str(Path(environ.get("HOME") or "/") / ".local" / "share")
+        return cls(Path(data) / "ovms")
+
+    @property
+    def instances(self) -> Path:
+        """Where the instances' directories are."""
+        return self.path / "instances"
+
+    @property
+    def cache(self) -> Path:
+        """Where facts about this host are remembered."""
+        return self.path / "cache"
+
+    def layout(self) -> Layout:
+        """The local store, made when there is none yet.
+
+        Raises:
+            HostError: it can't be made or read.
+        """
+        try:
+            return Layout(self.path / "store")
+        except OSError as exc:
+            raise HostError(
+                f"the store in {self.path} cannot be used: {exc.strerror}",
+                hint=f"set {VARIABLE} to a directory that you can write to",
+                path=str(self.path),
+            ) from exc
+
+    def prepare(self) -> None:
+        """Makes the directories. Only their owner may look inside: consoles and memories of VMs are private."""
+        try:
+            self.instances.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(self.instances, os.W_OK):
+                raise PermissionError(13, os.strerror(13))
+        except OSError as exc:
+            raise HostError(
+                f"{self.path} cannot be used: {exc.strerror}",
+                hint=f"set {VARIABLE} to a directory that you can write to",
+                path=str(self.path),
+            ) from exc

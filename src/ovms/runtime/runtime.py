@@ -1,0 +1,279 @@
+"""What can be done with instances: start, stop, snapshot, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from ovms import fsutil
+from ovms.artifact.kernels import check_kernel
+from ovms.artifact.model import Artifact, load
+from ovms.artifact.resolve import Found
+from ovms.disk import qcow2
+from ovms.disk.layers import Layer, open_chain
+from ovms.errors import InputError, StateConflict, Unsupported, UsageError, VmmError
+from ovms.memory import compat, snapshot
+from ovms.oci.layout import Layout
+from ovms.progress import NULL, Progress
+from ovms.runtime import ports as port_forwards
+from ovms.runtime.instances import Instances, State, Status
+from ovms.runtime.record import Record, overlay_name
+from ovms.runtime.root import Root
+from ovms.spec import limits
+from ovms.spec.digest import Digest
+from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
+from ovms.vmm.protocol import Vmm
+from ovms.vmm.qemu.vmm import QemuVmm
+
+DEFAULT_MEMORY: Final = 512 * limits.MIB
+DEFAULT_VCPUS: Final = 1
+RUNTIMES: Final = ("qemu",)
+#: Seconds that a guest gets to power down before it is ended.
+STOP_GRACE: Final = 30.0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How an instance is started; None leaves it to the snapshot, or to the default. Memory in bytes."""
+
+    name: str | None = None
+    memory: int | None = None
+    vcpus: int | None = None
+    ports: tuple[PortForward, ...] = ()
+    accel: Accel | None = None
+    cold: bool = False
+    remove_on_exit: bool = False
+    runtime: str = "qemu"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A started instance; ``not_restored`` says why its RAM snapshot was left aside, where it has one."""
+
+    record: Record
+    not_restored: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a start was found to need, before anything exists of it."""
+
+    machine: Machine
+    accel_reason: str | None
+    layers: tuple[Layer, ...]
+    restore: Restore | None
+    not_restored: str | None
+
+
+class Runtime:
+    """The runtime over one root directory."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.layout: Layout = root.layout()
+        self._vmms: dict[str, Vmm] = {}
+        self.instances = Instances(root, self.vmm)
+
+    def vmm(self, name: str) -> Vmm:
+        """The VMM of a name.
+
+        Raises:
+            UsageError: no such runtime.
+        """
+        if name not in RUNTIMES:
+            raise UsageError(
+                f"there is no runtime {name[:40]!a}", hint=f"runtimes of this version: {', '.join(RUNTIMES)}"
+            )
+        if name not in self._vmms:
+            self._vmms[name] = QemuVmm(self.root.cache)
+        return self._vmms[name]
+
+    # --- start -------------------------------------------------------------------------------------------------
+
+    def start(self, found: Found, options: RunOptions, progress: Progress = NULL) -> Started:
+        """Starts an instance of an artifact in the store: restored where it can be, booted otherwise.
+
+        The caller holds the store (``layout.using()``) from when it found the artifact.
+
+        Raises:
+            Unsupported, InputError: the artifact can't be run, or not like this.
+            PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            VmmError: the VMM failed. Nothing is left of the instance then.
+        """
+        vmm = self.vmm(options.runtime)
+        artifact = found.artifact
+        plan = self._plan(vmm, artifact, options, progress)
+        ports = port_forwards.settle(options.ports)
+
+        def make(instance_id: str, name: str) -> Record:
+            return Record(
+                id=instance_id,
+                name=name,
+                created=_now(),
+                reference=found.name,
+                digest=artifact.digest,
+                vmm=vmm.name,
+                vmm_version=vmm.version,
+                machine=plan.machine,
+                accel_reason=plan.accel_reason,
+                ports=ports,
+                overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
+                remove_on_exit=options.remove_on_exit,
+                ram_image=None if plan.restore is None else plan.restore.ram,
+            )
+
+        with self.instances.create(make, artifact.manifest.name, options.name) as record:
+            config = self._config(artifact, record, plan)
+            if config.overlay is not None and plan.machine.disk_size is not None:
+                qcow2.create_overlay(config.overlay, plan.machine.disk_size)
+            return Started(self._launch(vmm, config, record), plan.not_restored)
+
+    def _launch(self, vmm: Vmm, config: VmConfig, record: Record) -> Record:
+        files = self.instances.files(record)
+        try:
+            began = time.monotonic()
+            running = vmm.start(config, files)
+            took = round((time.monotonic() - began) * 1000, 1)
+            return self.instances.save(replace(record, process=running, started=_now(), start_ms=took))
+        except BaseException:
+            # An interrupt may come between the VMM's start and our note of it.
+            if (left := vmm.find_process(files)) is not None:
+                left.kill()
+            raise
+
+    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+        _check_supported(artifact)
+        layers = tuple(open_chain([(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]))
+        disk_size = layers[-1].virtual_size if layers else None
+        if artifact.manifest.kernel is not None:
+            with fsutil.open_input(self.layout.path(Digest(artifact.manifest.kernel.ref)), "the kernel") as kernel:
+                check_kernel(kernel.fileno())
+        choice = vmm.choose_accel(options.accel)
+        reason = None if options.accel is not None else choice.reason
+        ram = artifact.manifest.ram_snapshot
+        not_restored: str | None = None
+        if ram is not None and not options.cold:
+            digest = Digest(ram.ref)
+            control = snapshot.read_control(self.layout, digest)
+            meta = compat.Meta.from_json(control.meta)
+            compat.check_belongs(meta, artifact.manifest, control.prefix.memory_size, disk_size)
+            compat.require_shape(meta, memory=options.memory, vcpus=options.vcpus)
+            not_restored = compat.why_not(vmm, meta, choice.accel)
+            if not_restored is None:
+                image = snapshot.materialise(self.layout, digest, progress)
+                return _Plan(meta.machine, reason, layers, Restore(image, control.state), None)
+        machine = vmm.machine(
+            choice.accel,
+            memory=options.memory or DEFAULT_MEMORY,
+            vcpus=options.vcpus or DEFAULT_VCPUS,
+            mac=_new_mac(),
+            disk_size=disk_size,
+        )
+        return _Plan(machine, reason, layers, None, not_restored)
+
+    def _config(self, artifact: Artifact, record: Record, plan: _Plan) -> VmConfig:
+        manifest = artifact.manifest
+        directory = self.instances.directory(record.id)
+        return VmConfig(
+            name=record.name,
+            uuid=record.id,
+            machine=plan.machine,
+            kernel=None if manifest.kernel is None else self.layout.path(Digest(manifest.kernel.ref)),
+            initrd=None if manifest.initrd is None else self.layout.path(Digest(manifest.initrd.ref)),
+            kernel_args="" if manifest.kernel is None else manifest.kernel.args,
+            layers=plan.layers,
+            overlay=directory / record.overlays[0] if record.overlays else None,
+            ports=record.ports,
+            restore=plan.restore,
+        )
+
+    # --- stop and remove ---------------------------------------------------------------------------------------
+
+    def power_down(self, record: Record) -> Record:
+        """Asks the guest to power down. What it makes of it is seen by its process's end."""
+        with self.instances.locked(record) as newest:
+            if not self.instances.status(newest).state.alive:
+                return newest
+            stopping = self.instances.save(replace(newest, stop_requested=True))
+            with contextlib.suppress(VmmError, StateConflict), self.instances.control(stopping) as control:
+                control.resume()  # a paused guest sees no button
+                control.power_down()
+            return stopping
+
+    def kill(self, record: Record) -> None:
+        """Ends a VM at once. Its disks are as after a power failure."""
+        with self.instances.locked(record) as newest:
+            self._end(newest)
+
+    def _end(self, record: Record) -> None:
+        running = record.process
+        if running is None or not running.alive():
+            return
+        self.instances.save(replace(record, stop_requested=True))
+        with contextlib.suppress(VmmError, StateConflict), self.instances.control(record) as control:
+            control.quit()
+        if not running.wait(2.0):
+            running.kill()
+
+    def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
+        """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.
+
+        Stopping what is stopped is no error.
+        """
+        if grace > 0:
+            record = self.power_down(record)
+            if record.process is not None and record.process.wait(grace):
+                return self.instances.status(record)
+        self.kill(record)
+        return self.instances.status(self.instances.find(record.id))
+
+    def remove(self, record: Record, *, force: bool = False) -> None:
+        """Removes an instance, with everything that its guest wrote.
+
+        Raises:
+            StateConflict: it runs, and *force* is not given.
+        """
+        with self.instances.locked(record) as newest:
+            state = self.instances.status(newest).state
+            if state.alive and state is not State.STARTING:
+                if not force:
+                    raise StateConflict(
+                        f"the instance {newest.name} is {state}",
+                        hint=f"stop it first ('ovm stop {newest.name}'), or remove it by force ('ovm rm -f')",
+                        instance=newest.name,
+                    )
+                self._end(newest)
+            self.instances.remove(newest)
+
+    def artifact(self, record: Record) -> Artifact:
+        """The artifact that an instance was started from."""
+        return load(self.layout, record.digest)
+
+
+def _check_supported(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    platform = manifest.metadata.platform
+    if platform.arch != "x86_64" or platform.uefi:
+        what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
+        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS")
+    if manifest.devices:
+        raise Unsupported(f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run")
+    if manifest.bootstrap is not None:
+        raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
+    if manifest.initrd is not None and manifest.kernel is None:
+        raise InputError(f"{manifest.name} has an initrd, but no kernel")
+    if manifest.kernel is None and not manifest.disk_layers:
+        raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from")
+
+
+def _new_mac() -> str:
+    # 52:54:00 is what QEMU and KVM use by custom: locally administered, unicast
+    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in secrets.token_bytes(3))))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

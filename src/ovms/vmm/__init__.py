@@ -1,0 +1,1 @@
+"""Virtual machine monitors: one protocol, one package for each."""

@@ -1,0 +1,205 @@
+"""What every VMM is told, and what every VMM answers: plain data, no processes.
+
+Sizes are bytes, times seconds unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ovms.disk.layers import Layer
+from ovms.errors import SnapshotInvalid
+from ovms.spec import limits
+
+
+class Accel(StrEnum):
+    """Who runs the guest's instructions: the processor (KVM), or a translator (TCG)."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True)
+class AccelChoice:
+    """The accelerator that was taken; ``reason`` says why it is not KVM, in one line."""
+
+    accel: Accel
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
+
+    ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
+    size of the disk as the guest sees it, or None without one.
+    """
+
+    machine_type: str
+    accel: Accel
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    memory: int
+    vcpus: int
+    mac: str
+    disk_size: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {**asdict(self), "accel": str(self.accel), "cpu_flags": list(self.cpu_flags)}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> Self:
+        """Raises :class:`SnapshotInvalid` when a field is missing or of another type."""
+        if not isinstance(value, dict):
+            raise SnapshotInvalid(f"{where} is not an object")
+        accel = _field(value, "accel", str, where)
+        if accel not in list(Accel):
+            raise SnapshotInvalid(f"{where}.accel is {accel!r:.40}, which is no accelerator")
+        flags = _field(value, "cpu_flags", list, where)
+        if not all(isinstance(flag, str) for flag in flags):
+            raise SnapshotInvalid(f"{where}.cpu_flags is not a list of strings")
+        memory, vcpus = _field(value, "memory", int, where), _field(value, "vcpus", int, where)
+        if not limits.RAM_MIN <= memory <= limits.RAM_MAX or not 1 <= vcpus <= limits.VCPUS_MAX:
+            raise SnapshotInvalid(f"{where}: {memory} bytes of memory and {vcpus} CPUs are out of range")
+        disk_size = None if value.get("disk_size") is None else _field(value, "disk_size", int, where)
+        return cls(
+            _field(value, "machine_type", str, where),
+            Accel(accel),
+            _field(value, "cpu", str, where),
+            tuple(flags),
+            memory,
+            vcpus,
+            _field(value, "mac", str, where),
+            disk_size,
+        )
+
+
+def _field(value: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    item = value.get(key)
+    if not isinstance(item, kind) or (kind is int and isinstance(item, bool)):
+        raise SnapshotInvalid(f"{where}.{key} is missing or of another type than it should be")
+    return item
+
+
+@dataclass(frozen=True)
+class PortForward:
+    """A port of the host that leads to one of the guest."""
+
+    host_ip: str
+    host_port: int
+    guest_port: int
+    protocol: str = "tcp"
+
+    def __str__(self) -> str:
+        return f"{self.host_ip}:{self.host_port}->{self.guest_port}/{self.protocol}"
+
+
+@dataclass(frozen=True)
+class Restore:
+    """What a VM is restored from: its memory, in a file of exactly the machine's size, and its device state.
+
+    The file is mapped privately: the guest's writes never reach it. ``state`` is in the VMM's own form.
+    """
+
+    ram: Path
+    state: bytes
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """One VM to start. ``layers`` (base first) are never written to; ``overlay`` takes every write.
+
+    ``kernel`` None means that the firmware boots from the disk.
+    """
+
+    name: str
+    uuid: str
+    machine: Machine
+    kernel: Path | None
+    initrd: Path | None
+    kernel_args: str
+    layers: tuple[Layer, ...]
+    overlay: Path | None
+    ports: tuple[PortForward, ...]
+    restore: Restore | None = None
+
+
+@dataclass(frozen=True)
+class VmFiles:
+    """The files of one VM, all in its instance's directory."""
+
+    directory: Path
+
+    #: The control channel's and the console's socket, what the console printed, what the VMM said, its events.
+    CONTROL: ClassVar[str] = "qmp.sock"
+    CONSOLE: ClassVar[str] = "console.sock"
+    CONSOLE_LOG: ClassVar[str] = "console.log"
+    VMM_LOG: ClassVar[str] = "vmm.log"
+    EVENTS: ClassVar[str] = "events"
+    PID: ClassVar[str] = "vmm.pid"
+
+    @property
+    def control(self) -> Path:
+        """The socket of the VMM's control channel: one client at a time."""
+        return self.directory / self.CONTROL
+
+    @property
+    def console(self) -> Path:
+        """The socket of the serial console: one client at a time."""
+        return self.directory / self.CONSOLE
+
+    @property
+    def console_log(self) -> Path:
+        """Everything that the serial console printed since the VM was started."""
+        return self.directory / self.CONSOLE_LOG
+
+    @property
+    def vmm_log(self) -> Path:
+        """The VMM's own stderr."""
+        return self.directory / self.VMM_LOG
+
+    @property
+    def events(self) -> Path:
+        """The VMM's events, one JSON object a line."""
+        return self.directory / f"{self.EVENTS}.out"
+
+    @property
+    def pid(self) -> Path:
+        """The VMM's process number, written by itself: for the case that we die before we can note it."""
+        return self.directory / self.PID
+
+
+class RunState(StrEnum):
+    """What a living VM does."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    #: The guest is gone, or cannot go on; only the VMM is still there.
+    HALTED = "halted"
+
+
+class Ending(StrEnum):
+    """How a VM that is no more came to its end."""
+
+    POWERED_OFF = "powered-off"
+    PANICKED = "panicked"
+    STOPPED = "stopped"
+    KILLED = "killed"
+
+
+@dataclass(frozen=True)
+class GuestRam:
+    """Where the memory of a paused VM can be read.
+
+    ``file`` is a path to its backing file; pages that the guest wrote since a restore are not in it when ``private``.
+    """
+
+    pid: int
+    size: int
+    file: Path
+    private: bool

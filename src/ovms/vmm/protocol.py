@@ -1,0 +1,88 @@
+"""What the runtime asks of any virtual machine monitor."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from ovms.process import ProcessId
+from ovms.vmm.model import Accel, AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
+
+
+class Control(Protocol):
+    """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails."""
+
+    def state(self) -> RunState:
+        """What the VM does now."""
+
+    def pause(self) -> None:
+        """Stops all CPUs; what the disk was told is flushed."""
+
+    def resume(self) -> None:
+        """Lets the CPUs go on."""
+
+    def power_down(self) -> None:
+        """Presses the power button; what the guest makes of it is its own matter."""
+
+    def quit(self) -> None:
+        """Ends the VM at once, as if its power failed. The VMM has let go of its files when this returns."""
+
+    def active_overlay(self) -> str | None:
+        """The file name of the overlay that takes the writes now; None without a disk."""
+
+    def add_overlay(self, overlay: Path) -> None:
+        """Lets all further writes go to *overlay* (an empty qcow2 file); the one before is complete and read-only."""
+
+    def save_state(self, scratch: Path) -> bytes:
+        """The device state of the paused VM, in the form that :class:`~ovms.vmm.model.Restore` takes.
+
+        *scratch* is a file in the instance's directory that may be used on the way; it is gone afterwards.
+        """
+
+    def ram(self) -> GuestRam:
+        """Where the memory can be read."""
+
+
+class Vmm(Protocol):
+    """A virtual machine monitor on this host."""
+
+    @property
+    def name(self) -> str:
+        """``qemu``, …"""
+
+    @property
+    def version(self) -> str:
+        """Its version, such as ``7.2.22``. Raises ToolMissing when it is not installed."""
+
+    def choose_accel(self, wanted: Accel | None) -> AccelChoice:
+        """The accelerator to use: KVM where a guest really runs on it.
+
+        Raises:
+            AccelUnavailable: *wanted* is KVM, and it does not run guests here.
+        """
+
+    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+        """The shape that a new VM gets on this host."""
+
+    def why_incompatible(self, machine: Machine, version: str) -> str | None:
+        """Why a snapshot of *machine*, taken by this VMM in *version*, can't be restored here; None when it can."""
+
+    def start(self, config: VmConfig, files: VmFiles) -> ProcessId:
+        """Starts a VM, running, and detached from us. Nothing is left of it when this fails.
+
+        Raises:
+            VmmError, VmmTimeout: the VMM refused, died or hung; its own words are in the message.
+            PortInUse: a port was taken meanwhile.
+        """
+
+    def find_process(self, files: VmFiles) -> ProcessId | None:
+        """The process of a VM whose starter died before it could note it."""
+
+    def connect(
+        self, files: VmFiles, machine: Machine, pid: int, ram_file: Path | None
+    ) -> AbstractContextManager[Control]:
+        """The control channel of a living VM; *ram_file* is what it was restored from (None: it was booted)."""
+
+    def ending(self, files: VmFiles) -> Ending:
+        """How a VM that is no more came to its end."""

@@ -1,0 +1,1 @@
+"""QEMU: ``qemu-system-x86_64`` with the versioned ``pc`` machine."""
