@@ -82,28 +82,29 @@ def open_input(path: Path, what: str, *, max_size: int | None = None) -> BinaryI
         ) from None
     except OSError as exc:
         raise FileProblem(f"{what}: cannot read {path}: {exc.strerror}", path=str(path)) from exc
-    file = os.fdopen(fd, "rb", buffering=0)
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
-            raise FileProblem(
-                f"{what}: {path} is {kind}, where a file is needed", code="file-not-regular", path=str(path)
-            )
-        if info.st_size == 0:
-            raise FileProblem(f"{what}: {path} is empty", code="file-empty", path=str(path))
-        if max_size is not None and info.st_size > max_size:
-            raise FileProblem(
-                f"{what}: {path} has {info.st_size} bytes; at most {max_size} are allowed",
-                code="file-too-large",
-                path=str(path),
-                size=info.st_size,
-                limit=max_size,
-            )
+        _check_input(fd, path, what, max_size)
+        return os.fdopen(fd, "rb", buffering=0)
     except BaseException:
-        file.close()
+        os.close(fd)
         raise
-    return file
+
+
+def _check_input(fd: int, path: Path, what: str, max_size: int | None) -> None:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        kind = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+        raise FileProblem(f"{what}: {path} is {kind}, where a file is needed", code="file-not-regular", path=str(path))
+    if info.st_size == 0:
+        raise FileProblem(f"{what}: {path} is empty", code="file-empty", path=str(path))
+    if max_size is not None and info.st_size > max_size:
+        raise FileProblem(
+            f"{what}: {path} has {info.st_size} bytes; at most {max_size} are allowed",
+            code="file-too-large",
+            path=str(path),
+            size=info.st_size,
+            limit=max_size,
+        )
 
 
 def read_input(path: Path, what: str, *, max_size: int) -> bytes:

@@ -136,15 +136,16 @@ def written_pages(pid: int, address: int, size: int) -> Iterator[Run]:
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, fd)
         try:
-            yield from _scan(fd, address, size)
+            yield from scan_pagemap(fd, address, size)
         except OSError as exc:
             # ENOTTY: Linux before 6.7; EINVAL, EFAULT: one that knows it in another form
             if isinstance(exc, PermissionError):
                 raise
-            yield from _read_pagemap(fd, address, size)
+            yield from read_pagemap(fd, address, size)
 
 
-def _scan(fd: int, address: int, size: int) -> Iterator[Run]:
+def scan_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
+    """:func:`written_pages` by ``PAGEMAP_SCAN`` on an open ``/proc/PID/pagemap``: fast. OSError where there is none."""
     regions = (ctypes.c_uint64 * (3 * _REGIONS))()
     found: list[Run] = []
     start, end = address, address + size
@@ -175,7 +176,8 @@ def _scan(fd: int, address: int, size: int) -> Iterator[Run]:
     yield from found
 
 
-def _read_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
+def read_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
+    """:func:`written_pages` by reading the map itself: everywhere, and slower."""
     pages = size // PAGE
     open_run: int | None = None
     for first in range(0, pages, _ENTRIES):

@@ -1,0 +1,74 @@
+# ovms: 'make help' lists what there is.
+#
+# Everything is made from here: system packages by apt, Python packages into .venv, tools that must not be installed
+# (a registry, a guest kernel) unpacked into .cache. OVMS_CACHE names another place for the last.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OVMS_CACHE ?= $(CURDIR)/.cache
+# the user's own settings must not change what the tests see
+unexport OVMS_ROOT OVMS_DEBUG
+
+TESTS ?=
+WORKERS ?= 2
+
+.PHONY: help
+help: ## show this text
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: setup-system setup-python setup-tools ## install what ovms needs: system packages, .venv, tools (quick when all is there)
+
+.PHONY: setup-system
+setup-system:
+	@scripts/setup-system.sh
+
+.PHONY: setup-python
+setup-python: setup-system
+	@scripts/setup-python.sh $(PYTHON) $(VENV)
+
+.PHONY: setup-tools
+setup-tools: setup-system
+	@scripts/fetch-tools.sh
+
+.PHONY: demo
+demo: setup ## build, push, pull, run, snapshot and restore a real VM
+	@$(BIN)/python demo/make_images.py
+	@$(BIN)/python demo/demo.py
+
+.PHONY: test
+test: setup lint ## the quick tests (under 5 minutes)
+	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
+
+.PHONY: test-all
+test-all: setup lint ## all tests, with real Linux guests
+	@$(BIN)/python demo/make_images.py
+	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
+
+.PHONY: lint
+lint: setup-python ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: ## all benchmarks
+	@for name in $$(cd bench && ls bench_*.py | sed 's/^bench_//; s/\.py$$//; s/_/-/g'); do $(MAKE) --no-print-directory bench-$$name; done
+
+.PHONY: bench-%
+bench-%: setup
+	@$(BIN)/python bench/bench_$(subst -,_,$*).py
+
+.PHONY: lock
+lock: ## pin the newest Python packages with their hashes (needs uv)
+	scripts/lock.sh
+
+.PHONY: clean
+clean: ## remove what was made here (.venv, .cache, caches of tools)
+	rm -rf $(VENV) .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,262 @@
+"""Snapshots and restores: real QEMU, bare guest whose counter lives in its memory alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ovms.artifact.resolve import Found, find
+from ovms.errors import DiskFull, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
+from ovms.memory import capture, snapshot
+from ovms.oci.reference import Reference
+from ovms.runtime import snapshots
+from ovms.runtime.instances import State
+from ovms.runtime.record import Record
+from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.spec.digest import Digest
+from ovms.vmm.model import Accel
+from support.guests import MEMORY, Console
+
+TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
+RESTORE = RunOptions(accel=Accel.TCG)
+
+
+def console(runtime: Runtime, record: Record) -> Console:
+    return Console(runtime.instances.directory(record.id))
+
+
+@pytest.fixture
+def running(runtime: Runtime, echo: Found) -> Record:
+    record = runtime.start(echo, TCG).record
+    console(runtime, record).wait_for("READY")
+    return record
+
+
+def take(runtime: Runtime, record: Record, name: str) -> snapshots.Taken:
+    return snapshots.take(runtime, runtime.instances.find(record.id), Reference.parse(name))
+
+
+def test_memory_lives_on_in_the_original_and_in_every_clone(runtime: Runtime, running: Record) -> None:
+    assert [console(runtime, running).ping() for _ in range(3)] == [1, 2, 3]
+    taken = take(runtime, running, "echo:snap")
+    assert taken.artifact.manifest.ram_snapshot is not None
+    assert console(runtime, running).ping() == 4
+    clones = [runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record for _ in range(2)]
+    for clone in clones:
+        assert clone.restored
+        assert console(runtime, clone).ping() == 4
+        assert "READY" not in console(runtime, clone).text()
+    assert console(runtime, clones[0]).ping() == 5
+    assert console(runtime, clones[1]).ping() == 5
+    assert console(runtime, running).ping() == 5
+
+
+def test_a_clone_is_snapshot_again_with_what_it_changed(runtime: Runtime, running: Record) -> None:
+    console(runtime, running).ping()
+    take(runtime, running, "echo:a")
+    clone = runtime.start(find(runtime.layout, "echo:a"), RESTORE).record
+    assert console(runtime, clone).ping() == 2
+    second = take(runtime, clone, "echo:b")
+    assert console(runtime, clone).ping() == 3
+    again = runtime.start(find(runtime.layout, "echo:b"), RESTORE).record
+    assert console(runtime, again).ping() == 3
+    # base, what the first wrote, what the clone wrote
+    assert len(second.artifact.manifest.disk_layers) == 3
+    assert second.artifact.image.subject is not None
+
+
+def test_a_clone_that_resets_boots_again(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    assert console(runtime, clone).ping() == 1
+    console(runtime, clone).send("r")
+    console(runtime, clone).wait_for("READY")
+    assert console(runtime, clone).ping() == 1
+
+
+def test_a_clone_powers_down_when_asked(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    assert runtime.stop(clone, grace=20).ending == "powered-off"
+
+
+def test_the_ram_image_is_never_written_to_by_its_clones(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    assert clone.ram_image is not None
+    before = clone.ram_image.read_bytes()
+    console(runtime, clone).ping()
+    assert clone.ram_image.read_bytes() == before
+    assert len(before) == MEMORY
+
+
+def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running: Record) -> None:
+    console(runtime, running).ping()
+    take(runtime, running, "echo:a")
+    console(runtime, running).ping()
+    take(runtime, running, "echo:b")
+    first = runtime.start(find(runtime.layout, "echo:a"), RESTORE).record
+    second = runtime.start(find(runtime.layout, "echo:b"), RESTORE).record
+    assert (console(runtime, first).ping(), console(runtime, second).ping()) == (2, 3)
+
+
+def test_cold_boots_a_snapshot_from_its_disk(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    record = runtime.start(find(runtime.layout, "echo:snap"), replace(TCG, cold=True)).record
+    assert not record.restored
+    console(runtime, record).wait_for("READY")
+
+
+def test_another_shape_than_the_snapshots_is_refused(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    found = find(runtime.layout, "echo:snap")
+    with pytest.raises(SnapshotIncompatible, match="32 MiB"):
+        runtime.start(found, replace(RESTORE, memory=64 << 20))
+    with pytest.raises(SnapshotIncompatible, match="1 CPUs"):
+        runtime.start(found, replace(RESTORE, vcpus=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"machine_type": "pc-i440fx-99.0"}, "machine type"),
+        ({"accel": "kvm"}, "KVM"),
+        ({"cpu": "EPYC"}, "CPU model"),
+        ({"cpu_flags": ["no-such-flag"]}, "no-such-flag"),
+    ],
+)
+def test_a_host_that_cannot_restore_boots_and_says_why(
+    runtime: Runtime, running: Record, change: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(runtime, running, "echo:snap")
+    found = find(runtime.layout, "echo:snap")
+    _change_meta(monkeypatch, change)
+    started = runtime.start(found, TCG)
+    assert not started.record.restored
+    assert why in str(started.not_restored)
+    console(runtime, started.record).wait_for("READY")
+
+
+def _change_meta(monkeypatch: pytest.MonkeyPatch, change: dict[str, object]) -> None:
+    original = snapshot.read_control
+
+    def changed(layout: object, digest: Digest) -> object:
+        control = original(layout, digest)  # type: ignore[arg-type]
+        machine = {**control.meta["machine"], **change}
+        return replace(control, meta={**control.meta, "machine": machine})
+
+    monkeypatch.setattr(snapshot, "read_control", changed)
+
+
+def test_a_snapshot_of_another_vm_is_refused(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(runtime, running, "echo:snap")
+    found = find(runtime.layout, "echo:snap")
+    _change_meta(monkeypatch, {"memory": 2 * MEMORY})
+    with pytest.raises(SnapshotInvalid, match="memory size"):
+        runtime.start(found, RESTORE)
+
+
+def test_a_damaged_snapshot_starts_nothing(runtime: Runtime, running: Record) -> None:
+    taken = take(runtime, running, "echo:snap")
+    assert taken.artifact.manifest.ram_snapshot is not None
+    blob = runtime.layout.path(Digest(taken.artifact.manifest.ram_snapshot.ref))
+    data = bytearray(blob.read_bytes())
+    data[-100] ^= 0xFF  # inside the last chunk
+    blob.chmod(0o600)
+    blob.write_bytes(data)
+    count = len(runtime.instances.records())
+    with pytest.raises(SnapshotInvalid):
+        runtime.start(find(runtime.layout, "echo:snap"), RESTORE)
+    assert len(runtime.instances.records()) == count
+    assert [p for p in runtime.layout.derived_dir.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_stopped_instance_is_not_snapshot(runtime: Runtime, running: Record) -> None:
+    runtime.stop(running, grace=0)
+    with pytest.raises(StateConflict):
+        take(runtime, running, "echo:snap")
+
+
+def test_a_full_disk_is_said_before_the_guest_is_paused(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = type("Usage", (), {"total": 1, "used": 1, "free": 0})()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    with pytest.raises(DiskFull):
+        take(runtime, running, "echo:snap")
+    assert runtime.instances.status(runtime.instances.find(running.id)).state is State.RUNNING
+    monkeypatch.undo()
+    assert console(runtime, running).ping() == 1
+
+
+def test_a_snapshot_that_fails_half_way_lets_the_guest_go_on(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(guest: object, fd: int) -> object:
+        raise VmmError("the memory is gone")
+
+    monkeypatch.setattr(capture, "take", fail)
+    with pytest.raises(VmmError):
+        take(runtime, running, "echo:snap")
+    assert console(runtime, running).ping() == 1
+    monkeypatch.undo()
+    taken = take(runtime, running, "echo:snap")  # the overlay of the failed one is a layer now
+    assert len(taken.artifact.manifest.disk_layers) == 3
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    assert console(runtime, clone).ping() == 2
+
+
+def test_an_overlay_that_the_vmm_never_took_is_dropped(runtime: Runtime, running: Record) -> None:
+    with runtime.instances.locked(running) as newest:
+        pending = newest.with_overlay()
+        directory = runtime.instances.directory(running.id)
+        (directory / pending.overlays[-1]).write_bytes(b"")
+        runtime.instances.save(pending)
+    taken = take(runtime, running, "echo:snap")
+    assert len(taken.artifact.manifest.disk_layers) == 2
+    assert runtime.instances.find(running.id).overlays == ("overlay-0.qcow2", "overlay-1.qcow2")
+
+
+def test_both_ways_to_find_written_pages_agree(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    console(runtime, clone).ping()
+    assert clone.process is not None
+    assert clone.ram_image is not None
+    pid = clone.process.pid
+    with runtime.instances.control(clone) as control:
+        control.pause()
+        address = capture.find_mapping(pid, clone.ram_image, MEMORY)
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+        try:
+            slow = set(_pages(capture.read_pagemap(fd, address, MEMORY)))
+            try:
+                fast = set(_pages(capture.scan_pagemap(fd, address, MEMORY)))
+            except OSError:
+                pytest.skip("this kernel has no PAGEMAP_SCAN")
+        finally:
+            os.close(fd)
+        control.resume()
+    assert slow == fast
+    assert len(slow) >= 64  # a ping writes to 64 pages
+
+
+def _pages(runs: object) -> list[int]:
+    return [page for run in runs for page in range(run.start, run.end, 4096)]  # type: ignore[attr-defined]
+
+
+def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, running: Record) -> None:
+    take(runtime, running, "echo:snap")
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
+    image = clone.ram_image
+    assert image is not None
+    runtime.layout.remove_name("echo:snap")
+    runtime.layout.collect(runtime.instances.artifacts)
+    assert Path(image).exists()  # the clone needs it
+    runtime.remove(clone, force=True)
+    runtime.layout.collect(runtime.instances.artifacts)
+    assert list(runtime.layout.derived_dir.iterdir()) == []

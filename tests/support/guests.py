@@ -1,0 +1,96 @@
+"""The bare echo guest: assembled here, packaged as an artifact, talked to over its console."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from ovms import fsutil
+from ovms.disk import qcow2
+from ovms.vmm.model import VmFiles
+
+SOURCE = Path(__file__).parent.parent / "guests" / "echo.S"
+MEMORY = 32 << 20
+DISK = 16 << 20
+
+
+def assemble(source: Path, target: Path) -> Path:
+    """Assembles a bare guest with binutils (the package ``binutils``)."""
+    objects = target.with_suffix(".o")
+    subprocess.run(["as", "--64", source, "-o", objects], check=True, timeout=30)
+    link = ["ld", "-nostdlib", "-static", "-Ttext=0x200000", "--build-id=none", "-z", "noexecstack", "-s"]
+    subprocess.run([*link, objects, "-o", target], check=True, timeout=30)
+    objects.unlink()
+    return target
+
+
+def write_project(directory: Path, kernel: Path, *, name: str = "echo", disk: bool = True) -> Path:
+    """A directory that ``ovm build`` takes: kernel, an empty disk, manifest. Returns the manifest's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "kernel").write_bytes(kernel.read_bytes())
+    layers = ""
+    if disk:
+        if not (directory / "base.qcow2").exists():
+            qcow2.create_overlay(directory / "base.qcow2", DISK)
+        layers = "diskLayers: [{ref: base.qcow2, format: qcow2}]\n"
+    manifest = directory / "ovms.yaml"
+    manifest.write_text(
+        "schemaVersion: 1\nmediaType: application/vnd.ovms.manifest.v1+json\n"
+        f"name: {name}\nversion: '1'\nkernel: {{ref: kernel}}\n{layers}"
+    )
+    return manifest
+
+
+class Console:
+    """The echo guest's console: what it printed, and what it is told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.files = VmFiles(directory)
+
+    def text(self) -> str:
+        return self.files.console_log.read_text()
+
+    def wait_for(self, text: str, *, count: int = 1, timeout: float = 20.0) -> str:
+        """Waits until *text* was printed *count* times, and returns all that was printed."""
+        deadline = time.monotonic() + timeout
+        while (said := self.text()).count(text) < count:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} did not come {count} times, only {said!r}")
+            time.sleep(0.005)
+        return said
+
+    def send(self, keys: str) -> None:
+        with fsutil.connect_unix(self.files.console, timeout=5) as sock:
+            for key in keys:
+                sock.sendall(key.encode())
+                time.sleep(0.02)  # the guest's UART holds one byte
+            # closing at once would drop what QEMU has not read yet
+            time.sleep(0.05)
+
+    def ping(self) -> int:
+        """Sends a newline; returns the guest's count of them, which lives in its memory alone."""
+        before = self.text().count("PONG ")
+        self.send("\n")
+        said = self.wait_for("PONG ", count=before + 1)
+        deadline = time.monotonic() + 5
+        while not said.endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.005)
+            said = self.text()
+        return int(said.rstrip().rpartition(" ")[2], 16)
+
+
+def qemu_children(root: Path) -> list[int]:
+    """The processes whose command line names *root*: what a test must not leave behind."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(root) in words and b"qemu-system" in words.split(b"\0")[0]:
+            found.append(int(entry.name))
+    return found

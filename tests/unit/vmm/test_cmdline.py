@@ -1,0 +1,81 @@
+"""QEMU's command line: golden, and the properties that keep a hostile artifact inside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ovms.disk.layers import Layer
+from ovms.spec.manifest import DiskFormat
+from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig, VmFiles
+from ovms.vmm.qemu import cmdline
+
+MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
+CONFIG = VmConfig(
+    name="web",
+    uuid="11111111-2222-3333-4444-555555555555",
+    machine=MACHINE,
+    kernel=Path("/store/kernel"),
+    initrd=Path("/store/initrd"),
+    kernel_args="console=ttyS0 root=/dev/vda",
+    layers=(
+        Layer(Path("/store/base"), DiskFormat.RAW, 1 << 30),
+        Layer(Path("/store/diff"), DiskFormat.QCOW2, 1 << 30),
+    ),
+    overlay=Path("/instance/overlay-0.qcow2"),
+    ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
+)
+FILES = VmFiles(Path("/instance"))
+
+
+def build(config: VmConfig = CONFIG, state: int | None = None) -> list[str]:
+    return cmdline.build(Path("/usr/bin/qemu"), config, FILES, cmdline.Descriptors(3, 4, state), sandbox=True)
+
+
+def test_the_whole_command_line(golden: object) -> None:
+    golden("qemu-boot.txt", "\n".join(build()) + "\n")  # type: ignore[operator]
+
+
+def test_the_command_line_of_a_restore(golden: object) -> None:
+    config = replace(CONFIG, restore=Restore(Path("/store/ram"), b"state"))
+    golden("qemu-restore.txt", "\n".join(build(config, 5)) + "\n")  # type: ignore[operator]
+
+
+def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
+    values = [json.loads(argv[i + 1]) for i, word in enumerate(argv) if word == "-blockdev"]
+    return {value["node-name"]: value for value in values}
+
+
+def test_every_qcow2_node_says_its_backing_itself() -> None:
+    config = replace(CONFIG, layers=tuple(replace(layer, format=DiskFormat.QCOW2) for layer in CONFIG.layers))
+    found = nodes(build(config))
+    assert [found[n]["backing"] for n in ("layer0", "layer1", "overlay-0")] == [None, "layer0", "layer1"]
+
+
+def test_only_the_overlay_is_writable() -> None:
+    found = nodes(build())
+    assert {name for name, value in found.items() if not value["read-only"]} == {"overlay-0", "overlay-0-file"}
+
+
+def test_a_vm_without_a_disk_has_no_disk() -> None:
+    config = replace(CONFIG, layers=(), overlay=None, machine=replace(MACHINE, disk_size=None))
+    assert not any("blk" in word or word == "-blockdev" for word in build(config))
+
+
+@pytest.mark.parametrize("name", ["a,file=/etc/passwd", "x,process=y"])
+def test_commas_in_names_and_paths_are_no_options(name: str) -> None:
+    argv = build(replace(CONFIG, name=name))
+    assert f"guest={name.replace(',', ',,')},process=ovms-11111111" in argv
+    files = VmFiles(Path("/a,b"))
+    argv = cmdline.build(Path("/q"), CONFIG, files, cmdline.Descriptors(3, 4), sandbox=False)
+    assert any("logfile=/a,,b/console.log," in word for word in argv)
+
+
+def test_the_shape_of_a_restore_is_that_of_the_boot() -> None:
+    def shape(argv: list[str]) -> list[str]:
+        keep = ("-machine", "-cpu", "-smp", "-m", "-device", "-rtc", "-serial")
+        return [f"{a} {b}" for a, b in zip(argv, argv[1:], strict=False) if a in keep]
+
+    assert shape(build()) == shape(build(replace(CONFIG, restore=Restore(Path("/r"), b"")), 5))
