@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import guests
+
 from ovms.artifact.build import Builder
 from ovms.artifact.resolve import Found, find
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import Runtime
-from support import guests
 
 
 def no_registry(host: str) -> object:
@@ -43,5 +44,5 @@ def runtime(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
 @pytest.fixture
 def echo(runtime: Runtime, echo_kernel: Path, tmp_path: Path) -> Found:
     manifest = guests.write_project(tmp_path / "project", echo_kernel)
-    Builder(runtime.layout, no_registry).build(manifest, name="echo:1")  # type: ignore[arg-type]
+    Builder(runtime.layout, no_registry).build(manifest, name="echo:1")
     return find(runtime.layout, "echo:1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from decimal import Decimal
 from typing import Final
 
 from ovms.spec import limits
@@ -19,9 +20,10 @@ def memory(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no size; write 512m or 2g")
-    size = int(float(match[1]) * _FACTORS[match[2].lower()])
-    if size % limits.MIB:
+    exact = Decimal(match[1]) * _FACTORS[match[2].lower()]
+    if exact % limits.MIB:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number of MiB")
+    size = int(exact)
     if not MEMORY_MIN <= size <= limits.RAM_MAX:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is out of range (16m to 1t)")
     return size

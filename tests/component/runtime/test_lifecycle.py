@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.guests import MEMORY, Console, qemu_children
+
 from ovms.artifact.resolve import Found
 from ovms.errors import InstanceNotFound, NameTaken, PortInUse, StateConflict, ToolMissing, Unsupported, VmmError
 from ovms.runtime import ports
@@ -19,7 +21,6 @@ from ovms.runtime.instances import State
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.vmm.model import Accel, Ending
-from support.guests import MEMORY, Console, qemu_children
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 
@@ -97,15 +98,11 @@ def test_several_vms_have_overlays_of_their_own_and_leave_the_base_alone(runtime
         console(runtime, record).wait_for("READY")
         assert (runtime.instances.directory(record.id) / "overlay-0.qcow2").exists()
         assert record.process is not None
-        maps = os.listdir(f"/proc/{record.process.pid}/fd")
-        opened = {os.readlink(f"/proc/{record.process.pid}/fd/{fd}") for fd in maps}
-        assert str(base) in opened
-        flags = [
-            Path(f"/proc/{record.process.pid}/fdinfo/{fd}").read_text()
-            for fd in maps
-            if os.readlink(f"/proc/{record.process.pid}/fd/{fd}") == str(base)
-        ]
-        assert all(int(text.split("flags:\t")[1].split()[0], 8) & os.O_ACCMODE == os.O_RDONLY for text in flags)
+        process = Path(f"/proc/{record.process.pid}")
+        opened = [fd.name for fd in (process / "fd").iterdir() if str(fd.readlink()) == str(base)]
+        flags = [int((process / "fdinfo" / fd).read_text().split("flags:\t")[1].split()[0], 8) for fd in opened]
+        assert flags
+        assert all(flag & os.O_ACCMODE == os.O_RDONLY for flag in flags)
     assert base.read_bytes() == before
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.guests import MEMORY, Console
+
 from ovms.artifact.resolve import Found, find
 from ovms.errors import DiskFull, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
 from ovms.memory import capture, snapshot
@@ -17,7 +19,6 @@ from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.digest import Digest
 from ovms.vmm.model import Accel
-from support.guests import MEMORY, Console
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 RESTORE = RunOptions(accel=Accel.TCG)

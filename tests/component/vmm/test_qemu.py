@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import guests
+
 from ovms.errors import AccelUnavailable
 from ovms.vmm.model import Accel
 from ovms.vmm.qemu import accel, binary
-from support import guests
 
 PACKAGE = Path(accel.__file__).parent
 
@@ -63,9 +64,10 @@ _ORIGINAL = accel._command
 
 
 def test_the_probe_guest_is_what_its_source_says(tmp_path: Path) -> None:
-    assert guests.assemble(PACKAGE / "probe.S", tmp_path / "probe.elf").read_bytes() == (
-        PACKAGE / "probe.elf"
-    ).read_bytes()
+    assert (
+        guests.assemble(PACKAGE / "probe.S", tmp_path / "probe.elf").read_bytes()
+        == (PACKAGE / "probe.elf").read_bytes()
+    )
 
 
 def test_kvm_is_chosen_only_where_the_probe_passes(

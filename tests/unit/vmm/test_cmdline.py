@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from ovms.disk.layers import Layer
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig, VmFiles
@@ -76,6 +78,6 @@ def test_commas_in_names_and_paths_are_no_options(name: str) -> None:
 def test_the_shape_of_a_restore_is_that_of_the_boot() -> None:
     def shape(argv: list[str]) -> list[str]:
         keep = ("-machine", "-cpu", "-smp", "-m", "-device", "-rtc", "-serial")
-        return [f"{a} {b}" for a, b in zip(argv, argv[1:], strict=False) if a in keep]
+        return [f"{a} {b}" for a, b in itertools.pairwise(argv) if a in keep]
 
     assert shape(build()) == shape(build(replace(CONFIG, restore=Restore(Path("/r"), b"")), 5))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ovms.errors import VmmError, VmmTimeout
 from ovms.vmm.qemu.qmp import LINE_MAX, Qmp, QmpError
 
@@ -75,7 +76,7 @@ def test_a_refusal_names_the_command_and_the_reason(peer: Callable[[bytes], sock
     ],
 )
 def test_nonsense_is_an_error_of_the_vmm(peer: Callable[[bytes], socket.socket], data: bytes) -> None:
-    with pytest.raises(VmmError):  # noqa: PT012
+    with pytest.raises(VmmError):
         qmp = Qmp(peer(data), timeout=5)
         with qmp:
             qmp.execute("query-status")

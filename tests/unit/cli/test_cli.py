@@ -1,0 +1,230 @@
+"""The command line: values, output, exit codes, and what it costs to start."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ovms import errors
+from ovms.cli import exitcodes, main, output, progress, values
+from ovms.cli.exitcodes import Exit
+from ovms.cli.main import COMMANDS, command_parser
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def all_errors(kind: type[errors.OvmsError] = errors.OvmsError) -> list[type[errors.OvmsError]]:
+    return [kind, *(c for child in kind.__subclasses__() for c in all_errors(child))]
+
+
+def test_every_error_has_an_exit_code() -> None:
+    for kind in all_errors():
+        if kind.__module__ != "ovms.errors" or kind is errors.OvmsError:
+            continue
+        error = kind("x", problems=[]) if kind is errors.ManifestInvalid else kind("x")
+        assert exitcodes.exit_code(error) is not Exit.INTERNAL, kind
+
+
+def test_the_docs_have_the_same_table() -> None:
+    text = (REPOSITORY / "docs" / "exit-codes.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert [int(code) for code in rows] == [int(code) for code in Exit]
+
+
+def test_the_docs_have_every_error_code() -> None:
+    text = (REPOSITORY / "docs" / "exit-codes.md").read_text()
+    documented = set(re.findall(r"`([a-z][a-z0-9-]+)`", text))
+    for kind in all_errors():
+        if kind.__module__ == "ovms.errors" and kind is not errors.OvmsError:
+            assert {kind.code, *kind.more_codes} <= documented, kind
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512m", 512 << 20),
+        ("2g", 2 << 30),
+        ("1GiB", 1 << 30),
+        ("1.5G", 3 << 29),
+        ("33554432", 32 << 20),
+        ("64 MB", 64 << 20),
+    ],
+)
+def test_memory(text: str, expected: int) -> None:
+    assert values.memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1g", "1k", "1x", "0", "8m", "2000t", "512.0000001m", "nan", "1e9"])
+def test_memory_that_is_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        values.memory(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "256", ""])
+def test_cpus_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        values.cpus(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
+def test_seconds_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        values.seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (500 << 20, "500 MiB"), (1 << 50, "1024 TiB")]
+)
+def test_sizes(count: int, text: str) -> None:
+    assert output.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("then", "text"),
+    [
+        ("2026-01-01T00:00:00Z", "1 day"),
+        ("2026-01-01T23:59:00Z", "1 minute"),
+        ("2026-01-01T23:59:59.500Z", "less than a second"),
+        ("nonsense", "?"),
+        ("2026-01-01", "?"),
+        (None, "?"),
+    ],
+)
+def test_ages(then: str | None, text: str) -> None:
+    assert output.ago(then, datetime(2026, 1, 2, tzinfo=UTC)) == text
+
+
+def test_foreign_words_do_not_drive_the_terminal() -> None:
+    assert "\x1b" not in output.safe("\x1b]0;owned\x07\u202e")
+    assert "\u202e" not in output.safe("\u202e")
+
+
+def test_an_error_names_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    error = errors.ManifestInvalid(
+        "the manifest has 2 problems", problems=[("$.b", "two"), ("$.a", "one")], hint="read"
+    )
+    output.complain(error, as_json=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "ovm: error: the manifest has 2 problems",
+        "  $.a: one",
+        "  $.b: two",
+        "  hint: read",
+    ]
+    output.complain(error, as_json=True)
+    assert json.loads(capsys.readouterr().err)["error"]["code"] == "manifest-invalid"
+
+
+def test_bars_stay_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    bars = progress._Bars(stream)
+    monkeypatch.setenv("COLUMNS", "40")
+    with bars.task("a label that is much longer than its column\x1b[31m", 1000) as task:
+        task.advance(400)
+        task.advance(10_000)
+        task.note("exists already")
+    lines = stream.getvalue().replace("\x1b[1A\x1b[J", "").splitlines()
+    assert lines[-1].rstrip().endswith("exists already")
+    assert all(len(line) < 40 and "\x1b" not in line for line in lines)
+
+
+def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="x"), progress.make("json").task("disk", 10) as task:
+        task.advance(4)
+        raise ValueError("x")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == {"task": "disk", "done": 0, "total": 10, "state": "begin"}
+    assert lines[-1] == {"task": "disk", "done": 4, "total": 10, "state": "end", "note": "broken off"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--nonsense"],
+        ["nonsense"],
+        ["--progress", "x", "ls"],
+        ["run"],
+        ["run", "--memory", "1k", "x"],
+        ["run", "--cpus", "0", "x"],
+        ["run", "--json", "x"],
+        ["run", "-d", "-p", "x", "x"],
+        ["run", "-d", "--runtime", "bochs", "x"],
+        ["stop"],
+        ["snapshot", "x"],
+        ["tag", "a"],
+        ["tag", "a", f"b@sha256:{'0' * 64}"],
+        ["logs", "-n", "x", "y"],
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--root", str(tmp_path / "root"), *arguments] if arguments else []) == Exit.USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(("ovm: error: ", '{"error"'))
+    assert "Traceback" not in said.err
+
+
+def test_a_bug_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(arguments: list[str]) -> int:
+        raise RuntimeError("\x1b[31mred")
+
+    monkeypatch.setattr(main, "_run", broken)
+    assert main.main(["ls"]) == Exit.INTERNAL
+    said = capsys.readouterr().err
+    assert "internal error: RuntimeError" in said
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device", "/x"), 9), (BrokenPipeError(), 0)],
+)
+def test_what_ends_a_command_otherwise(
+    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(arguments: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setattr(main, "_run", broken)
+    monkeypatch.setattr("os.dup2", lambda *args: None)
+    assert main.main(["ls"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser, _ = command_parser(name)
+    assert parser.format_help().startswith(f"usage: ovm {name}")
+    assert main.main([name, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_docker_users_are_pointed_the_right_way(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main(["images"])
+    assert "did you mean 'ovm ls'?" in capsys.readouterr().err
+    main.main(["snapshto"])
+    assert "did you mean 'ovm snapshot'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["ps"], ["ls"], ["run", "--help"]])
+def test_a_command_imports_little(arguments: list[str], tmp_path: Path) -> None:
+    script = (
+        "import sys; from ovms.cli.main import main; code = main(sys.argv[1:]); "
+        "heavy = {'urllib3', 'asyncio', 'yaml', 'ssl', 'lz4', 'http.client'} & set(sys.modules); "
+        "sys.exit(code or (f'imports {sorted(heavy)}' if heavy else 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--root", tmp_path, *arguments] if arguments != ["--version"] else
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
