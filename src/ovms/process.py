@@ -61,8 +61,15 @@ class Completed:
     stderr: bytes
 
 
-def run(argv: Sequence[str | Path], *, timeout: float, check: bool = True, input: bytes | None = None) -> Completed:
-    """Runs a program to its end, with a clean environment and no stdin but *input*.
+def run(
+    argv: Sequence[str | Path],
+    *,
+    timeout: float,
+    check: bool = True,
+    input: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Completed:
+    """Runs a program to its end, with a clean environment (and what *env* adds to it) and no stdin but *input*.
 
     Raises:
         HostError: it failed (with *check*), took longer than *timeout* seconds (it is then killed and reaped), or
@@ -77,7 +84,7 @@ def run(argv: Sequence[str | Path], *, timeout: float, check: bool = True, input
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,
             timeout=timeout,
-            env=dict(CLEAN_ENV),
+            env={**CLEAN_ENV, **(env or {})},
             check=False,
         )
     except subprocess.TimeoutExpired as exc:

@@ -44,5 +44,5 @@ def runtime(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
 @pytest.fixture
 def echo(runtime: Runtime, echo_kernel: Path, tmp_path: Path) -> Found:
     manifest = guests.write_project(tmp_path / "project", echo_kernel)
-    Builder(runtime.layout, no_registry).build(manifest, name="echo:1")
+    Builder(runtime.layout, no_registry).build(manifest, name="echo:1")  # type: ignore[arg-type]
     return find(runtime.layout, "echo:1")

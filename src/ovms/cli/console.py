@@ -26,7 +26,7 @@ from ovms.runtime.runtime import Runtime
 from ovms.vmm.model import VmFiles
 
 _BUFFER: Final = 65536
-#: Seconds between looks at the log where no socket wakes us (another command has the console).
+#: Seconds between looks at the log where no socket wakes us.
 _POLL: Final = 0.2
 
 
@@ -131,7 +131,8 @@ class Attachment:
                 if ended:
                     return
                 watched = [fd for fd in (pidfd, console, stdin, self._interrupts.fileno()) if fd is not None]
-                ready, _, _ = select.select(watched, [], [], _POLL if console is None or deadline else None)
+                # The socket alone does not do: what the guest prints before QEMU takes our connection wakes nobody.
+                ready, _, _ = select.select(watched, [], [], _POLL)
                 if pidfd in ready:
                     pidfd = None
                 if console is not None and console in ready and not _drain(console):

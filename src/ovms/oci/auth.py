@@ -1,0 +1,172 @@
+"""Challenges of registries, and the tokens that answer them.
+
+Sources: RFC 9110 §11 for the header, the distribution project's token specification for Bearer. A credential goes to the
+registry that it belongs to, or to the token service that this registry names, and over TLS only (loopback aside).
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlencode, urlsplit
+
+from ovms.errors import JsonInvalid, RegistryDenied, RegistryProtocol
+from ovms.oci.credentials import Credential
+from ovms.spec import limits, strictjson
+
+#: Seconds that a token is good for at least, whatever the service says.
+_LIFETIME_MIN: Final = 60
+_LIFETIME_MAX: Final = 24 * 3600
+_TOKEN_ANSWER_MAX: Final = 1 * limits.MIB
+_HEADER_MAX: Final = 8192
+_WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_SCHEME: Final = re.compile(rf"\s*,*\s*({_WORD})(?=\s|,|$)(?!\s*=)")
+_PARAMETER: Final = re.compile(rf'\s*,*\s*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
+
+#: Sends a request: method, URL, headers, body → status, body (at most the given bytes).
+Fetch = Callable[[str, str, Mapping[str, str], bytes | None, int], tuple[int, bytes]]
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """One challenge of a ``WWW-Authenticate`` header; names in lower case."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+def parse_challenges(header: str) -> list[Challenge]:
+    """Reads a ``WWW-Authenticate`` header; what does not fit the grammar ends the list."""
+    answer: list[Challenge] = []
+    at = 0
+    header = header[:_HEADER_MAX]
+    while (scheme := _SCHEME.match(header, at)) is not None:
+        at = scheme.end()
+        parameters: dict[str, str] = {}
+        while (parameter := _PARAMETER.match(header, at)) is not None:
+            at = parameter.end()
+            quoted, plain = parameter[2], parameter[3]
+            value = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+            parameters.setdefault(parameter[1].lower(), value)
+        answer.append(Challenge(scheme[1].lower(), parameters))
+    return answer
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host[:port]`` can only be this machine."""
+    name = (urlsplit(f"//{host}").hostname or "").lower()
+    return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", name) is not None
+
+
+class Authenticator:
+    """The ``Authorization`` headers for one registry. Tokens are kept for each scope."""
+
+    def __init__(self, host: str, *, plain_http: bool, fetch: Fetch) -> None:
+        self._host = host
+        self._plain_http = plain_http
+        self._fetch = fetch
+        self._challenge: Challenge | None = None
+        self._tokens: dict[str, tuple[str, float]] = {}
+
+    def header(self, scope: str, credential: Callable[[], Credential | None]) -> str | None:
+        """What to send with a request of this *scope*; None before the registry has asked for anything.
+
+        Raises:
+            RegistryDenied, RegistryProtocol: the token service refuses, or is none that we trust.
+        """
+        if self._challenge is None:
+            return None
+        if self._challenge.scheme == "basic":
+            found = credential()
+            return None if found is None or found.identity else _basic(found)
+        token, expires = self._tokens.get(scope, ("", 0.0))
+        if time.monotonic() >= expires:
+            token, lifetime = self._request_token(self._challenge, scope, credential())
+            self._tokens[scope] = (token, time.monotonic() + lifetime)
+        return f"Bearer {token}"
+
+    def challenged(self, headers: list[str], scope: str) -> bool:
+        """Takes note of a 401. Whether another try makes sense: whether there is a challenge that we can answer."""
+        for header in headers:
+            for challenge in parse_challenges(header):
+                usable = challenge.scheme == "basic" or (
+                    challenge.scheme == "bearer" and "realm" in challenge.parameters
+                )
+                if usable:
+                    self._challenge = challenge
+                    self._tokens.pop(scope, None)
+                    return True
+        return False
+
+    def _request_token(self, challenge: Challenge, scope: str, credential: Credential | None) -> tuple[str, float]:
+        realm = challenge.parameters["realm"]
+        self._check_realm(realm)
+        query = {"service": challenge.parameters.get("service", ""), "scope": scope}
+        if credential is not None and credential.identity:
+            form = {**query, "grant_type": "refresh_token", "refresh_token": credential.secret, "client_id": "ovms"}
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            status, body = self._fetch("POST", realm, headers, urlencode(form).encode(), _TOKEN_ANSWER_MAX)
+        else:
+            headers = {} if credential is None else {"Authorization": _basic(credential)}
+            joined = f"{realm}{'&' if '?' in realm else '?'}{urlencode({k: v for k, v in query.items() if v})}"
+            status, body = self._fetch("GET", joined, headers, None, _TOKEN_ANSWER_MAX)
+        if status in (400, 401, 403):
+            raise denied(self._host, scope, has_credential=credential is not None)
+        if status != 200:
+            raise RegistryProtocol(f"the token service of {self._host} answers with {status}")
+        return _read_token(body, self._host)
+
+    def _check_realm(self, realm: str) -> None:
+        try:
+            parts = urlsplit(realm)
+            host = parts.netloc
+        except ValueError:
+            raise RegistryProtocol(f"{self._host} names a token service that is no URL: {realm[:200]!a}") from None
+        local = parts.scheme == "http" and self._plain_http and is_loopback(host)
+        if not host or "@" in host or (parts.scheme != "https" and not local):
+            raise RegistryProtocol(
+                f"{self._host} wants credentials sent to {realm[:200]!a}, which is not protected by TLS",
+                hint="do not use this registry, or ask its owner",
+            )
+
+
+def _basic(credential: Credential) -> str:
+    pair = f"{credential.username}:{credential.secret}"
+    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+
+
+def _read_token(body: bytes, host: str) -> tuple[str, float]:
+    try:
+        answer = strictjson.parse(body, "the token service's answer", max_size=_TOKEN_ANSWER_MAX)
+    except JsonInvalid as exc:
+        raise RegistryProtocol(f"the token service of {host}: {exc.message}") from exc
+    if not isinstance(answer, dict):
+        raise RegistryProtocol(f"the token service of {host} does not answer with an object")
+    token = answer.get("token") or answer.get("access_token")
+    if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise RegistryProtocol(f"the token service of {host} gives no token")
+    lifetime = answer.get("expires_in")
+    if not isinstance(lifetime, int | float) or isinstance(lifetime, bool):
+        lifetime = _LIFETIME_MIN
+    # a little less than it says: the clock runs while the request travels
+    return token, min(max(float(lifetime) - 5, _LIFETIME_MIN), _LIFETIME_MAX)
+
+
+def denied(host: str, scope: str, *, has_credential: bool, said: str = "") -> RegistryDenied:
+    """The error for a 401 or 403."""
+    what = scope.removeprefix("repository:").rpartition(":")[0] or "the registry"
+    detail = f": {said}" if said else ""
+    if has_credential:
+        return RegistryDenied(
+            f"{host} refuses access to {what} with the credentials that it was given{detail}",
+            hint=f"check the name, and log in again: skopeo login {host} (or docker login)",
+        )
+    return RegistryDenied(
+        f"{host} refuses access to {what} without credentials{detail}",
+        hint=f"check the name (many registries say this of one that does not exist); log in with: skopeo login {host}"
+        " (or docker login)",
+    )

@@ -1,0 +1,185 @@
+"""Credentials that the user has given to podman, skopeo or Docker; ovms keeps none of its own.
+
+Searched in this order, as ``containers-auth.json(5)`` has it: ``REGISTRY_AUTH_FILE`` alone where it is set; else
+``${XDG_RUNTIME_DIR}/containers/auth.json`` (or ``/run/containers/<uid>/auth.json``),
+``${XDG_CONFIG_HOME:-~/.config}/containers/auth.json``, ``${DOCKER_CONFIG:-~/.docker}/config.json``. In each: the helper
+that ``credHelpers`` names for the host, then ``auths`` from the longest path down to the host, then ``credsStore``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ovms import fsutil, process
+from ovms.errors import InputError, JsonInvalid, OvmsError
+from ovms.spec import limits, strictjson
+
+_FILE_MAX: Final = 1 * limits.MIB
+_HELPER: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HELPER_TIMEOUT: Final = 30.0
+#: What a helper may need to find its own store; the rest of the environment stays with us.
+_HELPER_ENV: Final = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "XDG_RUNTIME_DIR",
+    "XDG_CONFIG_HOME",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "GNUPGHOME",
+    "PASSWORD_STORE_DIR",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "CLOUDSDK_CONFIG",
+)
+_IDENTITY_USER: Final = "<token>"
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A user name and a secret. ``identity`` says that the secret is a refresh token, and no password."""
+
+    username: str
+    secret: str = field(repr=False)
+    identity: bool = False
+
+
+class Credentials:
+    """Looks credentials up when a registry asks for some."""
+
+    def __init__(self, files: tuple[Path, ...], environ: Mapping[str, str]) -> None:
+        """*files* are searched in this order; *environ* is what helpers get (in part)."""
+        self._files = files
+        self._environ = {name: environ[name] for name in _HELPER_ENV if name in environ}
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None, uid: int | None = None) -> Credentials:
+        """The files of the user whose environment this is."""
+        values = os.environ if environ is None else environ
+        if named := values.get("REGISTRY_AUTH_FILE"):
+            return cls((Path(named),), values)
+        home = Path(values.get("HOME") or "/")
+        runtime = values.get("XDG_RUNTIME_DIR")
+        number = os.geteuid() if uid is None else uid
+        return cls(
+            (
+                Path(runtime, "containers/auth.json") if runtime else Path(f"/run/containers/{number}/auth.json"),
+                Path(values.get("XDG_CONFIG_HOME") or home / ".config", "containers/auth.json"),
+                Path(values.get("DOCKER_CONFIG") or home / ".docker", "config.json"),
+            ),
+            values,
+        )
+
+    def get(self, host: str, repository: str) -> Credential | None:
+        """The credential for a repository, None where there is none.
+
+        Raises:
+            InputError: a file is malformed, or a helper fails; no secret is in the message.
+        """
+        for path in self._files:
+            document = _read(path)
+            if document is not None and (found := self._search(path, document, host, repository)) is not None:
+                return found
+        return None
+
+    def _search(self, path: Path, document: Mapping[str, Any], host: str, repository: str) -> Credential | None:
+        helpers = _object(document, "credHelpers", path)
+        if host in helpers:
+            return self._ask(helpers[host], host, path)
+        auths = {_normal(key): value for key, value in _object(document, "auths", path).items()}
+        for key in _keys(host, repository):
+            if key in auths and (found := _decode(auths[key], key, path)) is not None:
+                return found
+        store = document.get("credsStore")
+        return self._ask(store, host, path) if store else None
+
+    def _ask(self, name: Any, host: str, path: Path) -> Credential | None:
+        if not isinstance(name, str) or not _HELPER.fullmatch(name):
+            raise InputError(f"{path}: {str(name)[:80]!a} is no name of a credential helper", path=str(path))
+        program = f"docker-credential-{name}"
+        try:
+            done = process.run(
+                [process.find_tool(program), "get"],
+                timeout=_HELPER_TIMEOUT,
+                check=False,
+                input=host.encode(),
+                env=self._environ,
+            )
+        except OvmsError as exc:
+            raise InputError(f"{path} names the credential helper {name}: {exc.message}", hint=exc.hint) from exc
+        if done.returncode != 0:
+            # the protocol's only way to say "none": a text
+            if b"credentials not found" in done.stdout + done.stderr:
+                return None
+            raise InputError(f"{program} failed: {process.tail(done.stderr or done.stdout)}", path=str(path))
+        try:
+            answer = strictjson.parse(done.stdout, "its answer", max_size=_FILE_MAX)
+            username, secret = answer["Username"], answer["Secret"]
+        except (JsonInvalid, KeyError, TypeError):
+            raise InputError(f"{program} did not answer with a user name and a secret") from None
+        if not isinstance(username, str) or not isinstance(secret, str) or not secret:
+            return None
+        return Credential(username, secret, identity=username == _IDENTITY_USER)
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    try:
+        data = fsutil.read_input(path, "the credentials", max_size=_FILE_MAX)
+        value = strictjson.parse(data, str(path), max_size=_FILE_MAX)
+    except JsonInvalid as exc:
+        raise InputError(f"the credentials cannot be read: {exc.message}", path=str(path)) from exc
+    except OvmsError as exc:
+        if exc.code in ("file-missing", "file-empty") or isinstance(exc.__cause__, NotADirectoryError):
+            return None
+        raise
+    if not isinstance(value, dict):
+        raise InputError(f"the credentials in {path} are not an object", path=str(path))
+    return value
+
+
+def _object(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    value = document.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {key} is not an object", path=str(path))
+    return value
+
+
+def _normal(key: str) -> str:
+    # Docker writes its own registry, and some others, as a URL.
+    key = key.removeprefix("https://").removeprefix("http://")
+    host, _, rest = key.partition("/")
+    return host if rest.rstrip("/") in ("", "v1", "v2") else f"{host}/{rest.rstrip('/')}"
+
+
+def _keys(host: str, repository: str) -> Iterator[str]:
+    parts = repository.split("/")
+    for count in range(len(parts), 0, -1):
+        yield "/".join((host, *parts[:count]))
+    yield host
+
+
+def _decode(entry: Any, key: str, path: Path) -> Credential | None:
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: auths of {key[:80]!a} is not an object", path=str(path))
+    if isinstance(token := entry.get("identitytoken"), str) and token:
+        return Credential(_IDENTITY_USER, token, identity=True)
+    auth = entry.get("auth")
+    if auth is None or auth == "":
+        return None
+    try:
+        username, colon, secret = base64.b64decode(auth, validate=True).decode("utf-8").partition(":")
+    except (TypeError, ValueError, binascii.Error):
+        colon = username = secret = ""
+    if not colon:
+        raise InputError(f"{path}: the credentials of {key[:80]!a} are not base64 of USER:SECRET", path=str(path))
+    # Docker pads secrets with NULs
+    return Credential(username, secret.rstrip("\0"))
