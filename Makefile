@@ -28,6 +28,10 @@ setup: setup-system setup-python setup-tools ## install what ovms needs: system 
 setup-system:
 	@scripts/setup-system.sh
 
+.PHONY: setup-demo
+setup-demo: setup
+	@scripts/setup-system.sh --demo
+
 .PHONY: setup-python
 setup-python: setup-system
 	@scripts/setup-python.sh $(PYTHON) $(VENV)
@@ -37,8 +41,7 @@ setup-tools: setup-system
 	@scripts/fetch-tools.sh
 
 .PHONY: demo
-demo: setup ## build, push, pull, run, snapshot and restore a real VM
-	@$(BIN)/python demo/make_images.py
+demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
 	@$(BIN)/python demo/demo.py
 
 .PHONY: test
@@ -46,7 +49,7 @@ test: setup lint ## the quick tests (under 5 minutes)
 	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
 
 .PHONY: test-all
-test-all: setup lint ## all tests, with real Linux guests
+test-all: setup-demo lint ## all tests, with real Linux guests
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 

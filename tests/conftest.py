@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ovms.oci.layout import Layout
+
 # The same examples in every run: a test that fails for one person fails for all. No deadline: machines are shared.
 settings.register_profile(
     "ovms", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100
@@ -25,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OVMS_ROOT", "OVMS_DEBUG", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """An empty store."""
+    return Layout(tmp_path / "store")
 
 
 @pytest.fixture

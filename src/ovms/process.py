@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shlex
@@ -48,7 +49,7 @@ def find_tool(name: str) -> Path:
             tool=name,
             package=package,
         )
-    return Path(found)
+    return Path(found).absolute()  # a relative PATH entry would mean nothing in the directory that spawn starts it in
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,18 @@ class ProcessId:
         return self.boot_id == boot_id() and start_time(self.pid) == self.start_time
 
     def open(self) -> int | None:
-        """A pidfd of this very process, or None when it has ended. The caller closes it."""
+        """A pidfd of this very process, or None when it has ended. The caller closes it.
+
+        Raises:
+            HostError: the host has no descriptor left, say; that is not the end of the process.
+        """
         try:
             fd = os.pidfd_open(self.pid)
-        except (ProcessLookupError, OSError):
-            return None
+        except OSError as exc:
+            # besides "no such process": the number cannot be a process's, or is a thread's now
+            if exc.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+                return None
+            raise HostError(f"cannot watch process {self.pid}: {exc.strerror}", pid=self.pid) from exc
         if not self.alive():  # the number was given to another process before the pidfd was opened
             os.close(fd)
             return None

@@ -18,7 +18,15 @@ from ovms.artifact import model, resolve
 from ovms.artifact.document import read_document
 from ovms.artifact.kernels import check_kernel
 from ovms.disk.layers import check_layer
-from ovms.errors import FileProblem, InputError, ManifestInvalid, NotFound, OvmsError
+from ovms.errors import (
+    FileProblem,
+    InputError,
+    ManifestInvalid,
+    NotFound,
+    OvmsError,
+    RegistryError,
+    SnapshotInvalid,
+)
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -105,13 +113,12 @@ class Builder:
             try:
                 answer.append(self._open_input(item, directory, files))
             except (InputError, NotFound) as exc:
-                problems.append((item.path, exc.message))
+                problems.append((item.path, _with_problems(exc)))
                 errors.append(exc)
         if len(errors) == 1:
             error = errors[0]
             error.context.setdefault("json_path", problems[0][0])
-            error.message = f"{problems[0][0]}: {error.message}"
-            error.args = (error.message,)
+            _prefix(error, f"{problems[0][0]}: ")
             raise error
         if errors:
             raise ManifestInvalid(
@@ -119,17 +126,9 @@ class Builder:
                 problems=problems,
                 hint=next((e.hint for e in errors if e.hint), None),
             )
-        for item in answer:
-            self._check_said_size(checked, item)
+        if problems := list(_wrong_sizes(checked, answer)):
+            raise manifest.invalid(problems, "the manifest")
         return answer
-
-    def _check_said_size(self, checked: manifest.Manifest, item: _Input) -> None:
-        if item.kind != "disk" or (said := checked.disk_layers[item.number].size) is None:
-            return
-        size = os.fstat(item.file.fileno()).st_size if item.file else sum(d.size for d in item.found)
-        if size != said:
-            path = item.path.removesuffix(".ref") + ".size"
-            raise manifest.invalid([(path, f"says {said} bytes, but the layer has {size}")], "the manifest")
 
     def _open_input(self, item: _Input, directory: Path, files: contextlib.ExitStack) -> _Input:
         if is_digest(item.ref):
@@ -167,17 +166,19 @@ class Builder:
                 f"{item.label}: there is neither a file {local} nor an artifact {item.ref}",
                 hint="check the path or the reference",
             ) from exc
-        return _parts_of(other, item)
+        except RegistryError as exc:
+            # What was meant may well be a path: "v1.0/disk.img" reads as a reference.
+            _prefix(exc, f"{item.label}: there is no file {local}, and as a reference: ")
+            raise
+        # What is in the store was checked for its digest when it came, and for nothing else.
+        return tuple(self._check_blob(part, Digest(part.ref)) for part in _parts_of(other, item))
 
     # --- copying -----------------------------------------------------------------------------------------------
 
     def _require_space(self, inputs: list[_Input]) -> None:
-        needed = 0
-        for item in inputs:
-            if item.file is not None:
-                info = os.fstat(item.file.fileno())
-                needed = max(needed, info.st_blocks * 512) if self._may_be_here(info.st_size) else needed
-                needed += 0 if self._may_be_here(info.st_size) else info.st_blocks * 512
+        # A file of the size of a blob may be that blob, and need nothing. If it is not, add_file says so in time.
+        infos = [os.fstat(item.file.fileno()) for item in inputs if item.file is not None]
+        needed = sum(info.st_blocks * 512 for info in infos if not self._may_be_here(info.st_size))
         fsutil.require_space(self._layout.root, needed, "building the artifact")
 
     def _may_be_here(self, size: int) -> bool:
@@ -189,11 +190,11 @@ class Builder:
             return item.found
         fd = item.file.fileno()
         with self._progress.task(item.label.removeprefix("the "), os.fstat(fd).st_size) as task:
-            digest, size, new = self._layout.add_file(fd, item.label, advance=task.advance)
+            digest, _, new = self._layout.add_file(fd, item.label, advance=task.advance)
             if not new:
                 task.note("exists already")
         # What was checked was the user's file; what counts is the copy, and somebody may have written meanwhile.
-        return (self._check_blob(item, digest),) if size else ()
+        return (self._check_blob(item, digest),)
 
     def _compose(self, document: Any, inputs: list[_Input]) -> model.Artifact:
         final = copy.deepcopy(document)
@@ -231,6 +232,26 @@ def _wanted(checked: manifest.Manifest) -> Iterator[_Input]:
         yield _Input("bootstrap", "$.bootstrap.ref", checked.bootstrap.ref)
 
 
+def _prefix(error: OvmsError, text: str) -> None:
+    error.message = text + error.message
+    error.args = (error.message,)
+
+
+def _with_problems(error: OvmsError) -> str:
+    if not isinstance(error, ManifestInvalid):  # of a bootstrap config
+        return error.message
+    return f"{error.message}: {'; '.join(f'{path} {text}' for path, text in error.problems)}"
+
+
+def _wrong_sizes(checked: manifest.Manifest, inputs: list[_Input]) -> Iterator[Problem]:
+    for item in inputs:
+        if item.kind != "disk" or (said := checked.disk_layers[item.number].size) is None:
+            continue
+        size = os.fstat(item.file.fileno()).st_size if item.file else sum(d.size for d in item.found)
+        if size != said:
+            yield item.path.removesuffix(".ref") + ".size", f"says {said} bytes, but the layer has {size}"
+
+
 def _check_content(item: _Input, fd: int) -> None:
     if item.kind == "kernel":
         check_kernel(fd, item.label)
@@ -240,6 +261,9 @@ def _check_content(item: _Input, fd: int) -> None:
     elif item.kind == "ram":
         prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
         ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0))
+        size = os.fstat(fd).st_size
+        if size != prefix.blob_size:
+            raise SnapshotInvalid(f"{item.label} has {size} bytes, but should have {prefix.blob_size}")
     elif item.kind == "bootstrap":
         manifest.parse_bootstrap(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
 
@@ -264,7 +288,7 @@ def ram_annotations(fd: int) -> dict[str, str]:
     }
 
 
-def _parts_of(other: model.Artifact, item: _Input) -> tuple[Descriptor, ...]:
+def _parts_of(other: model.Artifact, item: _Input) -> list[_Input]:
     """The part of another artifact that stands where *item* does; for a disk layer, that artifact's whole chain."""
     have = other.manifest
     refs = {
@@ -281,7 +305,9 @@ def _parts_of(other: model.Artifact, item: _Input) -> tuple[Descriptor, ...]:
             f"{item.label}: {item.ref} is a whole artifact, which can only be the base",
             hint="put it first, or name one of its layers by digest",
         )
-    return tuple(other.blob(ref) for ref in refs)
+    if item.kind == "disk":
+        return [replace(item, ref=layer.ref, format=layer.format) for layer in have.disk_layers]
+    return [replace(item, ref=ref) for ref in refs]
 
 
 def _disk_title(descriptor: Descriptor, number: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import JsonInvalid
@@ -22,6 +23,13 @@ def read_document(path: Path) -> Any:
     if path.suffix == ".json":
         return strictjson.parse(data, str(path), max_size=limits.MANIFEST_MAX)
     return _parse_yaml(data, str(path))
+
+
+#: JSON's types, by their YAML names.
+_TYPES: Final = {"scalar": ("str", "int", "float", "bool", "null"), "sequence": ("seq",), "mapping": ("map",)}
+_TAG: Final = "tag:yaml.org,2002:"
+#: Characters of a number: beyond this Python cannot print it, and a sexagesimal one takes for ever.
+_NUMBER_MAX: Final = 1000
 
 
 def _line(item: Any) -> int:
@@ -46,9 +54,13 @@ def _parse_yaml(data: bytes, what: str) -> Any:
             if self.ovms_depth > limits.JSON_DEPTH_MAX:
                 raise JsonInvalid(f"{what} is nested deeper than {limits.JSON_DEPTH_MAX} levels")
             try:
-                return super().compose_node(parent, index)
+                node: Any = super().compose_node(parent, index)
             finally:
                 self.ovms_depth -= 1
+            if node.tag not in [_TAG + name for name in _TYPES[node.id]]:
+                tag = str(node.tag).removeprefix(_TAG)[:80]
+                raise JsonInvalid(f"{what}: the type {tag!a} in line {_line(node)} is not one that JSON has there")
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             seen: dict[Hashable, Any] = {}
@@ -56,23 +68,48 @@ def _parse_yaml(data: bytes, what: str) -> Any:
                 key = self.construct_object(key_node, deep=True)
                 line = _line(key_node)
                 if not isinstance(key, str):
-                    raise JsonInvalid(f"{what}: the key {key!r} in line {line} is no string")
+                    raise JsonInvalid(f"{what}: the key {ascii(key)[:80]} in line {line} is no string")
                 if key in seen:
-                    raise JsonInvalid(f"{what} has a key twice in one object: {key!r}, in line {line}", key=key)
+                    raise JsonInvalid(f"{what} has a key twice in one object: {key[:80]!a}, in line {line}")
                 seen[key] = self.construct_object(value_node, deep=deep)
             return seen
 
+        def construct_text(self, node: Any) -> str:
+            text = str(self.construct_scalar(node))
+            if any("\ud800" <= c <= "\udfff" for c in text):  # JSON writes what is beyond 16 bits as a pair of escapes
+                try:
+                    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+                except UnicodeDecodeError:
+                    raise JsonInvalid(
+                        f"{what} holds half of a surrogate pair, which is no character, in line {_line(node)}"
+                    ) from None
+            return text
+
+        def construct_number(self, node: Any) -> int | float:
+            if len(node.value) > _NUMBER_MAX:
+                raise JsonInvalid(f"{what} holds a number that is too long, in line {_line(node)}")
+            if node.tag == _TAG + "int":
+                return int(self.construct_yaml_int(node))
+            value = float(self.construct_yaml_float(node))
+            if not math.isfinite(value):
+                raise JsonInvalid(f"{what} holds {value}, which JSON does not know, in line {_line(node)}")
+            return value
+
     # A date stays the text that it is: JSON has no dates.
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
+    Loader.add_constructor(f"{_TAG}map", _construct_map)
+    Loader.add_constructor(f"{_TAG}str", Loader.construct_text)
+    for name in ("int", "float"):
+        Loader.add_constructor(_TAG + name, Loader.construct_number)
     try:
         return yaml.load(data, Loader)  # noqa: S506 - it is a SafeLoader
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise JsonInvalid(f"{what} is not YAML: {getattr(exc, 'problem', None) or 'unreadable'}{place}") from None
-    except (ValueError, RecursionError) as exc:
-        raise JsonInvalid(f"{what} is not YAML that we read: {exc}") from None
+        problem = str(getattr(exc, "problem", None) or "unreadable")[:200]
+        raise JsonInvalid(f"{what} is not YAML: {problem}{place}") from None
+    except (ValueError, LookupError, RecursionError) as exc:  # such as "!!bool maybe"
+        raise JsonInvalid(f"{what} is not YAML that we read: {str(exc)[:200]}") from None

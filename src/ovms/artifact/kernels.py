@@ -13,6 +13,8 @@ from typing import Final
 
 from ovms.errors import KernelInvalid
 
+#: The end of the bzImage setup header; no kernel is shorter.
+_SETUP_SIZE: Final = 0x264
 _NOTE_PVH_ENTRY: Final = 18
 _PROGRAM_HEADERS_MAX: Final = 64
 _NOTES_MAX: Final = 64 * 1024
@@ -31,10 +33,10 @@ def check_kernel(fd: int, what: str = "the kernel") -> KernelKind:
     Raises:
         KernelInvalid: none that x86-64 boots.
     """
-    head = os.pread(fd, 0x264, 0)
+    head = os.pread(fd, _SETUP_SIZE, 0)
     if head[:4] == b"\x7fELF":
         return _check_elf(fd, head, what)
-    if len(head) >= 0x206 and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
+    if len(head) == _SETUP_SIZE and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
         version = int.from_bytes(head[0x206:0x208], "little")
         if version < 0x0200 or not head[0x211] & 1:
             raise KernelInvalid(f"{what} is a Linux kernel of a format before bzImage")

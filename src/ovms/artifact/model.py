@@ -12,6 +12,7 @@ from ovms.oci.layout import Layout
 from ovms.spec import limits, manifest, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest
 
+_PLATFORM: Final = {"os": "linux", "architecture": "amd64"}
 _NOT_OURS: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 
 
@@ -61,12 +62,25 @@ def load(layout: Layout, digest: Digest) -> Artifact:
 def choose(layout: Layout, index: ImageIndex) -> ImageManifest:
     """The manifest of *index* that this machine runs, among those that are in the store."""
     for descriptor in index.manifests:
-        if layout.size(descriptor.digest) is None:
+        if not _fits(descriptor) or layout.size(descriptor.digest) is None:
             continue
         image = layout.manifest(descriptor.digest)
-        if isinstance(image, ImageManifest) and image.artifact_type == mediatypes.MANIFEST:
+        if isinstance(image, ImageManifest) and _claims_manifest(image):
             return image
     raise Unsupported("the index holds no OVMS artifact for this machine", hint=_NOT_OURS)
+
+
+def _fits(descriptor: Descriptor) -> bool:
+    platform = descriptor.platform
+    return platform is None or all(platform.get(key) == value for key, value in _PLATFORM.items())
+
+
+def _claims_manifest(image: ImageManifest) -> bool:
+    return mediatypes.MANIFEST in {
+        image.artifact_type,
+        image.config.media_type,
+        *(layer.media_type for layer in image.layers),
+    }
 
 
 def ovms_descriptor(image: ImageManifest) -> Descriptor:

@@ -39,9 +39,10 @@ def find(layout: Layout, text: str) -> Found:
         InputError: a short digest that fits several artifacts.
         ReferenceInvalid: no reference at all.
     """
-    digest = _by_digest(layout, text)
-    if digest is not None:
-        return Found(_name_of(layout, digest) or digest, load(layout, digest))
+    known = lookup(layout, text)
+    if known is not None:
+        name, digest = known
+        return Found(name or _name_of(layout, digest) or digest, load(layout, digest))
     reference = Reference.parse(text)
     descriptor = _find_descriptor(layout, reference)
     if descriptor is None:
@@ -56,14 +57,18 @@ def find(layout: Layout, text: str) -> Found:
 def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
     """What *text* names in the store, without reading the artifact: its name (None for a digest) and its digest.
 
-    None when there is nothing of that name. Raises like :func:`find` on what is no reference at all.
+    None when there is nothing of that name. Raises like :func:`find` on what is no reference at all. A name comes
+    before the first digits of a digest: an artifact called ``decade`` is found, whatever else is in the store.
     """
-    digest = _by_digest(layout, text)
-    if digest is not None:
-        return None, digest
+    whole = f"sha256:{text.removeprefix('sha256:')}"
+    if is_digest(whole):
+        return (None, Digest(whole)) if layout.size(Digest(whole)) is not None else None
     reference = Reference.parse(text)
     descriptor = layout.find(str(reference))
-    return None if descriptor is None else (str(reference), descriptor.digest)
+    if descriptor is not None:
+        return str(reference), descriptor.digest
+    digest = _by_first_digits(layout, text)
+    return None if digest is None else (None, digest)
 
 
 def _find_descriptor(layout: Layout, reference: Reference) -> Descriptor | None:
@@ -80,10 +85,8 @@ def _name_of(layout: Layout, digest: Digest) -> str | None:
     return next((e.name for e in layout.entries() if e.descriptor.digest == digest and e.name), None)
 
 
-def _by_digest(layout: Layout, text: str) -> Digest | None:
+def _by_first_digits(layout: Layout, text: str) -> Digest | None:
     digits = text.removeprefix("sha256:")
-    if is_digest(f"sha256:{digits}"):
-        return Digest(f"sha256:{digits}") if layout.size(Digest(f"sha256:{digits}")) is not None else None
     if not 6 <= len(digits) < 64 or any(c not in "0123456789abcdef" for c in digits):
         return None
     fitting = {e.descriptor.digest for e in layout.entries() if e.descriptor.digest[7:].startswith(digits)}

@@ -25,6 +25,11 @@ EXTENSIONS_MAX: Final = 64
 
 _V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
+#: Version 3 with its compression type, and what fills it up to 8 bytes. No image is shorter: its tables follow.
+_HEAD_SIZE: Final = 112
+
+#: Offset of the compression type (0 zlib, 1 zstd) in a header long enough to hold it.
+_COMPRESSION_AT: Final = 104
 
 _INCOMPATIBLE: Final = {
     0: "is marked dirty (it was not closed cleanly)",
@@ -60,7 +65,7 @@ def check_header(fd: int, what: str) -> Qcow2Info:
         DiskInvalid: not qcow2, damaged, or it has anything that a layer must not have.
     """
     file_size = os.fstat(fd).st_size
-    head = os.pread(fd, 112, 0)
+    head = os.pread(fd, _HEAD_SIZE, 0)
     if head[:4] != MAGIC:
         raise DiskInvalid(
             f"{what} is not a qcow2 image (it begins with {head[:4].hex() or 'nothing'})",
@@ -72,7 +77,7 @@ def check_header(fd: int, what: str) -> Qcow2Info:
      snapshots, _) = _V2.unpack_from(head)  # fmt: skip
     if version not in (2, 3):
         raise DiskInvalid(f"{what}: qcow2 version {version} is not supported")
-    if version == 3 and len(head) < _V2.size + _V3.size:
+    if version == 3 and len(head) < _HEAD_SIZE:
         raise DiskInvalid(f"{what}: the qcow2 header is cut short")
     if not CLUSTER_BITS_MIN <= cluster_bits <= CLUSTER_BITS_MAX:
         raise DiskInvalid(f"{what}: clusters of 2^{cluster_bits} bytes are out of range")
@@ -93,7 +98,7 @@ def check_header(fd: int, what: str) -> Qcow2Info:
     if not 0 < size <= limits.DISK_VIRTUAL_MAX:
         raise DiskInvalid(f"{what}: a disk of {size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})")
     _check_tables(what, file_size, cluster, size, l1_entries, l1_at, table_at, table_clusters, extended=_extended(head))
-    header_length = _check_features(head, what) if version == 3 else _V2.size
+    header_length = _check_features(head, what, cluster) if version == 3 else _V2.size
     _check_extensions(fd, what, header_length, cluster)
     return Qcow2Info(version, size, cluster)
 
@@ -125,7 +130,7 @@ def _check_tables(
         raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range")
 
 
-def _check_features(head: bytes, what: str) -> int:
+def _check_features(head: bytes, what: str, cluster: int) -> int:
     incompatible, _, _, refcount_order, header_length = _V3.unpack_from(head, _V2.size)
     for bit in range(64):
         if incompatible >> bit & 1 and (reason := _INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
@@ -135,8 +140,11 @@ def _check_features(head: bytes, what: str) -> int:
             )
     if refcount_order > 6:
         raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range")
-    if not _V2.size + _V3.size <= header_length <= 4096 or header_length % 8:
+    if not _V2.size + _V3.size <= header_length <= min(4096, cluster) or header_length % 8:
         raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range")
+    compression = head[_COMPRESSION_AT] if header_length > _COMPRESSION_AT else 0
+    if compression > 1 or compression != incompatible >> 3 & 1:
+        raise DiskInvalid(f"{what}: the compression type {compression} is unknown or does not fit the feature bits")
     return int(header_length)
 
 
@@ -166,7 +174,12 @@ def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> 
 
     Fifty times faster than ``qemu-img create``. The caller puts it on a backing node by an explicit block graph.
     Not fsynced: an overlay is worthless after a crash of the host.
+
+    Raises:
+        DiskInvalid: a size that no disk has, or too large for the clusters.
     """
+    if not 0 < virtual_size <= limits.DISK_VIRTUAL_MAX:
+        raise DiskInvalid(f"a disk of {virtual_size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})")
     cluster = 1 << cluster_bits
     l1_entries = max(1, -(-virtual_size // (cluster * (cluster // 8))))
     l1_clusters = -(-l1_entries * 8 // cluster)

@@ -12,6 +12,7 @@ import base64
 import binascii
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ class Credentials:
         program = f"docker-credential-{name}"
         try:
             done = process.run(
-                [process.find_tool(program), "get"],
+                [self._find(program), "get"],
                 timeout=_HELPER_TIMEOUT,
                 check=False,
                 input=host.encode(),
@@ -127,6 +128,11 @@ class Credentials:
         if not isinstance(username, str) or not isinstance(secret, str) or not secret:
             return None
         return Credential(username, secret, identity=username == _IDENTITY_USER)
+
+    def _find(self, program: str) -> Path:
+        # on the PATH of the environment that the files come from
+        found = shutil.which(program, path=self._environ.get("PATH"))
+        return Path(found) if found else process.find_tool(program)
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:

@@ -19,15 +19,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, DigestMismatch, JsonInvalid, OvmsError, RegistryProtocol, StoreCorrupt
+from ovms.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    FileProblem,
+    JsonInvalid,
+    OvmsError,
+    RegistryProtocol,
+    StoreCorrupt,
+)
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, annotations_of, parse_manifest
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, from_hasher, hex_of, of_bytes
@@ -106,32 +114,39 @@ class Layout:
         self.derived_dir = root / "ovms.blobs"
         self.staging_root = root / "ovms.tmp"
         marker = root / "oci-layout"
-        try:
-            found = marker.read_bytes()
-        except FileNotFoundError:
-            self._create(marker)
-        else:
-            self._check_version(found)
-
-    def _create(self, marker: Path) -> None:
+        new = self._check_version(marker)
+        # also in a layout that another tool made
         for directory in (self.blob_dir, self.derived_dir, self.staging_root):
             directory.mkdir(parents=True, exist_ok=True)
+        if new:
+            self._create(marker)
+
+    def _create(self, marker: Path) -> None:
         with self._index_lock():
             if not (self.root / "index.json").exists():
                 self._write_index({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": []})
             fsutil.atomic_write(marker, _LAYOUT)
 
-    def _check_version(self, found: bytes) -> None:
+    def _check_version(self, marker: Path) -> bool:
+        """Whether there is no layout yet."""
+        version = None
         try:
-            version = json.loads(found)["imageLayoutVersion"]
-        except (ValueError, KeyError, TypeError):
-            version = None
+            found = strictjson.parse(fsutil.read_input(marker, "the store", max_size=4096), "oci-layout", max_size=4096)
+            version = found.get("imageLayoutVersion") if isinstance(found, dict) else None
+        except FileProblem as exc:
+            if exc.code == "file-missing":
+                return True
+            if exc.code == "file-unreadable":
+                raise
+        except JsonInvalid:
+            pass
         if version != "1.0.0":
             raise StoreCorrupt(
                 f"{self.root} is no OCI image layout of version 1.0.0",
                 hint="set OVMS_ROOT to a directory of ovms's own",
                 path=str(self.root),
             )
+        return False
 
     # --- locks -------------------------------------------------------------------------------------------------
 
@@ -264,29 +279,36 @@ class Layout:
 
     def publish(self, fd: int, path: Path, digest: Digest) -> None:
         """Makes the finished file *fd* at *path* (inside :meth:`writer`'s staging directory) durable and visible."""
-        os.fchmod(fd, 0o444)
-        os.fsync(fd)
-        os.replace(path, self.path(digest))
-        fsutil.fsync_dir(self.blob_dir)
+        try:
+            os.fchmod(fd, 0o444)
+            os.fsync(fd)  # where some file systems first find that they are full
+            os.replace(path, self.path(digest))
+            fsutil.fsync_dir(self.blob_dir)
+        except OSError as exc:
+            raise (fsutil.disk_full(exc, "adding a blob to the store", self.root) or exc) from exc
 
     # --- names -------------------------------------------------------------------------------------------------
 
     def _read_index(self) -> dict[str, Any]:
         path = self.root / "index.json"
         try:
-            value = strictjson.parse(path.read_bytes(), str(path), max_size=_INDEX_MAX)
+            data = fsutil.read_input(path, "index.json", max_size=_INDEX_MAX)
+            value = strictjson.parse(data, str(path), max_size=_INDEX_MAX)
             if not isinstance(value, dict) or not isinstance(value.get("manifests"), list):
                 raise JsonInvalid(f"{path} has no list of manifests")
-        except (JsonInvalid, FileNotFoundError) as exc:
+        except (JsonInvalid, FileProblem) as exc:
             raise StoreCorrupt(
                 f"the store's index cannot be read: {exc}",
-                hint=f"move {path} away to start with no names",
+                hint=f"move {path} away, and oci-layout with it, to start with no names",
                 path=str(path),
             ) from exc
         return value
 
     def _write_index(self, value: dict[str, Any]) -> None:
-        fsutil.atomic_write(self.root / "index.json", strictjson.canonical(value))
+        try:
+            fsutil.atomic_write(self.root / "index.json", strictjson.canonical(value))
+        except OSError as exc:
+            raise (fsutil.disk_full(exc, "writing the store's index", self.root) or exc) from exc
 
     def entries(self) -> list[Entry]:
         """Every name and what it stands for, in the order in which they were set. No name: the empty string."""
@@ -371,6 +393,8 @@ class Layout:
         try:
             with fsutil.file_lock(self.root / "ovms.lock", timeout=0):
                 fsutil.sweep_staging(self.staging_root)
+                with self._index_lock():
+                    fsutil.sweep_temporaries(self.root / "index.json")
                 live: set[Digest] = set()
                 for digest in keep() | {entry.descriptor.digest for entry in self.entries()}:
                     live |= self.reachable(digest)
@@ -401,6 +425,8 @@ def _remove_unnamed(directory: Path, names: set[str]) -> int:
     for path in directory.iterdir():
         if path.name.partition(".")[0] not in names:
             info = path.lstat()
+            if stat.S_ISDIR(info.st_mode):  # none of ours
+                continue
             path.unlink()
             freed += info.st_blocks * 512
     return freed

@@ -19,7 +19,7 @@ DEFAULT_TAG: Final = "latest"
 _MAX_LENGTH: Final = 512
 _HOST: Final = re.compile(
     r"(?:\[[0-9a-fA-F:]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-    r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)(?::[0-9]{1,5})?"
+    r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)(?::(?P<port>[0-9]{1,5}))?"
 )
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -54,8 +54,9 @@ class Reference:
         registry: str | None = None
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
-            if not _HOST.fullmatch(first):
-                raise ReferenceInvalid(f"{shown}: {first!a} is no host name", hint=hint)
+            host = _HOST.fullmatch(first)
+            if host is None or not 1 <= int(host["port"] or 443) <= 65535:
+                raise ReferenceInvalid(f"{shown}: {first!a} is no HOST[:PORT]", hint=hint)
             registry, rest = first, remainder
         repository, colon, tag = rest.partition(":")
         if not _REPOSITORY.fullmatch(repository):

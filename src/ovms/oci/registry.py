@@ -35,6 +35,8 @@ ATTEMPTS_MAX: Final = 5
 _BACKOFF: Final = 0.2
 #: The most that a Retry-After may ask of us.
 _WAIT_MAX: Final = 30.0
+#: Statuses after which another try may go better.
+_BUSY: Final = frozenset({429, 500, 502, 503, 504})
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
 
@@ -253,14 +255,14 @@ class RegistryClient:
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int
     ) -> tuple[int, bytes]:
         with self._transport.request(method, url, headers, body) as answer:
-            if answer.status == 429 or answer.status >= 500:
+            if answer.status in _BUSY:
                 raise self._busy(answer, "the token service")
             return answer.status, answer.read(limit)
 
     def _expect(self, answer: Answer, status: int, what: str, repository: str) -> None:
         if answer.status == status:
             return
-        if answer.status == 429 or answer.status >= 500:
+        if answer.status in _BUSY:
             raise self._busy(answer, what)
         said = _error_text(answer)
         if answer.status in (401, 403):

@@ -38,6 +38,8 @@ RAM_MAX: Final = 1 * TIB
 RAM_PAGE: Final = 4096
 RAM_CHUNK_PAGES: Final = 16
 RAM_CHUNK_PAGES_MAX: Final = 1024
+#: Index entries: whoever restores holds the index in memory. 256 GiB of memory in chunks of RAM_CHUNK_PAGES.
+RAM_CHUNKS_MAX: Final = 4 * MIB
 RAM_META_MAX: Final = 1 * MIB
 RAM_STATE_MAX: Final = 64 * MIB
 VCPUS_MAX: Final = 255

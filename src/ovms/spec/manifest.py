@@ -1,11 +1,12 @@
 """The OVMS manifest: checked once at the edge, handed inwards as typed values.
 
 Source: the OVMS v0.1 draft, section "manifest". Every problem is reported, each with its JSON path; unknown fields are
-kept (they live on in ``raw`` and ``document``), because what is hashed and signed is the original bytes.
+kept (they live on in ``document``), because what is hashed and signed is the original bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Problem = tuple[str, str]
 
 _HEX_ADDRESS: Final = re.compile(r"0x[0-9a-fA-F]{1,16}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TIME: Final = re.compile(
+    r"[0-9]{4}(-[0-9]{2}){2}[Tt][0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+)
 _ENV: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _PORT: Final = re.compile(r"([0-9]{1,5})/(tcp|udp)")
 
@@ -196,7 +200,7 @@ class _Reader:
     def integer(self, key: str, low: int, high: int, *, required: bool = False) -> int | None:
         value: int | None = self._typed(key, int, "an integer", required)
         if value is not None and not low <= value <= high:
-            self.problem(key, f"must be from {low} to {high}, not {value}")
+            self.problem(key, f"must be from {low} to {high}, not {_shown_number(value)}")
             return None
         return value
 
@@ -221,14 +225,17 @@ class _Reader:
             return []
         return value or []
 
-    def strings(self, key: str, max_items: int, check: Callable[[str], str | None] | None = None) -> tuple[str, ...]:
+    def strings(
+        self, key: str, max_items: int, check: Callable[[str], str | None] | None = None, *, lines: bool = False
+    ) -> tuple[str, ...]:
+        """A list of strings; with *lines* they may hold any character but NUL, as arguments of a program may."""
         answer = []
         for i, item in enumerate(self.items(key, max_items)):
             if not isinstance(item, str):
                 self.problem(f"{key}[{i}]", f"must be a string, not {_kind(item)}")
                 continue
-            wrong = _text_problem(item, empty=True, max_length=limits.STRING_MAX) or (check(item) if check else None)
-            if wrong:
+            wrong = _text_problem(item, empty=True, max_length=limits.STRING_MAX, lines=lines)
+            if wrong := wrong or (check(item) if check else None):
                 self.problem(f"{key}[{i}]", wrong)
             answer.append(item)
         return tuple(answer)
@@ -264,11 +271,17 @@ def _shown(text: str) -> str:
     return ascii(text if len(text) <= 60 else text[:57] + "…")
 
 
-def _text_problem(value: str, *, empty: bool, max_length: int) -> str | None:
+def _shown_number(value: int) -> str:
+    return str(value) if value.bit_length() <= 64 else "a number of more than 64 bits"
+
+
+def _text_problem(value: str, *, empty: bool, max_length: int, lines: bool = False) -> str | None:
     if not value and not empty:
         return "must not be empty"
     if len(value) > max_length:
         return f"has {len(value)} characters; at most {max_length} are allowed"
+    if lines:
+        return "holds a NUL character" if "\0" in value else None
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
         return "holds control characters"
     return None
@@ -281,11 +294,12 @@ def _check_name(value: str) -> str | None:
 
 
 def _check_time(value: str) -> str | None:
-    try:
-        if "T" in value.upper() and datetime.fromisoformat(value).tzinfo is not None:
+    # fromisoformat takes far more than RFC 3339 does (week dates, no seconds), but no leap second
+    if _TIME.fullmatch(value):
+        with contextlib.suppress(ValueError):
+            seconds = "59" if value[17:19] == "60" else value[17:19]
+            datetime.fromisoformat(f"{value[:17]}{seconds}{value[19:]}".upper())
             return None
-    except ValueError:
-        pass
     return f"must be a time as in RFC 3339, such as 2026-01-31T12:00:00Z, not {_shown(value)}"
 
 
@@ -383,9 +397,11 @@ def _read_devices(top: _Reader) -> tuple[Device, ...]:
             item.integer("size", 1, limits.IVSHMEM_MAX),
             None if address is None else int(address, 16),
         )
+        size = device.size
         if device.name and any(other.name == device.name for other in devices):
             item.problem("name", f"another device is named {_shown(device.name)}")
-        if device.type == "ivshmem" and (device.size is None or device.size & (device.size - 1)):
+        missing = size is None and "size" not in item.value  # any other size of None has its problem already
+        if device.type == "ivshmem" and (missing or (size is not None and size & (size - 1))):
             item.problem("size", "an ivshmem device needs a size that is a power of two")
         devices.append(device)
     return tuple(devices)
@@ -440,10 +456,10 @@ def parse_bootstrap(data: bytes, what: str = "the bootstrap config") -> Bootstra
         return f"must be a port such as 80/tcp, not {_shown(value)}"
 
     config = BootstrapConfig(
-        top.strings("env", 4096, env),
+        top.strings("env", 4096, env, lines=True),
         top.string("workdir"),
-        top.strings("entrypoint", 1024),
-        top.strings("cmd", 1024),
+        top.strings("entrypoint", 1024, lines=True),
+        top.strings("cmd", 1024, lines=True),
         top.strings("exposedPorts", 1024, port),
     )
     if problems:

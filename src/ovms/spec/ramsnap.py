@@ -139,6 +139,8 @@ def parse_prefix(data: bytes) -> Prefix:
         raise _bad(f"device state of {state} bytes is out of range", 56)
     if chunks > memory // PAGE:
         raise _bad(f"{chunks} chunks are more than there are pages", 72)
+    if chunks > limits.RAM_CHUNKS_MAX:
+        raise _bad(f"{chunks} chunks are out of range; at most {limits.RAM_CHUNKS_MAX} are allowed", 72)
     if data_size > memory + chunks * 64:
         raise _bad(f"{data_size} bytes of chunks are more than the memory holds", 88)
     answer = Prefix(memory, chunk_pages, meta, state, chunks, data_at, data_size, digest)
@@ -211,7 +213,13 @@ def _parse_index(data: bytes, prefix: Prefix) -> Iterator[Chunk]:
 def build_control(
     meta: Mapping[str, Any], state: bytes, chunks: Sequence[Chunk], *, memory_size: int, chunk_pages: int
 ) -> bytes:
-    """The control part's bytes, filled with zeroes up to the data region."""
+    """The control part's bytes, filled with zeroes up to the data region.
+
+    Raises:
+        SnapshotInvalid: beyond a limit, so that no reader would take it.
+    """
+    if len(state) > limits.RAM_STATE_MAX:
+        raise _bad(f"device state of {len(state)} bytes is out of range", PREFIX_SIZE)
     meta_bytes, stored_state = strictjson.canonical(meta), _compress_block(state)
     index = b"".join(_ENTRY.pack(c.page, c.pages, c.stored_size, c.offset, c.codec, _ZERO7, c.digest) for c in chunks)
     regions = meta_bytes + stored_state + index
@@ -236,6 +244,7 @@ def build_control(
         data_size,
         hashlib.sha256(regions).digest(),
     )
+    parse_prefix(prefix)
     return (prefix + regions).ljust(data_at, b"\0")
 
 
@@ -265,6 +274,8 @@ def decompress(stored: bytes | memoryview, codec: int, size: int | None, what: s
     if codec == CODEC_STORED:
         data = bytes(stored)
     elif codec == CODEC_LZ4:
+        if size is None:
+            size, stored = _claimed_size(stored, what, offset), stored[4:]
         data = _decompress_lz4(stored, size, what, offset)
     else:
         raise SnapshotInvalid(f"RAM snapshot: {what} is compressed with zstd, which this version does not read")
@@ -273,17 +284,20 @@ def decompress(stored: bytes | memoryview, codec: int, size: int | None, what: s
     return data
 
 
-def _decompress_lz4(stored: bytes | memoryview, size: int | None, what: str, offset: int) -> bytes:
+def _claimed_size(stored: bytes | memoryview, what: str, offset: int) -> int:
+    if len(stored) < 4:
+        raise _bad(f"{what} is cut short", offset)
+    claimed = int.from_bytes(stored[:4], "little")
+    if claimed > limits.RAM_STATE_MAX:
+        raise _bad(f"{what} claims {claimed} bytes; at most {limits.RAM_STATE_MAX} are allowed", offset)
+    return claimed
+
+
+def _decompress_lz4(stored: bytes | memoryview, size: int, what: str, offset: int) -> bytes:
     import lz4.block
 
-    if size is None:
-        if len(stored) < 4:
-            raise _bad(f"{what} is cut short", offset)
-        claimed = int.from_bytes(stored[:4], "little")
-        if claimed > limits.RAM_STATE_MAX:
-            raise _bad(f"{what} claims {claimed} bytes; at most {limits.RAM_STATE_MAX} are allowed", offset)
-        size, stored = claimed, stored[4:]
     try:
+        # the size is an upper bound here: what unpacks to less comes back shorter
         return bytes(lz4.block.decompress(stored, uncompressed_size=size))
     except (lz4.block.LZ4BlockError, ValueError) as exc:
         raise _bad(f"{what} cannot be unpacked: {exc}", offset) from None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, Final, NoReturn
 
 from ovms.errors import JsonInvalid
 from ovms.spec import limits
 
-# Strings are skipped as a whole, so that brackets inside them do not count.
-_TOKENS: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+# Strings are skipped as a whole, so that brackets inside them do not count. One without an end is skipped too: looked
+# through again from every quotation mark in it, it would cost the square of its length.
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON_DEPTH_MAX) -> Any:
     """Parses *data*; *what* names the document in errors.
 
     Raises:
-        JsonInvalid: not JSON, too large, too deep, a key twice in one object, NaN or Infinity, a lone surrogate.
+        JsonInvalid: not JSON, too large, too deep, a key twice in one object, NaN or Infinity, a number that
+            Python cannot hold, a lone surrogate.
     """
     if len(data) > max_size:
         raise JsonInvalid(f"{what} has {len(data)} bytes; at most {max_size} are allowed", limit=max_size)
@@ -38,8 +41,14 @@ def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON
     def constant(name: str) -> NoReturn:
         raise JsonInvalid(f"{what} holds {name}, which JSON does not know")
 
+    def real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):  # such as 1e999, which we could not write again
+            raise JsonInvalid(f"{what} holds a number that is too large")
+        return value
+
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=real)
     except json.JSONDecodeError as exc:
         raise JsonInvalid(
             f"{what} is not JSON: {exc.msg} in line {exc.lineno}, column {exc.colno}", line=exc.lineno, column=exc.colno
@@ -52,7 +61,8 @@ def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON
         except UnicodeEncodeError:
             raise JsonInvalid(f"{what} holds half of a surrogate pair, which is no character") from None
     if duplicates:
-        raise JsonInvalid(f"{what} has a key twice in one object: {duplicates[0]!r}", key=duplicates[0])
+        key = duplicates[0][:80]
+        raise JsonInvalid(f"{what} has a key twice in one object: {key!a}", key=key)
     return value
 
 

@@ -1,0 +1,200 @@
+#!/bin/sh
+# Gets what must not be installed on the host into the cache: an OCI registry (its package starts a daemon), a
+# kernel with its modules (its package writes into /boot), a static busybox. Needs no root. Packages come from the
+# sources that the host's apt has; they are unpacked, and nothing of them is run but the programs themselves.
+#
+#   scripts/fetch-tools.sh [all | registry]     "registry" gets the registry alone, for the tests
+#
+# $OVMS_CACHE, by default .cache of the repository:
+#   tools/docker-registry        the registry            -> docker-registry_VERSION/
+#   tools/busybox                busybox, static         -> busybox-static_VERSION/
+#   tools/kernel/                vmlinuz, version, modules/NN-NAME.ko in the order of loading, -> linux_VERSION/
+#   tools/.checked-*             newer than apt's lists: nothing to look up
+# Every version has a directory of its own, which appears whole or not at all.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${OVMS_CACHE:-$(dirname "$here")/.cache}
+what=${1:-all}
+
+say() { printf 'fetch-tools: %s\n' "$*" >&2; }
+die() { printf 'fetch-tools: error: %s\n' "$*" >&2; exit 1; }
+
+case "$what" in
+    all) wanted='docker-registry busybox kernel' ;;
+    registry) wanted='docker-registry' ;;
+    *) die "usage: ${0##*/} [all | registry]" ;;
+esac
+
+mkdir -p "$cache/tools"
+cache=$(cd "$cache" && pwd)
+tools=$cache/tools
+recipe=1 # to be raised when other parts of a kernel are taken, or taken in another way
+
+# Everything there, and no newer package lists or sources? Then there is nothing to ask apt.
+fresh() {
+    for name in $wanted; do
+        [ -e "$tools/$name" ] || return 1
+    done
+    [ -e "$tools/.checked-$what" ] || return 1
+    [ -z "$(find "$here/fetch-tools.sh" "$here/pick_modules.py" /var/lib/apt/lists /etc/apt \
+        -newer "$tools/.checked-$what" -print 2>/dev/null | head -n 1)" ]
+}
+
+fresh && exit 0
+for program in apt-get dpkg-deb flock python3; do
+    command -v "$program" >/dev/null 2>&1 ||
+        die "no $program here: this needs Debian 12 or Ubuntu 24.04, or later; run scripts/setup-system.sh first"
+done
+
+exec 9>"$tools/.lock"
+if ! flock -n 9; then
+    say "waiting for another run to end"
+    flock -w 900 9 || die "another run has been going on for 15 minutes"
+fi
+fresh && exit 0
+
+rm -rf "$tools"/.work-* # of a run that was killed
+work=$(mktemp -d "$tools/.work-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# root does not hand the download to another user, who could not write here
+own_lists=
+apt() {
+    program=$1
+    shift
+    if [ -n "$own_lists" ]; then
+        set -- -o Dir::State::Lists="$cache/apt/lists" -o Dir::Cache="$cache/apt/cache" "$@"
+    fi
+    LC_ALL=C "$program" -q -o APT::Sandbox::User=root -o Acquire::Retries=3 "$@" 2>>"$work/apt.log" </dev/null
+}
+
+# With no lists on the host, or lists of long ago, take some of our own: that needs no root.
+use_own_lists() {
+    [ -z "$own_lists" ] || return 1
+    say "the host's package lists are missing or old: getting a copy of our own"
+    own_lists=yes
+    mkdir -p "$cache/apt/lists/partial" "$cache/apt/cache/archives/partial"
+    if ! apt apt-get update >/dev/null; then
+        tail -n 15 "$work/apt.log" >&2
+        return 1
+    fi
+}
+
+# the version that apt would install, or nothing
+candidate() {
+    apt apt-cache policy "$1" | sed -n 's/^  Candidate: //p' | grep -v '^(none)$' || true
+}
+
+# the kernel packages that a package depends on: those with a version in the name
+kernel_parts() {
+    apt apt-cache show --no-all-versions "$1" | sed -n 's/^\(Pre-\)\{0,1\}Depends: //p' | tr ',' '\n' |
+        sed -n 's/^ *\(linux-\(image\|modules\|binary\)-[0-9][^ |:]*\).*/\1/p' | sort -u
+}
+
+# download PACKAGE...: the .deb files into $work/debs
+download() {
+    rm -rf "$work/debs"
+    mkdir "$work/debs"
+    (cd "$work/debs" && apt apt-get download "$@" >/dev/null)
+}
+
+# get PACKAGE...: unpacked into $work/root
+get() {
+    say "getting $*"
+    if ! download "$@"; then
+        if ! use_own_lists || ! download "$@"; then
+            tail -n 15 "$work/apt.log" >&2
+            return 1
+        fi
+    fi
+    rm -rf "$work/root"
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root" || return 1
+    done
+}
+
+# The functions from here on are called in conditions, where "set -e" does nothing: they check each step.
+
+# publish DIRECTORY NAME FILE: $work/new becomes tools/DIRECTORY, and tools/NAME leads to FILE in it
+publish() {
+    rm -rf "${tools:?}/$1" && mv "$work/new" "$tools/$1" && point "$1" "$2" "$3"
+}
+
+point() {
+    ln -s "$1$3" "$work/link" && mv -T "$work/link" "$tools/$2"
+}
+
+# fetch_file NAME PACKAGE PATH: one program of one package
+fetch_file() {
+    version=$(candidate "$2")
+    if [ -z "$version" ]; then
+        use_own_lists || return 1
+        version=$(candidate "$2")
+    fi
+    if [ -z "$version" ]; then
+        say "no package $2 in the host's apt sources (on Ubuntu it is in 'universe')"
+        return 1
+    fi
+    dir=${2}_$(printf %s "$version" | tr ':/' '__')
+    if [ -x "$tools/$dir/$1" ]; then
+        point "$dir" "$1" "/$1"
+        return
+    fi
+    get "$2" || return 1
+    mkdir "$work/new" || return 1
+    for path in "$work/root/usr$3" "$work/root$3"; do
+        if [ -f "$path" ]; then
+            mv "$path" "$work/new/$1" && chmod 0755 "$work/new/$1" && publish "$dir" "$1" "/$1"
+            return
+        fi
+    done
+    say "the package $2 has no $3"
+    return 1
+}
+
+find_kernel() {
+    for meta in linux-image-cloud-amd64 linux-image-virtual linux-image-kvm linux-image-generic linux-image-amd64; do
+        parts=$(kernel_parts "$meta" || true)
+        [ -z "$parts" ] || return 0
+    done
+    return 1
+}
+
+fetch_kernel() {
+    find_kernel || { use_own_lists && find_kernel; } || {
+        say "no kernel package in the host's apt sources"
+        return 1
+    }
+    # on Ubuntu the modules are in a package of their own, which the image depends on
+    for part in $parts; do
+        parts="$parts $(kernel_parts "$part" | grep -vxF "$parts" | grep -v '^linux-image-' | tr '\n' ' ')"
+    done
+    # shellcheck disable=SC2086 # a list of packages
+    set -- $parts
+    dir=linux_${1#linux-*-}_$(candidate "$1" | tr ':/' '__')_$recipe
+    if [ ! -e "$tools/$dir/vmlinuz" ]; then
+        get "$@" && mkdir "$work/new" && python3 "$here/pick_modules.py" "$work/root" "$work/new" &&
+            publish "$dir" kernel ''
+    else
+        point "$dir" kernel ''
+    fi
+}
+
+failed=
+for name in $wanted; do
+    case "$name" in
+        docker-registry) fetch_file docker-registry docker-registry /bin/docker-registry || failed=yes ;;
+        busybox) fetch_file busybox busybox-static /bin/busybox || failed=yes ;;
+        kernel) fetch_kernel || failed=yes ;;
+    esac
+    if [ -n "$failed" ]; then
+        [ -e "$tools/$name" ] || die "could not get $name"
+        say "could not look for a newer $name: going on with the one in the cache"
+        failed=
+        stale=yes
+    fi
+done
+[ -n "${stale-}" ] || touch "$tools/.checked-$what"

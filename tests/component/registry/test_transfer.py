@@ -1,0 +1,290 @@
+"""Pull and push against Debian's docker-registry, with skopeo as the witness."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.registry import Registry
+
+from ovms.artifact import model
+from ovms.artifact.resolve import find
+from ovms.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    DiskFull,
+    OvmsError,
+    ReferenceNotFound,
+    RegistryDenied,
+    RegistryUnreachable,
+    Unsupported,
+)
+from ovms.oci import transfer
+from ovms.oci.credentials import Credential
+from ovms.oci.descriptor import Descriptor, build_manifest
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.oci.registry import RegistryClient
+from ovms.spec import mediatypes, strictjson
+from ovms.spec.digest import Digest, hex_of, of_bytes
+from ovms.spec.manifest import DiskFormat
+
+# user "ovms", password "secret"
+HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
+KERNEL = b"\x7fKERNEL" * 1000
+DISK = os.urandom(300_000) + bytes(1 << 20) + os.urandom(5)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "store")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "other")
+
+
+@pytest.fixture
+def client(registry: Registry) -> Iterator[RegistryClient]:
+    with RegistryClient(registry.host) as client:
+        yield client
+
+
+def make(layout: Layout, name: str, disk: bytes = DISK, *, subject: Descriptor | None = None) -> model.Artifact:
+    """An artifact without a real kernel: transfer does not look into blobs."""
+    parts = model.Parts(
+        kernel=model.part_descriptor("kernel", layout.add_bytes(KERNEL), len(KERNEL)),
+        disks=(model.part_descriptor("disk", layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
+    )
+    document = {
+        "schemaVersion": 1,
+        "mediaType": mediatypes.MANIFEST,
+        "name": "test",
+        "version": "1",
+        "kernel": {"ref": of_bytes(KERNEL)},
+        "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
+    }
+    artifact = model.compose(layout, document, parts, subject=subject)
+    layout.set_name(name, artifact.image.descriptor())
+    return artifact
+
+
+def reference(registry: Registry, request: pytest.FixtureRequest, tag: str = "1") -> Reference:
+    repository = f"t/{abs(hash(request.node.name)) % 10**9}"
+    return Reference(registry.host, repository, tag)
+
+
+@pytest.fixture
+def ref(registry: Registry, request: pytest.FixtureRequest) -> Reference:
+    return reference(registry, request)
+
+
+def test_there_and_back(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    transfer.pull(other, client, ref)
+    found = find(other, str(ref)).artifact
+    assert found.digest == artifact.digest
+    disk = other.path(of_bytes(DISK))
+    assert disk.read_bytes() == DISK
+    assert disk.stat().st_blocks * 512 < len(DISK) - (512 << 10)  # the zeroes are a hole
+    transfer.pull(other, client, ref)
+    transfer.push(layout, client, ref, artifact.digest)
+
+
+def test_by_digest(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    pinned = replace(ref, tag=None, digest=artifact.digest)
+    transfer.pull(other, client, pinned)
+    assert find(other, str(pinned)).artifact.digest == artifact.digest
+
+
+def test_what_is_here_is_not_fetched_again(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(layout, str(ref))
+    transfer.push(layout, client, ref, first.digest)
+    transfer.pull(other, client, ref)
+    second = make(layout, str(ref), DISK + b"more")
+    transfer.push(layout, client, replace(ref, tag="2"), second.digest)
+    fetched: list[Digest] = []
+    original = client.read_blob
+
+    def noted(repository: str, descriptor: Descriptor) -> Iterator[bytes]:
+        fetched.append(descriptor.digest)
+        return original(repository, descriptor)
+
+    monkeypatch.setattr(client, "read_blob", noted)
+    transfer.pull(other, client, replace(ref, tag="2"))
+    assert of_bytes(KERNEL) not in fetched
+    assert len(fetched) == 2  # the manifest and the disk
+
+
+def test_an_index_is_followed_to_the_artifact_for_this_machine(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference
+) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, replace(ref, tag="image"), artifact.digest)
+    entry = artifact.image.descriptor().to_json()
+    arm = {**entry, "digest": of_bytes(b"arm"), "platform": {"os": "linux", "architecture": "arm64"}}
+    mine = {**entry, "platform": {"os": "linux", "architecture": "amd64"}}
+    index = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [arm, mine]}
+    # the registry refuses an index that names a manifest which it does not have
+    index["manifests"] = [mine]
+    client.put_manifest(ref.repository, "1", strictjson.canonical(index), mediatypes.OCI_INDEX)
+    transfer.pull(other, client, ref)
+    assert find(other, str(ref)).artifact.digest == artifact.digest
+    descriptor = other.find(str(ref))
+    assert descriptor is not None
+    assert descriptor.media_type == mediatypes.OCI_INDEX
+    transfer.push(other, client, replace(ref, tag="again"), descriptor.digest)
+
+
+def test_a_container_image_is_refused(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
+    config = layout.add_bytes(b"{}")
+    image = build_manifest(
+        artifact_type="application/vnd.oci.image.config.v1+json",
+        config=Descriptor("application/vnd.oci.image.config.v1+json", config, 2),
+        layers=(),
+    )
+    layout.add_bytes(image.raw)
+    transfer.push(layout, client, ref, image.digest)
+    with pytest.raises(Unsupported, match="no OVMS artifact"):
+        transfer.pull(other, client, ref)
+    assert other.entries() == []
+
+
+def test_an_unknown_name(other: Layout, client: RegistryClient, ref: Reference) -> None:
+    with pytest.raises(ReferenceNotFound):
+        transfer.pull(other, client, ref)
+
+
+def test_a_registry_that_is_down(other: Layout) -> None:
+    with RegistryClient("127.0.0.1:1", backoff=0.01) as client, pytest.raises(RegistryUnreachable, match="refused"):
+        transfer.pull(other, client, Reference.parse("127.0.0.1:1/x:1"))
+
+
+def test_too_little_disk_is_said_before_the_first_blob(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer.push(layout, client, ref, make(layout, str(ref)).digest)
+    usage = type("Usage", (), {"total": 1, "used": 0, "free": 1 << 20})()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(client, "read_blob", None)
+    with pytest.raises(DiskFull):
+        transfer.pull(other, client, ref)
+
+
+def test_a_blob_that_the_registry_has_changed(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, registry: Registry
+) -> None:
+    disk = b"\x01" + os.urandom(1000)
+    artifact = make(layout, str(ref), disk)
+    transfer.push(layout, client, ref, artifact.digest)
+    digits = hex_of(of_bytes(disk))
+    stored = registry.directory / "data/docker/registry/v2/blobs/sha256" / digits[:2] / digits / "data"
+    stored.write_bytes(b"\x02" + disk[1:])
+    with pytest.raises(DigestMismatch):
+        transfer.pull(other, client, ref)
+    assert other.entries() == []
+    assert other.size(of_bytes(disk)) is None
+    assert list(other.staging_root.iterdir()) == []
+
+
+def test_a_store_that_has_lost_a_blob(layout: Layout, client: RegistryClient, ref: Reference) -> None:
+    disk = os.urandom(100)
+    artifact = make(layout, str(ref), disk)
+    layout.path(of_bytes(disk)).unlink()
+    with pytest.raises(BlobNotFound):
+        transfer.push(layout, client, ref, artifact.digest)
+    with pytest.raises(ReferenceNotFound):
+        client.get_manifest(ref)
+
+
+def test_a_snapshot_is_found_by_its_base(
+    layout: Layout, client: RegistryClient, ref: Reference, registry: Registry
+) -> None:
+    base = make(layout, str(ref))
+    transfer.push(layout, client, ref, base.digest)
+    for i in range(2):
+        child = make(layout, "snap", DISK + bytes([i]), subject=base.image.descriptor())
+        for _ in range(2):  # pushing again adds nothing
+            transfer.push(layout, client, replace(ref, tag=f"snap{i}"), child.digest)
+    path = f"{ref.repository}/manifests/sha256-{hex_of(base.digest)}"
+    index = json.loads(registry.get(path, mediatypes.OCI_INDEX))
+    assert [entry["artifactType"] for entry in index["manifests"]] == [mediatypes.MANIFEST] * 2
+
+
+class Given:
+    def __init__(self, credential: Credential | None) -> None:
+        self.credential = credential
+
+    def get(self, host: str, repository: str) -> Credential | None:
+        return self.credential
+
+
+def test_a_registry_that_asks_for_a_password(layout: Layout, other: Layout, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry", htpasswd=HTPASSWD)
+    try:
+        name = Reference(registry.host, "t/x", "1")
+        artifact = make(layout, str(name))
+        for wrong in (None, Credential("ovms", "wrong")):
+            with RegistryClient(registry.host, credentials=Given(wrong)) as client, pytest.raises(RegistryDenied):
+                transfer.push(layout, client, name, artifact.digest)
+        with RegistryClient(registry.host, credentials=Given(Credential("ovms", "secret"))) as client:
+            transfer.push(layout, client, name, artifact.digest)
+            transfer.pull(other, client, name)
+    finally:
+        registry.close()
+
+
+skopeo = pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed: run 'make setup'")
+
+
+def run_skopeo(*arguments: object) -> bytes:
+    return subprocess.run(
+        ["skopeo", *map(str, arguments)], check=True, capture_output=True, timeout=60
+    ).stdout  # fmt: skip
+
+
+@skopeo
+def test_skopeo_reads_what_we_push(layout: Layout, client: RegistryClient, ref: Reference, tmp_path: Path) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    assert run_skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{ref}") == artifact.image.raw
+    run_skopeo("copy", "--preserve-digests", "--src-tls-verify=false", f"docker://{ref}", f"dir:{tmp_path / 'copy'}")
+    assert (tmp_path / "copy" / "manifest.json").read_bytes() == artifact.image.raw
+
+
+@skopeo
+def test_skopeo_copies_from_the_local_store_and_we_pull_it(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference
+) -> None:
+    artifact = make(layout, str(ref))
+    source = f"oci:{layout.root}:{ref}"
+    assert run_skopeo("inspect", "--raw", source) == artifact.image.raw
+    run_skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", source, f"docker://{ref}")
+    transfer.pull(other, client, ref)
+    assert find(other, str(ref)).artifact.digest == artifact.digest
+
+
+def test_no_error_of_others_comes_out_of_a_pull_into_a_store_that_breaks(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer.push(layout, client, ref, make(layout, str(ref)).digest)
+
+    def full(fd: int, data: bytes, offset: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ovms.fsutil.pwrite_all", full)
+    with pytest.raises(OvmsError) as caught:
+        transfer.pull(other, client, ref)
+    assert caught.value.code == "disk-full"

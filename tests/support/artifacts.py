@@ -1,0 +1,49 @@
+"""Inputs of ``ovm build``: small, and right unless a test breaks them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ovms.spec import limits, mediatypes, ramsnap
+from support import kernels, qcow2_images
+
+MANIFEST: dict[str, Any] = {
+    "schemaVersion": 1,
+    "mediaType": mediatypes.MANIFEST,
+    "name": "web",
+    "version": "1.0",
+    "kernel": {"ref": "vmlinuz", "args": "console=ttyS0"},
+    "initrd": {"ref": "initrd.img"},
+    "diskLayers": [{"ref": "base.img", "format": "raw"}, {"ref": "diff.qcow2", "format": "qcow2"}],
+    "ramSnapshot": {"ref": "ram.ovmr"},
+    "bootstrap": {"ref": "bootstrap.json"},
+}
+
+
+def ram_blob() -> bytes:
+    """A RAM snapshot of two pages."""
+    codec, stored, digest = ramsnap.compress(b"a" * ramsnap.PAGE * 2)
+    chunk = ramsnap.Chunk(0, 2, 0, len(stored), codec, digest)
+    control = ramsnap.build_control({}, b"state", [chunk], memory_size=limits.RAM_MIN, chunk_pages=2)
+    return control + bytes(stored)
+
+
+def write_inputs(directory: Path) -> None:
+    """Every file that :data:`MANIFEST` names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vmlinuz").write_bytes(kernels.bzimage())
+    (directory / "initrd.img").write_bytes(b"initrd")
+    (directory / "base.img").write_bytes(b"base" * 1024)
+    (directory / "diff.qcow2").write_bytes(qcow2_images.image())
+    (directory / "ram.ovmr").write_bytes(ram_blob())
+    (directory / "bootstrap.json").write_bytes(b'{"cmd": ["/bin/true"]}')
+
+
+def write_manifest(directory: Path, *, name: str = "ovms.json", **changes: Any) -> Path:
+    """:data:`MANIFEST` with top-level fields changed (None takes one away), as JSON. Returns its path."""
+    path = directory / name
+    document = {k: v for k, v in {**MANIFEST, **changes}.items() if v is not None}
+    path.write_text(json.dumps(document))
+    return path

@@ -1,0 +1,168 @@
+"""Where credentials are looked for, and what malformed files say."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovms.errors import InputError
+from ovms.oci.credentials import Credential, Credentials
+
+HOST = "registry.example:5000"
+
+
+def encoded(pair: str) -> dict[str, str]:
+    return {"auth": base64.b64encode(pair.encode()).decode()}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    for name in ("run/containers", "home/.config/containers", "home/.docker", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+def credentials(home: Path, **extra: str) -> Credentials:
+    environ = {
+        "HOME": str(home / "home"),
+        "XDG_RUNTIME_DIR": str(home / "run"),
+        "PATH": f"{home / 'bin'}:/usr/bin:/bin",
+    }
+    return Credentials.from_environment({**environ, **extra}, uid=1000)
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def helper(home: Path, name: str, script: str) -> None:
+    path = home / "bin" / f"docker-credential-{name}"
+    path.write_text(f"#!/bin/sh\nread host\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_files_are_searched_in_order(home: Path) -> None:
+    runtime, config = home / "run/containers/auth.json", home / "home/.config/containers/auth.json"
+    docker = home / "home/.docker/config.json"
+    assert credentials(home).get(HOST, "a") is None
+    write(docker, {"auths": {HOST: encoded("docker:1")}})
+    assert credentials(home).get(HOST, "a") == Credential("docker", "1")
+    write(config, {"auths": {HOST: encoded("config:2")}})
+    assert credentials(home).get(HOST, "a") == Credential("config", "2")
+    write(runtime, {"auths": {HOST: encoded("runtime:3:4")}})
+    assert credentials(home).get(HOST, "a") == Credential("runtime", "3:4")
+    write(home / "own.json", {"auths": {}})
+    assert credentials(home, REGISTRY_AUTH_FILE=str(home / "own.json")).get(HOST, "a") is None
+
+
+def test_the_longest_path_wins(home: Path) -> None:
+    write(
+        home / "run/containers/auth.json",
+        {"auths": {HOST: encoded("host:1"), f"{HOST}/team": encoded("team:2"), f"{HOST}/team/web": encoded("web:3")}},
+    )
+    found = credentials(home)
+    names = [found.get(HOST, r).username for r in ("x", "team/x", "team/web", "team/web/y", "teams")]  # type: ignore[union-attr]
+    assert names == ["host", "team", "web", "web", "host"]
+    assert found.get("other.example", "team") is None
+
+
+@pytest.mark.parametrize("key", ["https://registry.example/v1/", "http://registry.example", "registry.example/v2/"])
+def test_keys_that_docker_writes_as_urls(home: Path, key: str) -> None:
+    write(home / "home/.docker/config.json", {"auths": {key: encoded("a:b")}})
+    assert credentials(home).get("registry.example", "x") == Credential("a", "b")
+
+
+def test_an_empty_entry_is_none_and_the_store_is_asked(home: Path) -> None:
+    helper(home, "test", 'echo "{\\"Username\\": \\"$host\\", \\"Secret\\": \\"s\\"}"')
+    write(home / "home/.docker/config.json", {"auths": {HOST: {}}, "credsStore": "test"})
+    assert credentials(home).get(HOST, "x") == Credential(HOST, "s")
+
+
+def test_a_helper_of_the_host_comes_first(home: Path) -> None:
+    helper(home, "test", 'echo "{\\"Username\\": \\"<token>\\", \\"Secret\\": \\"s\\"}"')
+    write(home / "home/.docker/config.json", {"auths": {HOST: encoded("a:b")}, "credHelpers": {HOST: "test"}})
+    assert credentials(home).get(HOST, "x") == Credential("<token>", "s", identity=True)
+
+
+def test_a_helper_that_has_none(home: Path) -> None:
+    helper(home, "test", "echo credentials not found in native keychain; exit 1")
+    write(home / "home/.docker/config.json", {"credsStore": "test"})
+    assert credentials(home).get(HOST, "x") is None
+
+
+@pytest.mark.parametrize("script", ["exit 3", "echo nonsense", "echo '[]'", "echo '{}'"])
+def test_a_helper_that_fails(home: Path, script: str) -> None:
+    helper(home, "test", script)
+    write(home / "home/.docker/config.json", {"credsStore": "test"})
+    with pytest.raises(InputError, match="docker-credential-test"):
+        credentials(home).get(HOST, "x")
+
+
+@pytest.mark.parametrize("name", ["../../bin/sh", "", "a b", 5, "x" * 80])
+def test_a_helper_is_a_name_and_no_path(home: Path, name: object) -> None:
+    write(home / "home/.docker/config.json", {"credHelpers": {HOST: name}})
+    with pytest.raises(InputError, match="no name of a credential helper"):
+        credentials(home).get(HOST, "x")
+
+
+def test_a_helper_that_is_not_installed(home: Path) -> None:
+    write(home / "home/.docker/config.json", {"credsStore": "nowhere"})
+    with pytest.raises(InputError, match="docker-credential-nowhere is not installed"):
+        credentials(home).get(HOST, "x")
+
+
+def test_a_helper_sees_little_of_the_environment(home: Path) -> None:
+    helper(home, "test", 'echo "{\\"Username\\": \\"${SECRET_THING:-clean}\\", \\"Secret\\": \\"$HOME\\"}"')
+    write(home / "home/.docker/config.json", {"credsStore": "test"})
+    assert credentials(home, SECRET_THING="leak").get(HOST, "x") == Credential("clean", str(home / "home"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"auths": []}',
+        '{"auths": {"registry.example:5000": 5}}',
+        '{"auths": {"registry.example:5000": {"auth": "!!!"}}}',
+        '{"auths": {"registry.example:5000": {"auth": "c2VjcmV0"}}}',
+        '{"credHelpers": 5}',
+    ],
+)
+def test_a_malformed_file_is_named_and_no_secret_shown(home: Path, content: str) -> None:
+    path = home / "home/.docker/config.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"config\.json") as caught:
+        credentials(home).get(HOST, "x")
+    assert "secret" not in str(caught.value)
+    assert "c2VjcmV0" not in str(caught.value)
+
+
+def test_a_secret_is_not_in_a_repr() -> None:
+    assert "hunter2" not in repr(Credential("me", "hunter2"))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda c: (
+            st.lists(c, max_size=3)
+            | st.dictionaries(st.sampled_from(["auths", "credHelpers", "credsStore", HOST, "auth"]), c, max_size=4)
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_document_gives_credentials_or_an_input_error(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    write(path, value)
+    try:
+        Credentials((path,), {}).get(HOST, "x/y")
+    except InputError:
+        pass

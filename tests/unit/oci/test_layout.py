@@ -1,0 +1,589 @@
+"""The local store: what is in it is whole, and what is in use stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ovms import fsutil
+from ovms.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    DiskFull,
+    JsonInvalid,
+    OvmsError,
+    RegistryProtocol,
+    StoreCorrupt,
+)
+from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
+from ovms.oci.layout import Entry, Layout
+from ovms.spec import mediatypes
+from ovms.spec.digest import Digest, hex_of, of_bytes
+
+MIB = 1 << 20
+ABSENT = of_bytes(b"not there")
+
+
+def blobs(layout: Layout) -> set[str]:
+    return {path.name for path in layout.blob_dir.iterdir()}
+
+
+def staged(layout: Layout) -> list[Path]:
+    return list(layout.staging_root.iterdir())
+
+
+def add(layout: Layout, *contents: bytes, subject: Descriptor | None = None) -> ImageManifest:
+    """Adds an artifact of these layers."""
+    for content in contents:
+        layout.add_bytes(content)
+    image = build_manifest(
+        artifact_type=mediatypes.MANIFEST,
+        config=Descriptor.of("application/x", contents[0]),
+        layers=tuple(Descriptor.of("application/x", content) for content in contents[1:]),
+        subject=subject,
+    )
+    layout.add_bytes(image.raw)
+    return image
+
+
+def nothing() -> set[Digest]:
+    return set()
+
+
+# --- opening -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_store_is_an_oci_image_layout(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "deep" / "store")
+    assert json.loads((layout.root / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
+    index = json.loads((layout.root / "index.json").read_bytes())
+    assert index == {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": []}
+    assert (layout.root / "blobs" / "sha256").is_dir()
+    assert layout.entries() == []
+
+
+def test_opening_again_changes_nothing(layout: Layout) -> None:
+    layout.set_name("a", add(layout, b"x").descriptor())
+    before = (layout.root / "index.json").read_bytes()
+    assert Layout(layout.root).find("a") == layout.find("a")
+    (layout.root / "oci-layout").unlink()  # killed between index.json and oci-layout
+    Layout(layout.root)
+    assert (layout.root / "index.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "marker", [b"", b"{}", b"[]", b"nonsense", b'{"imageLayoutVersion": "2.0.0"}', b"\xff", b"[" * 100_000]
+)
+def test_another_layout_is_left_alone(tmp_path: Path, marker: bytes) -> None:
+    (tmp_path / "oci-layout").write_bytes(marker)
+    with pytest.raises(StoreCorrupt, match=r"no OCI image layout of version 1\.0\.0"):
+        Layout(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "oci-layout"]
+
+
+def test_a_layout_that_another_tool_made(tmp_path: Path) -> None:
+    (tmp_path / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    (tmp_path / "index.json").write_text('{"schemaVersion":2,"manifests":[]}')
+    layout = Layout(tmp_path)
+    image = add(layout, b"x")
+    with (tmp_path / "index.json").open("rb") as file:
+        layout.add_file(file.fileno(), "a file")
+    layout.set_name("a", image.descriptor())
+    layout.collect(nothing)
+    assert blobs(layout) == {hex_of(of_bytes(b"x")), hex_of(image.digest)}
+
+
+# --- blobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_blob_comes_back(layout: Layout) -> None:
+    digest = layout.add_bytes(b"content")
+    assert layout.read(digest, "x", max_size=7) == b"content"
+    assert (layout.size(digest), layout.size(ABSENT)) == (7, None)
+    assert stat.S_IMODE(layout.path(digest).stat().st_mode) == 0o444
+    assert staged(layout) == []
+    inode = layout.path(digest).stat().st_ino
+    layout.add_bytes(b"content")
+    assert layout.path(digest).stat().st_ino == inode
+
+
+def test_what_is_not_there(layout: Layout) -> None:
+    with pytest.raises(BlobNotFound) as info:
+        layout.read(ABSENT, "the manifest", max_size=10)
+    assert info.value.context["digest"] == ABSENT
+
+
+def test_a_damaged_blob_is_noticed(layout: Layout) -> None:
+    digest = layout.add_bytes(b"content")
+    layout.path(digest).chmod(0o644)
+    layout.path(digest).write_bytes(b"CONTENT")
+    with pytest.raises(StoreCorrupt, match="not what its name says"):
+        layout.read(digest, "x", max_size=10)
+
+
+def test_a_cut_blob_is_made_whole_again(layout: Layout) -> None:
+    digest = layout.add_bytes(b"content")
+    layout.path(digest).chmod(0o644)
+    layout.path(digest).write_bytes(b"con")
+    assert layout.add_bytes(b"content") == digest
+    assert layout.read(digest, "x", max_size=10) == b"content"
+
+
+def test_has_tells_a_descriptor_that_lies(layout: Layout) -> None:
+    digest = layout.add_bytes(b"content")
+    assert layout.has(Descriptor("x", digest, 7))
+    assert not layout.has(Descriptor("x", ABSENT, 7))
+    with pytest.raises(DigestMismatch, match="has 7 bytes, but its descriptor says 8"):
+        layout.has(Descriptor("x", digest, 8))
+
+
+def test_a_writer(layout: Layout) -> None:
+    content = b"a" * 5000 + bytes(3 * MIB) + b"z" * 5000
+    with layout.writer() as writer:
+        for at in range(0, len(content), 70_001):
+            writer.write(content[at : at + 70_001])
+        assert blobs(layout) == set()
+        digest = writer.commit(expected=Descriptor.of("x", content))
+    assert layout.path(digest).read_bytes() == content
+    assert layout.path(digest).stat().st_blocks * 512 < MIB
+    assert staged(layout) == []
+
+
+def test_a_blob_that_ends_in_zeroes_has_its_size(layout: Layout) -> None:
+    with layout.writer() as writer:
+        writer.write(bytes(MIB))
+        digest = writer.commit()
+    assert layout.path(digest).read_bytes() == bytes(MIB)
+    with layout.writer() as writer:
+        assert writer.commit() == of_bytes(b"")
+
+
+@pytest.mark.parametrize("expected", [Descriptor("x", ABSENT, 3), Descriptor("x", of_bytes(b"abc"), 4)])
+def test_a_wrong_blob_leaves_nothing(layout: Layout, expected: Descriptor) -> None:
+    with pytest.raises(DigestMismatch) as info, layout.writer() as writer:
+        writer.write(b"abc")
+        writer.commit(expected=expected)
+    assert info.value.context == {"expected": expected.digest, "got": of_bytes(b"abc")}
+    assert blobs(layout) == set()
+    assert staged(layout) == []
+
+
+def test_what_is_not_committed_is_gone(layout: Layout) -> None:
+    with layout.writer() as writer:
+        writer.write(b"abc")
+    assert blobs(layout) == set()
+    assert staged(layout) == []
+
+
+@pytest.mark.parametrize("number", [28, 122])
+def test_a_full_disk_while_writing(layout: Layout, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(DiskFull), layout.writer() as writer:
+        writer.write(b"abc")
+    with (layout.root / "oci-layout").open("rb") as file, pytest.raises(DiskFull):
+        layout.add_file(file.fileno(), "a file")
+    assert staged(layout) == []
+
+
+def test_a_disk_that_is_full_only_when_it_is_synced(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskFull):
+        layout.add_bytes(b"abc")
+    assert blobs(layout) == set()
+    assert staged(layout) == []
+
+
+def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
+    code = """if True:
+        import sys, pathlib
+        from ovms.oci.layout import Layout
+        layout = Layout(pathlib.Path(sys.argv[1]))
+        with layout.using(), layout.writer() as writer:
+            writer.write(b"x" * 100_000)
+            print("ready", flush=True)
+            sys.stdin.read()
+        """
+    child = subprocess.Popen([sys.executable, "-c", code, layout.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    assert len(staged(layout)) == 1
+    assert layout.collect(nothing) is None, "somebody adds blobs: the collector has to wait"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert len(staged(layout)) == 1
+    (layout.root / ".index.json.0123456789ab.tmp").write_bytes(b"half an index")
+    layout.collect(nothing)
+    assert staged(layout) == []
+    assert blobs(layout) == set()
+    assert sorted(path.name for path in layout.root.iterdir()) == [
+        "blobs",
+        "index.json",
+        "index.lock",
+        "oci-layout",
+        "ovms.blobs",
+        "ovms.lock",
+        "ovms.tmp",
+    ]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def add_file(layout: Layout, path: Path, **options: Any) -> tuple[Digest, int, bool]:
+    with path.open("rb") as file:
+        return layout.add_file(file.fileno(), "a file", **options)
+
+
+def test_a_sparse_file_stays_sparse(layout: Layout, tmp_path: Path) -> None:
+    source = tmp_path / "disk"
+    with source.open("wb") as file:
+        file.write(b"x" * 4096)
+        file.seek(50 * MIB)
+        file.write(b"y")
+        file.truncate(100 * MIB)
+    progress: list[int] = []
+    digest, size, new = add_file(layout, source, advance=progress.append)
+    assert (size, new, sum(progress)) == (100 * MIB, True, 100 * MIB)
+    assert layout.path(digest).stat().st_blocks * 512 < MIB
+    with layout.path(digest).open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == hex_of(digest)
+    assert staged(layout) == []
+
+
+def test_a_file_is_not_copied_twice(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10_000)
+    (tmp_path / "b").write_bytes(b"x" * 10_000)
+    digest, _, _ = add_file(layout, tmp_path / "a")
+    inode = layout.path(digest).stat().st_ino
+
+    def refuse(*args: object, **more: object) -> int:
+        raise AssertionError("it is copied again")
+
+    monkeypatch.setattr(fsutil, "copy_sparse", refuse)
+    assert add_file(layout, tmp_path / "b") == (digest, 10_000, False)
+    assert layout.path(digest).stat().st_ino == inode
+
+
+def test_another_file_of_the_same_size(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10_000)
+    (tmp_path / "b").write_bytes(b"y" * 10_000)
+    assert add_file(layout, tmp_path / "a")[0] != add_file(layout, tmp_path / "b")[0]
+    assert len(blobs(layout)) == 2
+
+
+def test_what_is_stored_is_what_is_hashed(layout: Layout, tmp_path: Path) -> None:
+    """Somebody writes to the file all the while."""
+    source = tmp_path / "disk"
+    source.write_bytes(b"a" * (4 * MIB))
+
+    def scribble(_: int) -> None:
+        with source.open("r+b") as file:
+            file.seek(2 * MIB)
+            file.write(os.urandom(1 * MIB))
+            file.seek(0)
+            file.write(os.urandom(4096))
+
+    digest, size, _ = add_file(layout, source, advance=scribble)
+    assert size == 4 * MIB
+    assert of_bytes(layout.path(digest).read_bytes()) == digest
+
+
+def test_a_clone_is_hashed_itself(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system can reflink, the clone is hashed and not the file, which may change meanwhile."""
+    source = tmp_path / "disk"
+    source.write_bytes(b"a" * 10_000)
+
+    def reflink(source_fd: int, target_fd: int) -> bool:
+        os.pwrite(target_fd, os.pread(source_fd, 10_000, 0), 0)
+        source.write_bytes(b"changed")
+        return True
+
+    monkeypatch.setattr(fsutil, "reflink", reflink)
+    assert add_file(layout, source) == (of_bytes(b"a" * 10_000), 10_000, True)
+    source.write_bytes(b"a" * 10_000)
+    assert add_file(layout, source)[2] is False
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_too_little_disk_is_said_before_the_copy(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").write_bytes(b"x" * MIB)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, fsutil.SPACE_RESERVE))
+    monkeypatch.setattr(fsutil, "copy_sparse", lambda *a, **k: pytest.fail("copied"))
+    monkeypatch.setattr(fsutil, "reflink", lambda *a: False)
+    with pytest.raises(DiskFull, match="adding a file to the store needs"):
+        add_file(layout, tmp_path / "disk")
+    assert staged(layout) == []
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_names(layout: Layout) -> None:
+    one, two = add(layout, b"1").descriptor(), add(layout, b"2").descriptor()
+    layout.set_name("a:1", one)
+    layout.set_name("b:1", one)
+    assert [entry.name for entry in layout.entries()] == ["a:1", "b:1"]
+    layout.set_name("a:1", two)
+    found = layout.find("a:1")
+    assert found is not None
+    assert found.digest == two.digest
+    assert found.artifact_type == mediatypes.MANIFEST
+    assert [entry.name for entry in layout.entries()] == ["b:1", "a:1"]
+    assert layout.remove_name("b:1")
+    assert not layout.remove_name("b:1")
+    assert layout.find("b:1") is None
+    assert layout.size(one.digest) is not None
+
+
+def test_what_others_wrote_into_the_index_stays(layout: Layout) -> None:
+    image = add(layout, b"1")
+    index: dict[str, Any] = {
+        "schemaVersion": 2,
+        "manifests": [{**image.descriptor().to_json(), "urls": ["x"], "annotations": {"other": "tool"}}],
+        "annotations": {"kept": "yes"},
+    }
+    (layout.root / "index.json").write_text(json.dumps(index))
+    assert layout.entries() == [Entry("", Descriptor.from_json(index["manifests"][0], "x"))]
+    layout.set_name("a", image.descriptor())
+    layout.remove_name("a")
+    assert json.loads((layout.root / "index.json").read_bytes()) == index
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"{}",
+        b'{"manifests": {}}',
+        b'{"manifests": [1]}',
+        b'{"manifests": [{"mediaType": "x", "digest": "sha256:../../../etc/passwd", "size": 1}]}',
+        b'{"manifests": [], "manifests": []}',
+        b'{"manifests": ' + b"[" * 100 + b"]" * 100 + b"}",
+        b"\xff\xfe",
+        None,
+    ],
+)
+def test_a_hostile_index(layout: Layout, content: bytes | None) -> None:
+    digest = layout.add_bytes(b"dear")
+    path = layout.root / "index.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StoreCorrupt):
+        layout.entries()
+    with pytest.raises(StoreCorrupt):
+        layout.collect(nothing)
+    assert blobs(layout) == {hex_of(digest)}, "an index that cannot be read is no reason to remove everything"
+
+
+def test_the_hint_for_a_damaged_index_helps(layout: Layout) -> None:
+    layout.add_bytes(b"x")
+    (layout.root / "index.json").write_bytes(b"damaged")
+    with pytest.raises(StoreCorrupt, match="cannot be read") as info:
+        layout.entries()
+    assert info.value.hint is not None
+    assert "index.json away, and oci-layout with it" in info.value.hint
+    for name in ("index.json", "oci-layout"):
+        (layout.root / name).rename(layout.root.parent / name)
+    again = Layout(layout.root)
+    assert again.entries() == []
+    assert again.size(of_bytes(b"x")) == 1
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "huge", "loop"])
+def test_an_index_that_is_no_file(layout: Layout, kind: str) -> None:
+    path = layout.root / "index.json"
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        path.symlink_to(path)
+    with pytest.raises(StoreCorrupt):
+        layout.entries()
+
+
+def test_a_linked_index_is_replaced_and_not_written_through(layout: Layout, tmp_path: Path) -> None:
+    path = layout.root / "index.json"
+    outside = tmp_path / "outside.json"
+    path.rename(outside)
+    before = outside.read_bytes()
+    path.symlink_to(outside)
+    layout.set_name("a", add(layout, b"1").descriptor())
+    assert outside.read_bytes() == before
+    assert layout.find("a") is not None
+
+
+def test_two_processes_set_names_and_lose_none(layout: Layout) -> None:
+    layout.set_name("start", add(layout, b"1").descriptor())
+    code = """if True:
+        import sys, pathlib
+        from ovms.oci.layout import Layout
+        layout = Layout(pathlib.Path(sys.argv[1]))
+        descriptor = layout.find("start")
+        for i in range(25):
+            layout.set_name(f"{sys.argv[2]}:{i}", descriptor)
+            if i % 5 == 0:
+                layout.remove_name(f"{sys.argv[2]}:{i}")
+        """
+    children = [subprocess.Popen([sys.executable, "-c", code, layout.root, name]) for name in ("a", "b", "c")]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    expected = {f"{name}:{i}" for name in "abc" for i in range(25) if i % 5} | {"start"}
+    assert {entry.name for entry in layout.entries()} == expected
+
+
+def test_many_processes_open_a_new_store(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, pathlib
+        from ovms.oci.layout import Layout
+        from ovms.oci.descriptor import Descriptor
+        layout = Layout(pathlib.Path(sys.argv[1]))
+        layout.add_bytes(b"x")
+        layout.set_name(sys.argv[2], Descriptor.of("application/x", b"x"))
+        """
+    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s", str(i)]) for i in range(4)]
+    assert [child.wait() for child in children] == [0] * 4
+    assert len(Layout(tmp_path / "s").entries()) == 4
+
+
+# --- clean-up ------------------------------------------------------------------------------------------------------
+
+
+def test_collect_keeps_what_a_name_reaches(layout: Layout) -> None:
+    kept, gone = add(layout, b"config", b"shared", b"one"), add(layout, b"config2", b"shared", b"x" * 9000)
+    layout.set_name("a", kept.descriptor())
+    freed = layout.collect(nothing)
+    assert freed is not None
+    assert freed >= 9000
+    assert blobs(layout) == {hex_of(d) for d in (kept.digest, *(b.digest for b in kept.blobs))}
+    assert layout.size(gone.digest) is None
+    assert layout.collect(nothing) == 0
+
+
+def test_collect_keeps_what_is_in_use_without_a_name(layout: Layout) -> None:
+    used = add(layout, b"config", b"disk")
+    layout.collect(lambda: {used.digest})
+    assert len(blobs(layout)) == 3
+    layout.collect(lambda: {ABSENT})
+    assert blobs(layout) == set()
+
+
+def test_collect_follows_an_index_to_what_is_there(layout: Layout) -> None:
+    image = add(layout, b"config", b"disk")
+    here = image.descriptor().to_json()
+    there = {**here, "digest": ABSENT}
+    raw = json.dumps({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [there, here]}).encode()
+    digest = layout.add_bytes(raw)
+    add(layout, b"unrelated")
+    layout.set_name("a", Descriptor(mediatypes.OCI_INDEX, digest, len(raw)))
+    layout.collect(nothing)
+    assert blobs(layout) == {hex_of(d) for d in (digest, image.digest, of_bytes(b"config"), of_bytes(b"disk"))}
+    assert ABSENT in layout.reachable(digest)
+
+
+def test_collect_ends_on_an_index_that_goes_in_circles(layout: Layout) -> None:
+    # no real digests make a circle, but a store may lie about its blobs: then it is the damage that is told
+    raw = json.dumps({"schemaVersion": 2, "manifests": [{"mediaType": "x", "digest": ABSENT, "size": 1}]}).encode()
+    layout.path(ABSENT).write_bytes(raw)
+    with pytest.raises(StoreCorrupt):
+        layout.reachable(ABSENT)
+
+
+def test_collect_takes_derived_files_with_their_blob(layout: Layout) -> None:
+    kept = add(layout, b"config", b"ram")
+    layout.set_name("a", kept.descriptor())
+    ram = hex_of(of_bytes(b"ram"))
+    (layout.derived_dir / f"{ram}.12345678.ram").write_bytes(b"x")
+    (layout.derived_dir / f"{hex_of(ABSENT)}.12345678.ram").write_bytes(b"x")
+    layout.collect(nothing)
+    assert [path.name for path in layout.derived_dir.iterdir()] == [f"{ram}.12345678.ram"]
+
+
+def test_collect_leaves_what_it_does_not_know(layout: Layout) -> None:
+    (layout.blob_dir / "a-directory").mkdir()
+    (layout.blob_dir / "a-directory" / "file").touch()
+    outside = layout.root / "outside"
+    outside.write_bytes(b"dear")
+    (layout.blob_dir / hex_of(ABSENT)).symlink_to(outside)
+    assert layout.collect(nothing) is not None
+    assert outside.read_bytes() == b"dear"
+    assert blobs(layout) == {"a-directory"}
+
+
+def test_collect_removes_nothing_when_something_in_use_cannot_be_read(layout: Layout) -> None:
+    image = add(layout, b"config", b"disk")
+    layout.set_name("a", image.descriptor())
+    layout.path(image.digest).chmod(0o644)
+    layout.path(image.digest).write_bytes(b"{}")
+    with pytest.raises((StoreCorrupt, JsonInvalid, RegistryProtocol)):
+        layout.collect(nothing)
+    assert len(blobs(layout)) == 3
+
+
+def test_nobody_begins_to_use_a_blob_while_the_collector_works(layout: Layout) -> None:
+    order: list[str] = []
+    asked, use = threading.Event(), threading.Event()
+
+    def keep() -> set[Digest]:
+        asked.set()
+        assert not use.wait(0.1)
+        order.append("collected")
+        return set()
+
+    def user() -> None:
+        asked.wait(5)
+        with layout.using():
+            use.set()
+            order.append("used")
+
+    thread = threading.Thread(target=user)
+    thread.start()
+    layout.collect(keep)
+    thread.join()
+    assert order == ["collected", "used"]
+
+
+def test_collect_waits_for_another_time(layout: Layout) -> None:
+    add(layout, b"config")
+    with layout.using():
+        assert layout.collect(nothing) is None
+    assert len(blobs(layout)) == 2
+
+
+def test_an_error_of_keep_is_not_swallowed(layout: Layout) -> None:
+    def keep() -> set[Digest]:
+        raise OvmsError("the records cannot be read")
+
+    add(layout, b"config")
+    with pytest.raises(OvmsError, match="records"):
+        layout.collect(keep)
+    assert len(blobs(layout)) == 2
