@@ -153,7 +153,8 @@ def test_an_index_with_other_things_in_it(layout: Layout, built: model.Artifact)
 
 
 def test_whatever_the_store_holds_the_error_is_ours(layout: Layout, built: model.Artifact) -> None:
-    for value in (None, 1, [], {}, index({}), document(built, config=None), document(built, layers=[{}])):
+    values: list[Any] = [None, 1, [], {}, index({}), document(built, config=None), document(built, layers=[{}])]
+    for value in values:
         with pytest.raises(OvmsError):
             model.load(layout, add(layout, value))
 

@@ -96,10 +96,11 @@ def test_a_name_comes_before_the_digits_of_another(layout: Layout, built: Artifa
 
 
 def test_policies(layout: Layout, built: Artifact) -> None:
-    for policy in ("missing", "never"):
-        assert resolve.resolve(layout, no_registry, "web:1", policy=policy).artifact == built  # type: ignore[arg-type]
+    policies: list[resolve.PullPolicy] = ["missing", "never"]
+    for policy in policies:
+        assert resolve.resolve(layout, no_registry, "web:1", policy=policy).artifact == built
         with pytest.raises(ReferenceNotFound):
-            resolve.resolve(layout, no_registry, "gone:1", policy=policy)  # type: ignore[arg-type]
+            resolve.resolve(layout, no_registry, "gone:1", policy=policy)
     with pytest.raises(ReferenceNotFound):
         resolve.resolve(layout, no_registry, "registry.example/gone:1", policy="never")
     with pytest.raises(RegistryUnreachable):
