@@ -154,9 +154,12 @@ class Terminal:
     """``ovm`` on a terminal of its own."""
 
     def __init__(self, ovm: Ovm, *arguments: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(OVM, ["ovm", *arguments], ovm.env())
+        self.fd, theirs = pty.openpty()
+        # setsid makes the terminal its controlling one, so that ^C typed there is a SIGINT
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", OVM, *arguments], env=ovm.env(), stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
         self.said = b""
 
     def wait_for(self, text: bytes, timeout: float = 20) -> None:
@@ -177,16 +180,15 @@ class Terminal:
     def end(self, timeout: float = 20) -> int:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                os.close(self.fd)
-                return os.waitstatus_to_exitcode(status)
-            ready, _, _ = select.select([self.fd], [], [], 0.05)
-            if ready:
+            ended = self.process.poll() is not None  # looked at before the last read, so nothing is missed
+            while select.select([self.fd], [], [], 0.02)[0]:
                 try:
                     self.said += os.read(self.fd, 4096)
-                except OSError:
-                    time.sleep(0.01)
+                except OSError:  # EIO: nobody has the other end any more
+                    break
+            if ended:
+                return self.process.returncode
+            time.sleep(0.01)
         raise AssertionError(f"ovm does not end; it said {self.said!r}")
 
 
@@ -195,11 +197,9 @@ def terminal(ovm: Ovm, built: str) -> Iterator[Terminal]:
     terminal = Terminal(ovm, "run", "--accel", "tcg", "-m", "32m", "--rm", "--name", "fg", "echo:1")
     terminal.wait_for(b"READY")
     yield terminal
-    try:
-        os.kill(terminal.pid, signal.SIGKILL)
-        os.waitpid(terminal.pid, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.fd)
 
 
 def test_keys_go_to_the_guest_and_ctrl_c_powers_it_down(ovm: Ovm, terminal: Terminal) -> None:
