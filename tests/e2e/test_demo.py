@@ -24,14 +24,15 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 def start(scratch: Path) -> subprocess.Popen[bytes]:
     scratch.mkdir()
-    return subprocess.Popen(
-        [sys.executable, DEMO],
-        env={**os.environ, "TMPDIR": str(scratch)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=(scratch / "talk").open("wb"),
-        start_new_session=True,
-    )
+    with (scratch / "talk").open("wb") as talk:
+        return subprocess.Popen(
+            [sys.executable, DEMO],
+            env={**os.environ, "TMPDIR": str(scratch)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=talk,
+            start_new_session=True,
+        )
 
 
 def left_behind(scratch: Path) -> list[str]:
