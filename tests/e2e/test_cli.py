@@ -68,6 +68,13 @@ def test_tag_and_rmi(ovm: Ovm, built: str) -> None:
     assert list((ovm.root / "store" / "blobs" / "sha256").iterdir()) == []
 
 
+def test_rmi_by_name_and_digest_takes_that_name_alone(ovm: Ovm, built: str) -> None:
+    ovm.ok("tag", "echo:1", "localhost:5000/team/echo:2")
+    assert ovm("rmi", f"other@{built}").code == 4
+    ovm.ok("rmi", f"localhost:5000/team/echo@{built}")
+    assert [e["name"] for e in ovm.ok("ls", "--json").json] == ["echo:1"]
+
+
 def test_an_artifact_in_use_stays(ovm: Ovm, built: str) -> None:
     terminal = start(ovm, "--name", "user")
     done = ovm("rmi", "echo:1", "--json")

@@ -67,6 +67,13 @@ def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
     descriptor = layout.find(str(reference))
     if descriptor is not None:
         return str(reference), descriptor.digest
+    if reference.digest is not None:
+        # NAME@DIGEST of what was built or pulled by a tag
+        for entry in layout.entries():
+            same = entry.name.startswith((f"{reference.name}:", f"{reference.name}@"))
+            if same and entry.descriptor.digest == reference.digest:
+                return entry.name, reference.digest
+        return None
     digest = _by_first_digits(layout, text)
     return None if digest is None else (None, digest)
 

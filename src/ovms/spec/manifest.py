@@ -330,7 +330,7 @@ def invalid(problems: list[Problem], what: str) -> ManifestInvalid:
     """The error that names every problem of a manifest."""
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     return ManifestInvalid(
-        f"{what} has {count}", problems=problems, hint="the fields are described in spec/rfc/ovms-v0.1.md"
+        f"{what} has {count}", problems=problems, hint="each is named by its JSON path; README.md shows a manifest"
     )
 
 
