@@ -49,7 +49,7 @@ does so in one table (``ovms.cli.exitcodes``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 __all__ = [
     "AccelUnavailable",
@@ -73,6 +73,7 @@ __all__ = [
     "NotFound",
     "OvmsError",
     "PortInUse",
+    "Problem",
     "ReferenceInvalid",
     "ReferenceNotFound",
     "RegistryDenied",
@@ -90,6 +91,19 @@ __all__ = [
     "VmmError",
     "VmmTimeout",
 ]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong in a document: where (a JSON path), what, and which rule of the specification says so."""
+
+    path: str
+    message: str
+    rule: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        """As a problem document lists it."""
+        rule = {} if self.rule is None else {"rule": self.rule}
+        return {"path": self.path, **rule, "message": self.message}
 
 
 class OvmsError(Exception):
@@ -149,11 +163,9 @@ class ManifestInvalid(InputError):
 
     code = "manifest-invalid"
 
-    def __init__(self, message: str, *, problems: Sequence[tuple[str, str]], hint: str | None = None) -> None:
-        super().__init__(
-            message, hint=hint, problems=[{"path": path, "message": text} for path, text in sorted(problems)]
-        )
-        self.problems = sorted(problems)
+    def __init__(self, message: str, *, problems: Sequence[Problem], hint: str | None = None) -> None:
+        self.problems = sorted(problems, key=lambda problem: problem[:2])
+        super().__init__(message, hint=hint, problems=[problem.to_json() for problem in self.problems])
 
 
 class JsonInvalid(InputError):

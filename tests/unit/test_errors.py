@@ -44,7 +44,7 @@ def test_the_docstring_draws_the_tree() -> None:
 
 
 def test_the_list_of_exports_is_the_tree() -> None:
-    assert sorted(errors.__all__) == errors.__all__ == sorted(cls.__name__ for cls in classes())
+    assert sorted(errors.__all__) == errors.__all__ == sorted(["Problem", *(cls.__name__ for cls in classes())])
 
 
 def test_every_code_belongs_to_one_class() -> None:
@@ -83,10 +83,12 @@ def test_to_json_has_context_and_leaves_out_what_is_not_known() -> None:
 
 
 def test_problems_are_sorted_by_path() -> None:
-    error = errors.ManifestInvalid("two", problems=[("$.b", "second"), ("$.a", "first")])
-    assert error.problems == [("$.a", "first"), ("$.b", "second")]
+    error = errors.ManifestInvalid(
+        "two", problems=[errors.Problem("$.b", "second", "MAN-1"), errors.Problem("$.a", "first")]
+    )
+    assert [p.path for p in error.problems] == ["$.a", "$.b"]
     assert error.to_json()["problems"] == [
         {"path": "$.a", "message": "first"},
-        {"path": "$.b", "message": "second"},
+        {"path": "$.b", "rule": "MAN-1", "message": "second"},
     ]
     assert str(error) == "two"

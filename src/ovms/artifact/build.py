@@ -24,6 +24,7 @@ from ovms.errors import (
     ManifestInvalid,
     NotFound,
     OvmsError,
+    Problem,
     RegistryError,
     SnapshotInvalid,
 )
@@ -31,9 +32,10 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.spec import limits, manifest, mediatypes, ramsnap
+from ovms.spec import bootstrap, limits, manifest, mediatypes, ramsnap
 from ovms.spec.digest import Digest, is_digest, parse_digest
-from ovms.spec.manifest import DiskFormat, Problem
+from ovms.spec.document import invalid
+from ovms.spec.manifest import DiskFormat
 
 _SIZE_LIMITS: Final = {
     "kernel": limits.KERNEL_MAX,
@@ -108,12 +110,13 @@ class Builder:
         errors: list[OvmsError] = []
         answer: list[_Input] = []
         if checked.kernel is None and not checked.disk_layers:
-            raise manifest.invalid([("$", "there is nothing to boot: give a kernel, or a disk layer")], "the manifest")
+            nothing = Problem("$", "there is nothing to boot: give a kernel, or a disk layer", "BIN-3")
+            raise invalid([nothing], "the manifest")
         for item in _wanted(checked):
             try:
                 answer.append(self._open_input(item, directory, files))
             except (InputError, NotFound) as exc:
-                problems.append((item.path, _with_problems(exc)))
+                problems.append(Problem(item.path, _with_problems(exc)))
                 errors.append(exc)
         if len(errors) == 1:
             error = errors[0]
@@ -127,7 +130,7 @@ class Builder:
                 hint=next((e.hint for e in errors if e.hint), None),
             )
         if problems := list(_wrong_sizes(checked, answer)):
-            raise manifest.invalid(problems, "the manifest")
+            raise invalid(problems, "the manifest")
         return answer
 
     def _open_input(self, item: _Input, directory: Path, files: contextlib.ExitStack) -> _Input:
@@ -240,7 +243,7 @@ def _prefix(error: OvmsError, text: str) -> None:
 def _with_problems(error: OvmsError) -> str:
     if not isinstance(error, ManifestInvalid):  # of a bootstrap config
         return error.message
-    return f"{error.message}: {'; '.join(f'{path} {text}' for path, text in error.problems)}"
+    return f"{error.message}: {'; '.join(f'{p.path} {p.message}' for p in error.problems)}"
 
 
 def _wrong_sizes(checked: manifest.Manifest, inputs: list[_Input]) -> Iterator[Problem]:
@@ -249,7 +252,8 @@ def _wrong_sizes(checked: manifest.Manifest, inputs: list[_Input]) -> Iterator[P
             continue
         size = os.fstat(item.file.fileno()).st_size if item.file else sum(d.size for d in item.found)
         if size != said:
-            yield item.path.removesuffix(".ref") + ".size", f"says {said} bytes, but the layer has {size}"
+            path = item.path.removesuffix(".ref") + ".size"
+            yield Problem(path, f"says {said} bytes, but the layer has {size}", "MAN-14")
 
 
 def _check_content(item: _Input, fd: int) -> None:
@@ -265,7 +269,7 @@ def _check_content(item: _Input, fd: int) -> None:
         if size != prefix.blob_size:
             raise SnapshotInvalid(f"{item.label} has {size} bytes, but should have {prefix.blob_size}")
     elif item.kind == "bootstrap":
-        manifest.parse_bootstrap(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
+        bootstrap.parse(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
 
 
 def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ovms.errors import ManifestInvalid, Unsupported
+from ovms.errors import ManifestInvalid, Problem, Unsupported
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
 from ovms.spec import limits, manifest, mediatypes, strictjson
@@ -106,9 +106,9 @@ def check_refs(checked: manifest.Manifest, layers: set[Digest]) -> None:
     problems = []
     for path, ref in checked.refs():
         if not is_digest(ref):
-            problems.append((path, f"must be a digest in a finished artifact, not {ref[:80]!a}"))
+            problems.append(Problem(path, f"must be a digest in a finished artifact, not {ref[:80]!a}", "OCI-6"))
         elif Digest(ref) not in layers:
-            problems.append((path, f"{ref} is not among the layers of the OCI manifest"))
+            problems.append(Problem(path, f"{ref} is not among the layers of the OCI manifest", "OCI-6"))
     if problems:
         raise ManifestInvalid(
             "the OVMS manifest does not fit the OCI manifest around it",

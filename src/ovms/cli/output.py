@@ -45,7 +45,7 @@ def complain(error: OvmsError, *, as_json: bool) -> None:
         return
     lines = [f"ovm: error: {safe(error.message)}"]
     if isinstance(error, ManifestInvalid):
-        lines += [f"  {safe(path)}: {safe(text)}" for path, text in error.problems]
+        lines += [f"  {safe(p.path)}: {safe(p.message)}" + (f" [{p.rule}]" if p.rule else "") for p in error.problems]
     if error.hint:
         lines.append(f"  hint: {safe(error.hint)}")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -24,6 +24,8 @@ DEVICES_MAX: Final = 32
 OCI_LAYERS_MAX: Final = 128
 NAME_MAX: Final = 255
 STRING_MAX: Final = 4096
+#: Of an entry of ``env``, ``entrypoint`` or ``cmd``: what Linux takes as one argument of a program.
+ARGUMENT_MAX: Final = 128 * KIB
 KERNEL_ARGS_MAX: Final = 2047
 KERNEL_MAX: Final = 512 * MIB
 INITRD_MAX: Final = 2 * GIB
@@ -32,6 +34,11 @@ DISK_LAYER_MAX: Final = 16 * TIB
 DISK_VIRTUAL_MAX: Final = 16 * TIB
 BOOTSTRAP_MAX: Final = 1 * MIB
 IVSHMEM_MAX: Final = 16 * GIB
+IVSHMEM_MIN: Final = 4096
+#: Where the manifest says no size.
+IVSHMEM_DEFAULT: Final = 1 * MIB
+#: A request body of the runtime contract.
+API_BODY_MAX: Final = 1 * MIB
 
 RAM_MIN: Final = 1 * MIB
 RAM_MAX: Final = 1 * TIB
@@ -40,6 +47,8 @@ RAM_CHUNK_PAGES: Final = 16
 RAM_CHUNK_PAGES_MAX: Final = 1024
 #: Index entries: whoever restores holds the index in memory. 256 GiB of memory in chunks of RAM_CHUNK_PAGES.
 RAM_CHUNKS_MAX: Final = 4 * MIB
-RAM_META_MAX: Final = 1 * MIB
+RAM_HEADER_MAX: Final = 1 * MIB
 RAM_STATE_MAX: Final = 64 * MIB
+#: Ancestors of a diff snapshot.
+RAM_PARENTS_MAX: Final = 16
 VCPUS_MAX: Final = 255

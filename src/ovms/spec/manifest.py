@@ -1,34 +1,27 @@
 """The OVMS manifest: checked once at the edge, handed inwards as typed values.
 
-Source: the OVMS v0.1 draft, section "manifest". Every problem is reported, each with its JSON path; unknown fields are
-kept (they live on in ``document``), because what is hashed and signed is the original bytes.
+Source: ``spec/rfc/ovms-v0.1.md``, section 5. Every problem is reported, each with its JSON path and the rule that it
+breaks; unknown fields are kept (they live on in ``document``), because what is hashed and signed is the original bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from ovms.errors import ManifestInvalid
+from ovms.errors import Problem
 from ovms.spec import limits, mediatypes, strictjson
+from ovms.spec.digest import is_digest
+from ovms.spec.document import Reader, check_time, invalid, shown
 
 SCHEMA_VERSION: Final = 1
 
-#: (JSON path, what is wrong there)
-Problem = tuple[str, str]
-
 _HEX_ADDRESS: Final = re.compile(r"0x[0-9a-fA-F]{1,16}")
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TIME: Final = re.compile(
-    r"[0-9]{4}(-[0-9]{2}){2}[Tt][0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-)
-_ENV: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
-_PORT: Final = re.compile(r"([0-9]{1,5})/(tcp|udp)")
+_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME: Final = re.compile(rf"{_WORD.pattern}(/{_WORD.pattern})*")
 
 
 class DiskFormat(StrEnum):
@@ -72,12 +65,13 @@ class DiskLayer:
 
 @dataclass(frozen=True)
 class RamSnapshot:
-    """A RAM snapshot to restore from."""
+    """A RAM snapshot to restore from; ``parents`` are the ancestors of a diff, base first."""
 
     ref: str
     compression: Compression = Compression.LZ4
     preload_hint: bool = False
     mlock_required: bool = False
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,11 @@ class Device:
     name: str
     size: int | None = None
     mmio_addr: int | None = None
+
+    @property
+    def region_size(self) -> int:
+        """The size of an ivshmem device's region in bytes."""
+        return limits.IVSHMEM_DEFAULT if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -147,160 +146,33 @@ class Manifest:
             answer.append(("$.initrd.ref", self.initrd.ref))
         answer.extend((f"$.diskLayers[{i}].ref", layer.ref) for i, layer in enumerate(self.disk_layers))
         if self.ram_snapshot is not None:
+            parents = enumerate(self.ram_snapshot.parents)
+            answer.extend((f"$.ramSnapshot.parents[{i}]", parent) for i, parent in parents)
             answer.append(("$.ramSnapshot.ref", self.ram_snapshot.ref))
         if self.bootstrap is not None:
             answer.append(("$.bootstrap.ref", self.bootstrap.ref))
         return answer
 
 
-class _Reader:
-    """Takes typed fields out of one object, and notes each one that is missing or wrong."""
-
-    def __init__(self, value: Any, path: str, problems: list[Problem]) -> None:
-        self.path = path
-        self.problems = problems
-        self.ok = isinstance(value, dict)
-        self.value: dict[str, Any] = value if self.ok else {}
-        if not self.ok:
-            problems.append((path, f"must be an object, not {_kind(value)}"))
-
-    def problem(self, key: str, text: str) -> None:
-        self.problems.append((f"{self.path}.{key}", text))
-
-    def _typed(self, key: str, kind: type, wanted: str, required: bool) -> Any:
-        if key not in self.value:
-            if required and self.ok:
-                self.problem(key, "is required")
-            return None
-        value = self.value[key]
-        # bool is a subclass of int, and 1 is no boolean
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            self.problem(key, f"must be {wanted}, not {_kind(value)}")
-            return None
-        return value
-
-    def string(
-        self,
-        key: str,
-        *,
-        required: bool = False,
-        empty: bool = False,
-        max_length: int = limits.STRING_MAX,
-        check: Callable[[str], str | None] | None = None,
-    ) -> str | None:
-        value: str | None = self._typed(key, str, "a string", required)
-        if value is None:
-            return None
-        wrong = _text_problem(value, empty=empty, max_length=max_length) or (check(value) if check else None)
-        if wrong:
-            self.problem(key, wrong)
-            return None
-        return value
-
-    def integer(self, key: str, low: int, high: int, *, required: bool = False) -> int | None:
-        value: int | None = self._typed(key, int, "an integer", required)
-        if value is not None and not low <= value <= high:
-            self.problem(key, f"must be from {low} to {high}, not {_shown_number(value)}")
-            return None
-        return value
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value: bool | None = self._typed(key, bool, "true or false", False)
-        return default if value is None else value
-
-    def choice(self, key: str, choices: type[StrEnum], *, required: bool = False) -> Any:
-        value = self.string(key, required=required)
-        if value is None:
-            return None
-        try:
-            return choices(value)
-        except ValueError:
-            self.problem(key, f"must be one of {', '.join(choices)}, not {_shown(value)}")
-            return None
-
-    def items(self, key: str, max_items: int) -> list[Any]:
-        value: list[Any] | None = self._typed(key, list, "a list", False)
-        if value is not None and len(value) > max_items:
-            self.problem(key, f"has {len(value)} entries; at most {max_items} are allowed")
-            return []
-        return value or []
-
-    def strings(
-        self, key: str, max_items: int, check: Callable[[str], str | None] | None = None, *, lines: bool = False
-    ) -> tuple[str, ...]:
-        """A list of strings; with *lines* they may hold any character but NUL, as arguments of a program may."""
-        answer = []
-        for i, item in enumerate(self.items(key, max_items)):
-            if not isinstance(item, str):
-                self.problem(f"{key}[{i}]", f"must be a string, not {_kind(item)}")
-                continue
-            wrong = _text_problem(item, empty=True, max_length=limits.STRING_MAX, lines=lines)
-            if wrong := wrong or (check(item) if check else None):
-                self.problem(f"{key}[{i}]", wrong)
-            answer.append(item)
-        return tuple(answer)
-
-    def child(self, key: str) -> _Reader | None:
-        if key not in self.value:
-            return None
-        child = _Reader(self.value[key], f"{self.path}.{key}", self.problems)
-        return child if child.ok else None
-
-    def children(self, key: str, max_items: int) -> list[_Reader]:
-        readers = [
-            _Reader(item, f"{self.path}.{key}[{i}]", self.problems) for i, item in enumerate(self.items(key, max_items))
-        ]
-        return [reader for reader in readers if reader.ok]
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _shown(text: str) -> str:
-    return ascii(text if len(text) <= 60 else text[:57] + "…")
-
-
-def _shown_number(value: int) -> str:
-    return str(value) if value.bit_length() <= 64 else "a number of more than 64 bits"
-
-
-def _text_problem(value: str, *, empty: bool, max_length: int, lines: bool = False) -> str | None:
-    if not value and not empty:
-        return "must not be empty"
-    if len(value) > max_length:
-        return f"has {len(value)} characters; at most {max_length} are allowed"
-    if lines:
-        return "holds a NUL character" if "\0" in value else None
-    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
-        return "holds control characters"
-    return None
-
-
 def _check_name(value: str) -> str | None:
     if _NAME.fullmatch(value) is None:
-        return f"must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only, not {_shown(value)}"
+        return (
+            "must be letters, digits, '.', '_' and '-', with '/' between parts that each begin with a letter or digit,"
+            f" not {shown(value)}"
+        )
     return None
 
 
-def _check_time(value: str) -> str | None:
-    # fromisoformat takes far more than RFC 3339 does (week dates, no seconds), but no leap second
-    if _TIME.fullmatch(value):
-        with contextlib.suppress(ValueError):
-            seconds = "59" if value[17:19] == "60" else value[17:19]
-            datetime.fromisoformat(f"{value[:17]}{seconds}{value[19:]}".upper())
-            return None
-    return f"must be a time as in RFC 3339, such as 2026-01-31T12:00:00Z, not {_shown(value)}"
+def _check_word(value: str) -> str | None:
+    if _WORD.fullmatch(value) is None:
+        return f"must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only, not {shown(value)}"
+    return None
+
+
+def _check_address(value: str) -> str | None:
+    if _HEX_ADDRESS.fullmatch(value) is None:
+        return f"must be a hexadecimal address such as 0xfe000000, not {shown(value)}"
+    return None
 
 
 def parse(data: bytes, what: str = "the manifest") -> Manifest:
@@ -320,148 +192,126 @@ def check(document: Any, what: str = "the manifest") -> Manifest:
         ManifestInvalid: breaks the specification; names every problem.
     """
     problems: list[Problem] = []
-    manifest = _read(_Reader(document, "$", problems), document)
+    top = Reader(document, "$", problems, rule="MAN-1", text_rule="MAN-6")
+    if (version := top.integer("schemaVersion", 0, 2**31, required=True, rule="MAN-2")) not in (None, SCHEMA_VERSION):
+        # VER-1: of another version nothing else is looked at
+        top.problem("schemaVersion", f"must be {SCHEMA_VERSION}, not {version}", "MAN-2")
+        raise invalid(problems, what)
+    manifest = _read(top, document)
     if problems:
         raise invalid(problems, what)
     return manifest
 
 
-def invalid(problems: list[Problem], what: str) -> ManifestInvalid:
-    """The error that names every problem of a manifest."""
-    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ManifestInvalid(
-        f"{what} has {count}", problems=problems, hint="each is named by its JSON path; README.md shows a manifest"
-    )
-
-
-def _read(top: _Reader, document: Any) -> Manifest:
-    version = top.integer("schemaVersion", 0, 2**31, required=True)
-    if version is not None and version != SCHEMA_VERSION:
-        top.problem("schemaVersion", f"must be {SCHEMA_VERSION}, not {version}")
-    media_type = top.string("mediaType", required=True)
+def _read(top: Reader, document: Any) -> Manifest:
+    media_type = top.string("mediaType", required=True, rule="MAN-3")
     if media_type is not None and media_type != mediatypes.MANIFEST:
-        top.problem("mediaType", f"must be {mediatypes.MANIFEST}, not {_shown(media_type)}")
-    kernel, initrd = top.child("kernel"), top.child("initrd")
-    ram, bootstrap = top.child("ramSnapshot"), top.child("bootstrap")
+        top.problem("mediaType", f"must be {mediatypes.MANIFEST}, not {shown(media_type)}", "MAN-3")
+    name = top.string("name", required=True, max_length=limits.NAME_MAX, check=_check_name, rule="MAN-4")
+    version = top.string("version", required=True, max_length=limits.NAME_MAX, rule="MAN-5")
+    kernel, initrd = top.child("kernel", rule="MAN-9"), top.child("initrd", rule="MAN-10")
+    if "initrd" in top.value and "kernel" not in top.value:
+        top.problem("initrd", "needs a kernel that loads it", "MAN-10")
+    bootstrap = top.child("bootstrap", rule="MAN-22")
     return Manifest(
-        name=top.string("name", required=True, max_length=limits.NAME_MAX, check=_check_name) or "",
-        version=top.string("version", required=True, max_length=limits.NAME_MAX) or "",
+        name=name or "",
+        version=version or "",
         kernel=None
         if kernel is None
-        else Kernel(
-            kernel.string("ref", required=True) or "",
-            kernel.string("args", empty=True, max_length=limits.KERNEL_ARGS_MAX) or "",
-        ),
-        initrd=None if initrd is None else Initrd(initrd.string("ref", required=True) or ""),
+        else Kernel(_ref(kernel), kernel.string("args", empty=True, max_length=limits.KERNEL_ARGS_MAX) or ""),
+        initrd=None if initrd is None else Initrd(_ref(initrd)),
         disk_layers=_read_disks(top),
-        ram_snapshot=None
-        if ram is None
-        else RamSnapshot(
-            ram.string("ref", required=True) or "",
-            ram.choice("compression", Compression) or Compression.LZ4,
-            ram.boolean("preload_hint", False),
-            ram.boolean("mlock_required", False),
-        ),
+        ram_snapshot=_read_ram(top.child("ramSnapshot", rule="MAN-15")),
         devices=_read_devices(top),
-        metadata=_read_metadata(top.child("metadata")),
-        runtime_hints=_read_hints(top.child("runtimeHints")),
-        bootstrap=None if bootstrap is None else Bootstrap(bootstrap.string("ref", required=True) or ""),
+        metadata=_read_metadata(top.child("metadata", rule="MAN-19")),
+        runtime_hints=_read_hints(top.child("runtimeHints", rule="MAN-21")),
+        bootstrap=None if bootstrap is None else Bootstrap(_ref(bootstrap)),
         document=document if top.ok else {},
     )
 
 
-def _read_disks(top: _Reader) -> tuple[DiskLayer, ...]:
+def _ref(item: Reader) -> str:
+    if "ref" not in item.value:
+        item.problem("ref", "is required")
+        return ""
+    return item.string("ref", rule="MAN-7", check=lambda value: _check_ref(item, "ref", value)) or ""
+
+
+def _check_ref(item: Reader, key: str, value: str) -> str | None:
+    if value.startswith(("sha256:", "sha512:")) and not is_digest(value):
+        item.problem(key, f"must be 'sha256:' and 64 hexadecimal digits, not {shown(value)}", "MAN-8")
+    return None
+
+
+def _read_disks(top: Reader) -> tuple[DiskLayer, ...]:
     layers = []
-    for i, item in enumerate(top.children("diskLayers", limits.DISK_LAYERS_MAX)):
+    for i, item in enumerate(top.children("diskLayers", limits.DISK_LAYERS_MAX, rule="MAN-11")):
         layer = DiskLayer(
-            item.string("ref", required=True) or "",
-            item.choice("format", DiskFormat, required=True) or DiskFormat.QCOW2,
-            item.integer("size", 1, limits.DISK_LAYER_MAX),
+            _ref(item),
+            item.choice("format", DiskFormat, required=True, rule="MAN-12") or DiskFormat.QCOW2,
+            item.integer("size", 1, limits.DISK_LAYER_MAX, rule="MAN-14"),
         )
         if i > 0 and layer.format is DiskFormat.RAW:
-            item.problem("format", "only the base layer can be raw: a raw image cannot be a diff on another layer")
+            item.problem(
+                "format", "only the base layer can be raw: a raw image cannot be a diff on another layer", "MAN-13"
+            )
         layers.append(layer)
     return tuple(layers)
 
 
-def _read_devices(top: _Reader) -> tuple[Device, ...]:
+def _read_ram(item: Reader | None) -> RamSnapshot | None:
+    if item is None:
+        return None
+    ref = _ref(item)
+    parents = item.strings("parents", limits.RAM_PARENTS_MAX, rule="MAN-16")
+    for i, parent in enumerate(parents):
+        if not parent:
+            item.problem(f"parents[{i}]", "must not be empty", "MAN-7")
+        _check_ref(item, f"parents[{i}]", parent)
+        if parent == ref or parent in parents[:i]:
+            item.problem(f"parents[{i}]", "is named twice", "MAN-16")
+    return RamSnapshot(
+        ref,
+        item.choice("compression", Compression) or Compression.LZ4,
+        item.boolean("preload_hint", False),
+        item.boolean("mlock_required", False),
+        parents,
+    )
+
+
+def _read_devices(top: Reader) -> tuple[Device, ...]:
     devices: list[Device] = []
-    for item in top.children("devices", limits.DEVICES_MAX):
-        address = item.string("mmio_addr")
-        if address is not None and not _HEX_ADDRESS.fullmatch(address):
-            item.problem("mmio_addr", f"must be a hexadecimal address such as 0xfe000000, not {_shown(address)}")
-            address = None
+    for item in top.children("devices", limits.DEVICES_MAX, rule="MAN-17"):
+        address = item.string("mmio_addr", check=_check_address, rule="MAN-18")
+        size = item.integer("size", 1, limits.IVSHMEM_MAX, rule="MAN-18")
         device = Device(
-            item.string("type", required=True, max_length=limits.NAME_MAX, check=_check_name) or "",
-            item.string("name", required=True, max_length=limits.NAME_MAX, check=_check_name) or "",
-            item.integer("size", 1, limits.IVSHMEM_MAX),
+            item.string("type", required=True, max_length=limits.NAME_MAX, check=_check_word) or "",
+            item.string("name", required=True, max_length=limits.NAME_MAX, check=_check_word) or "",
+            size,
             None if address is None else int(address, 16),
         )
-        size = device.size
         if device.name and any(other.name == device.name for other in devices):
-            item.problem("name", f"another device is named {_shown(device.name)}")
-        missing = size is None and "size" not in item.value  # any other size of None has its problem already
-        if device.type == "ivshmem" and (missing or (size is not None and size & (size - 1))):
-            item.problem("size", "an ivshmem device needs a size that is a power of two")
+            item.problem("name", f"another device is named {shown(device.name)}")
+        if device.type == "ivshmem" and size is not None and (size & (size - 1) or size < limits.IVSHMEM_MIN):
+            item.problem("size", f"an ivshmem device has a power of two from {limits.IVSHMEM_MIN}, not {size}", "DEV-2")
         devices.append(device)
     return tuple(devices)
 
 
-def _read_metadata(item: _Reader | None) -> Metadata:
+def _read_metadata(item: Reader | None) -> Metadata:
     if item is None:
         return Metadata()
-    platform = item.child("platform")
+    platform = item.child("platform", rule="MAN-20")
     return Metadata(
         item.string("author", empty=True),
-        item.string("created", check=_check_time),
+        item.string("created", check=check_time),
         Platform()
         if platform is None
-        else Platform(platform.string("arch", check=_check_name) or "x86_64", platform.boolean("uefi", False)),
+        else Platform(platform.string("arch", check=_check_word) or "x86_64", platform.boolean("uefi", False)),
     )
 
 
-def _read_hints(item: _Reader | None) -> RuntimeHints:
+def _read_hints(item: Reader | None) -> RuntimeHints:
     if item is None:
         return RuntimeHints()
     return RuntimeHints(item.strings("preferredRuntime", 32), item.integer("coldStartTargetMs", 0, 2**31))
-
-
-@dataclass(frozen=True)
-class BootstrapConfig:
-    """A container's configuration, for the guest's bootstrap to follow."""
-
-    env: tuple[str, ...]
-    workdir: str | None
-    entrypoint: tuple[str, ...]
-    cmd: tuple[str, ...]
-    exposed_ports: tuple[str, ...]
-
-
-def parse_bootstrap(data: bytes, what: str = "the bootstrap config") -> BootstrapConfig:
-    """Reads and checks a bootstrap config.
-
-    Raises:
-        JsonInvalid, ManifestInvalid: as for :func:`parse`.
-    """
-    problems: list[Problem] = []
-    top = _Reader(strictjson.parse(data, what, max_size=limits.BOOTSTRAP_MAX), "$", problems)
-
-    def env(value: str) -> str | None:
-        return None if _ENV.fullmatch(value) else f"must be of the form NAME=value, not {_shown(value)}"
-
-    def port(value: str) -> str | None:
-        match = _PORT.fullmatch(value)
-        if match is not None and 1 <= int(match[1]) <= 65535:
-            return None
-        return f"must be a port such as 80/tcp, not {_shown(value)}"
-
-    config = BootstrapConfig(
-        top.strings("env", 4096, env, lines=True),
-        top.string("workdir"),
-        top.strings("entrypoint", 1024, lines=True),
-        top.strings("cmd", 1024, lines=True),
-        top.strings("exposedPorts", 1024, port),
-    )
-    if problems:
-        raise invalid(problems, what)
-    return config

@@ -133,7 +133,7 @@ def parse_prefix(data: bytes) -> Prefix:
         raise _bad(f"a memory size of {memory} bytes is out of range", 16)
     if not 1 <= chunk_pages <= limits.RAM_CHUNK_PAGES_MAX:
         raise _bad(f"{chunk_pages} pages a chunk are out of range", 28)
-    if not 2 <= meta <= limits.RAM_META_MAX:
+    if not 2 <= meta <= limits.RAM_HEADER_MAX:
         raise _bad(f"meta of {meta} bytes is out of range", 40)
     if not 1 <= state <= limits.RAM_STATE_MAX:
         raise _bad(f"device state of {state} bytes is out of range", 56)
@@ -178,7 +178,7 @@ def parse_control(data: bytes) -> Control:
     if hashlib.sha256(data[PREFIX_SIZE : prefix.index_end]).digest() != prefix.control_digest:
         raise _bad("meta, state and index do not have the digest that the prefix says", 96)
     meta = strictjson.parse(
-        data[PREFIX_SIZE : prefix.state_offset], "the RAM snapshot's meta", max_size=limits.RAM_META_MAX
+        data[PREFIX_SIZE : prefix.state_offset], "the RAM snapshot's meta", max_size=limits.RAM_HEADER_MAX
     )
     if not isinstance(meta, dict):
         raise _bad("the meta is not an object", PREFIX_SIZE)

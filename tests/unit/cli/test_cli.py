@@ -109,13 +109,15 @@ def test_foreign_words_do_not_drive_the_terminal() -> None:
 
 def test_an_error_names_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.ManifestInvalid(
-        "the manifest has 2 problems", problems=[("$.b", "two"), ("$.a", "one")], hint="read"
+        "the manifest has 2 problems",
+        problems=[errors.Problem("$.b", "two", "MAN-1"), errors.Problem("$.a", "one")],
+        hint="read",
     )
     output.complain(error, as_json=False)
     assert capsys.readouterr().err.splitlines() == [
         "ovm: error: the manifest has 2 problems",
         "  $.a: one",
-        "  $.b: two",
+        "  $.b: two [MAN-1]",
         "  hint: read",
     ]
     output.complain(error, as_json=True)

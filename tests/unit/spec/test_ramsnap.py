@@ -161,7 +161,7 @@ def test_cut_short(size: int) -> None:
         ("chunk pages", limits.RAM_CHUNK_PAGES_MAX + 1),
         ("meta offset", 0),
         ("meta size", 1),
-        ("meta size", limits.RAM_META_MAX + 1),
+        ("meta size", limits.RAM_HEADER_MAX + 1),
         ("meta size", 2**64 - 1),
         ("state offset", 0),
         ("state size", 0),
@@ -193,7 +193,7 @@ def test_a_prefix_cannot_make_the_reader_take_gigabytes() -> None:
     fields[3], fields[11], fields[12], fields[13] = limits.RAM_MAX, chunks, -(-index_end // PAGE) * PAGE, 1 << 30
     with pytest.raises(SnapshotInvalid, match="chunks"):
         ramsnap.parse_prefix(struct.pack("<8sIIQIIQQQQQQQQ32s", *fields))
-    most = limits.RAM_CHUNKS_MAX * ramsnap.ENTRY_SIZE + limits.RAM_META_MAX + limits.RAM_STATE_MAX
+    most = limits.RAM_CHUNKS_MAX * ramsnap.ENTRY_SIZE + limits.RAM_HEADER_MAX + limits.RAM_STATE_MAX
     assert most <= 512 * limits.MIB
 
 
@@ -360,7 +360,7 @@ def test_any_state(stored: bytes) -> None:
 @pytest.mark.parametrize(
     ("meta", "state", "memory"),
     [
-        ({"x": "y" * limits.RAM_META_MAX}, b"", MEMORY),
+        ({"x": "y" * limits.RAM_HEADER_MAX}, b"", MEMORY),
         ({}, bytes(limits.RAM_STATE_MAX + 1), MEMORY),
         ({}, b"", MEMORY + 1),
         ({}, b"", PAGE),
