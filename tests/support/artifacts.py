@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ovms.spec import limits, mediatypes, ramsnap
-from support import kernels, qcow2_images
+from ovms.spec import mediatypes, ramsnap
+from support import kernels, qcow2_images, ram
 
 MANIFEST: dict[str, Any] = {
     "schemaVersion": 1,
@@ -24,10 +24,7 @@ MANIFEST: dict[str, Any] = {
 
 def ram_blob() -> bytes:
     """A RAM snapshot of two pages."""
-    codec, stored, digest = ramsnap.compress(b"a" * ramsnap.PAGE * 2)
-    chunk = ramsnap.Chunk(0, 2, 0, len(stored), codec, digest)
-    control = ramsnap.build_control({}, b"state", [chunk], memory_size=limits.RAM_MIN, chunk_pages=2)
-    return control + bytes(stored)
+    return ram.blob({0: b"a" * ramsnap.PAGE * 2})
 
 
 def write_inputs(directory: Path) -> None:

@@ -35,40 +35,30 @@ from ovms.progress import NULL, Progress
 from ovms.spec import bootstrap, limits, manifest, mediatypes, ramsnap
 from ovms.spec.digest import Digest, is_digest, parse_digest
 from ovms.spec.document import invalid
-from ovms.spec.manifest import DiskFormat
+from ovms.spec.manifest import Compression, Part, PartKind
 
-_SIZE_LIMITS: Final = {
-    "kernel": limits.KERNEL_MAX,
-    "initrd": limits.INITRD_MAX,
-    "disk": limits.DISK_LAYER_MAX,
-    "ram": 2 * limits.RAM_MAX,
-    "bootstrap": limits.BOOTSTRAP_MAX,
-}
-_LABELS: Final = {
-    "kernel": "the kernel",
-    "initrd": "the initrd",
-    "disk": "disk layer",
-    "ram": "the RAM snapshot",
-    "bootstrap": "the bootstrap config",
+SIZE_LIMITS: Final = {
+    PartKind.KERNEL: limits.KERNEL_MAX,
+    PartKind.INITRD: limits.INITRD_MAX,
+    PartKind.DISK: limits.DISK_LAYER_MAX,
+    PartKind.RAM: 2 * limits.RAM_MAX,
+    PartKind.BOOTSTRAP: limits.BOOTSTRAP_MAX,
 }
 
 
 @dataclass(frozen=True)
 class _Input:
-    """One ``ref``: where it stands, what it must be, and what it turned out to be."""
+    """One ``ref``, and what it turned out to be."""
 
-    kind: str
-    path: str
-    ref: str
-    number: int = 0
-    format: DiskFormat | None = None
+    part: Part
+    compression: Compression = Compression.LZ4
     #: An open local file, or the blobs that a digest or another artifact gave.
     file: BinaryIO | None = None
     found: tuple[Descriptor, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{_LABELS[self.kind]} {self.number}" if self.kind == "disk" else _LABELS[self.kind]
+        return label(self.part)
 
 
 class Builder:
@@ -112,11 +102,12 @@ class Builder:
         if checked.kernel is None and not checked.disk_layers:
             nothing = Problem("$", "there is nothing to boot: give a kernel, or a disk layer", "BIN-3")
             raise invalid([nothing], "the manifest")
-        for item in _wanted(checked):
+        compression = checked.ram_snapshot.compression if checked.ram_snapshot else Compression.LZ4
+        for item in (_Input(part, compression) for part in checked.parts()):
             try:
                 answer.append(self._open_input(item, directory, files))
             except (InputError, NotFound) as exc:
-                problems.append(Problem(item.path, _with_problems(exc)))
+                problems.append(Problem(item.part.path, _with_problems(exc)))
                 errors.append(exc)
         if len(errors) == 1:
             error = errors[0]
@@ -129,17 +120,17 @@ class Builder:
                 problems=problems,
                 hint=next((e.hint for e in errors if e.hint), None),
             )
-        if problems := list(_wrong_sizes(checked, answer)):
+        if problems := list(_wrong_sizes(answer)):
             raise invalid(problems, "the manifest")
         return answer
 
     def _open_input(self, item: _Input, directory: Path, files: contextlib.ExitStack) -> _Input:
-        if is_digest(item.ref):
-            return replace(item, found=(self._check_blob(item, parse_digest(item.ref)),))
-        local = directory / item.ref.removeprefix("file:")
-        if item.ref.startswith((".", "/", "file:")) or os.path.lexists(local):
-            file = files.enter_context(fsutil.open_input(local, item.label, max_size=_SIZE_LIMITS[item.kind]))
-            _check_content(item, file.fileno())
+        if is_digest(item.part.ref):
+            return replace(item, found=(self._check_blob(item, parse_digest(item.part.ref)),))
+        local = directory / item.part.ref.removeprefix("file:")
+        if item.part.ref.startswith((".", "/", "file:")) or os.path.lexists(local):
+            file = files.enter_context(fsutil.open_input(local, item.label, max_size=SIZE_LIMITS[item.part.kind]))
+            check_content(item.part, file.fileno(), item.compression)
             return replace(item, file=file)
         return replace(item, found=self._from_artifact(item, local))
 
@@ -149,24 +140,24 @@ class Builder:
             raise NotFound(
                 f"{item.label}: the store has no blob {digest}", hint="pull the artifact that holds it first"
             )
-        with fsutil.open_input(self._layout.path(digest), item.label, max_size=_SIZE_LIMITS[item.kind]) as file:
-            _check_content(item, file.fileno())
+        with fsutil.open_input(self._layout.path(digest), item.label, max_size=SIZE_LIMITS[item.part.kind]) as file:
+            check_content(item.part, file.fileno(), item.compression)
             return _descriptor(item, file.fileno(), digest, size)
 
     def _from_artifact(self, item: _Input, local: Path) -> tuple[Descriptor, ...]:
         try:
-            Reference.parse(item.ref)
+            Reference.parse(item.part.ref)
         except InputError:
             raise FileProblem(
-                f"{item.label}: there is no file {local}, and {item.ref[:80]!a} is no reference",
+                f"{item.label}: there is no file {local}, and {item.part.ref[:80]!a} is no reference",
                 code="file-missing",
                 path=str(local),
             ) from None
         try:
-            other = resolve.resolve(self._layout, self._connect, item.ref, progress=self._progress).artifact
+            other = resolve.resolve(self._layout, self._connect, item.part.ref, progress=self._progress).artifact
         except NotFound as exc:
             raise NotFound(
-                f"{item.label}: there is neither a file {local} nor an artifact {item.ref}",
+                f"{item.label}: there is neither a file {local} nor an artifact {item.part.ref}",
                 hint="check the path or the reference",
             ) from exc
         except RegistryError as exc:
@@ -174,7 +165,7 @@ class Builder:
             _prefix(exc, f"{item.label}: there is no file {local}, and as a reference: ")
             raise
         # What is in the store was checked for its digest when it came, and for nothing else.
-        return tuple(self._check_blob(part, Digest(part.ref)) for part in _parts_of(other, item))
+        return tuple(self._check_blob(part, Digest(part.part.ref)) for part in _parts_of(other, item))
 
     # --- copying -----------------------------------------------------------------------------------------------
 
@@ -201,38 +192,25 @@ class Builder:
 
     def _compose(self, document: Any, inputs: list[_Input]) -> model.Artifact:
         final = copy.deepcopy(document)
-        by_kind = {kind: [d for i in inputs if i.kind == kind for d in i.found] for kind in _LABELS}
-        for item in inputs:
-            if item.kind != "disk":
-                key = {"ram": "ramSnapshot"}.get(item.kind, item.kind)
-                final[key]["ref"] = item.found[0].digest
+        by_kind = {kind: [d for i in inputs if i.part.kind is kind for d in i.found] for kind in PartKind}
+        for kind in (PartKind.KERNEL, PartKind.INITRD, PartKind.BOOTSTRAP):
+            if by_kind[kind]:
+                final[str(kind)]["ref"] = by_kind[kind][0].digest
         if "diskLayers" in final:
             final["diskLayers"] = list(_disk_entries(document["diskLayers"], inputs))
-        disks = tuple(
-            replace(d, annotations={**d.annotations, mediatypes.TITLE_ANNOTATION: _disk_title(d, i)})
-            for i, d in enumerate(by_kind["disk"])
-        )
+        rams = [_titled(d, f"ram-{i}.ovmr") for i, d in enumerate(by_kind[PartKind.RAM])]
+        if rams:
+            final["ramSnapshot"]["ref"] = rams[-1].digest
+            if len(rams) > 1:
+                final["ramSnapshot"]["parents"] = [ram.digest for ram in rams[:-1]]
         parts = model.Parts(
-            kernel=next(iter(by_kind["kernel"]), None),
-            initrd=next(iter(by_kind["initrd"]), None),
-            disks=disks,
-            ram_snapshot=next(iter(by_kind["ram"]), None),
-            bootstrap=next(iter(by_kind["bootstrap"]), None),
+            kernel=next(iter(by_kind[PartKind.KERNEL]), None),
+            initrd=next(iter(by_kind[PartKind.INITRD]), None),
+            disks=tuple(_titled(d, f"disk-{i}.{_format_of(d)}") for i, d in enumerate(by_kind[PartKind.DISK])),
+            ram_snapshots=tuple(rams),
+            bootstrap=next(iter(by_kind[PartKind.BOOTSTRAP]), None),
         )
         return model.compose(self._layout, final, parts)
-
-
-def _wanted(checked: manifest.Manifest) -> Iterator[_Input]:
-    if checked.kernel is not None:
-        yield _Input("kernel", "$.kernel.ref", checked.kernel.ref)
-    if checked.initrd is not None:
-        yield _Input("initrd", "$.initrd.ref", checked.initrd.ref)
-    for i, layer in enumerate(checked.disk_layers):
-        yield _Input("disk", f"$.diskLayers[{i}].ref", layer.ref, i, layer.format)
-    if checked.ram_snapshot is not None:
-        yield _Input("ram", "$.ramSnapshot.ref", checked.ram_snapshot.ref)
-    if checked.bootstrap is not None:
-        yield _Input("bootstrap", "$.bootstrap.ref", checked.bootstrap.ref)
 
 
 def _prefix(error: OvmsError, text: str) -> None:
@@ -246,38 +224,61 @@ def _with_problems(error: OvmsError) -> str:
     return f"{error.message}: {'; '.join(f'{p.path} {p.message}' for p in error.problems)}"
 
 
-def _wrong_sizes(checked: manifest.Manifest, inputs: list[_Input]) -> Iterator[Problem]:
+def _wrong_sizes(inputs: list[_Input]) -> Iterator[Problem]:
     for item in inputs:
-        if item.kind != "disk" or (said := checked.disk_layers[item.number].size) is None:
+        if (said := item.part.size) is None:
             continue
         size = os.fstat(item.file.fileno()).st_size if item.file else sum(d.size for d in item.found)
         if size != said:
-            path = item.path.removesuffix(".ref") + ".size"
+            path = item.part.path.removesuffix(".ref") + ".size"
             yield Problem(path, f"says {said} bytes, but the layer has {size}", "MAN-14")
 
 
-def _check_content(item: _Input, fd: int) -> None:
-    if item.kind == "kernel":
-        check_kernel(fd, item.label)
-    elif item.kind == "disk":
-        assert item.format is not None
-        check_layer(fd, item.format, item.label)
-    elif item.kind == "ram":
+def label(part: Part) -> str:
+    """What a part is called in messages."""
+    names = {
+        PartKind.KERNEL: "the kernel",
+        PartKind.INITRD: "the initrd",
+        PartKind.DISK: f"disk layer {part.number}",
+        PartKind.RAM: "the RAM snapshot",
+        PartKind.BOOTSTRAP: "the bootstrap config",
+    }
+    return names[part.kind]
+
+
+def check_content(part: Part, fd: int, compression: Compression) -> None:
+    """Whether the open file is what a part of its kind must be. *compression* is that of a RAM snapshot.
+
+    Raises:
+        KernelInvalid, DiskInvalid, SnapshotInvalid, ManifestInvalid, JsonInvalid: it is not.
+        Unsupported: a disk format that no runtime takes.
+    """
+    what = label(part)
+    if part.kind is PartKind.KERNEL:
+        check_kernel(fd, what)
+    elif part.kind is PartKind.DISK:
+        assert part.format is not None
+        check_layer(fd, part.format, what)
+    elif part.kind is PartKind.RAM:
         prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
-        ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0))
+        ramsnap.check_codecs(ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0)), compression)
         size = os.fstat(fd).st_size
         if size != prefix.blob_size:
-            raise SnapshotInvalid(f"{item.label} has {size} bytes, but should have {prefix.blob_size}")
-    elif item.kind == "bootstrap":
+            raise SnapshotInvalid(f"{what} has {size} bytes, but should have {prefix.blob_size}", rule="RAM-1")
+    elif part.kind is PartKind.BOOTSTRAP:
         bootstrap.parse(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
 
 
 def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:
-    annotations: dict[str, str] = {}
-    if item.kind == "ram":
-        annotations = ram_annotations(fd)
+    part = item.part
     return model.part_descriptor(
-        item.kind, digest, size, format=item.format, number=item.number, annotations=annotations
+        part.kind,
+        digest,
+        size,
+        format=part.format,
+        compression=item.compression,
+        number=part.number,
+        annotations=ram_annotations(fd) if part.kind is PartKind.RAM else None,
     )
 
 
@@ -293,34 +294,38 @@ def ram_annotations(fd: int) -> dict[str, str]:
 
 
 def _parts_of(other: model.Artifact, item: _Input) -> list[_Input]:
-    """The part of another artifact that stands where *item* does; for a disk layer, that artifact's whole chain."""
-    have = other.manifest
-    refs = {
-        "kernel": [have.kernel.ref] if have.kernel else [],
-        "initrd": [have.initrd.ref] if have.initrd else [],
-        "disk": [layer.ref for layer in have.disk_layers],
-        "ram": [have.ram_snapshot.ref] if have.ram_snapshot else [],
-        "bootstrap": [have.bootstrap.ref] if have.bootstrap else [],
-    }[item.kind]
-    if not refs:
-        raise InputError(f"{item.label}: the artifact {item.ref} has none")
-    if item.kind == "disk" and item.number > 0:
+    """The part of another artifact that stands where *item* does; for disks and RAM snapshots, the whole chain."""
+    wanted = item.part
+    have = [part for part in other.manifest.parts() if part.kind is wanted.kind]
+    if not have:
+        raise InputError(f"{item.label}: the artifact {wanted.ref} has none")
+    if wanted.number > 0:
         raise InputError(
-            f"{item.label}: {item.ref} is a whole artifact, which can only be the base",
+            f"{item.label}: {wanted.ref} is a whole artifact, which can only be the base",
             hint="put it first, or name one of its layers by digest",
         )
-    if item.kind == "disk":
-        return [replace(item, ref=layer.ref, format=layer.format) for layer in have.disk_layers]
-    return [replace(item, ref=ref) for ref in refs]
+    ram = other.manifest.ram_snapshot
+    compression = item.compression if ram is None else ram.compression
+    return [
+        replace(item, part=replace(wanted, ref=part.ref, format=part.format), compression=compression) for part in have
+    ]
 
 
-def _disk_title(descriptor: Descriptor, number: int) -> str:
-    return f"disk-{number}.{descriptor.annotations.get(mediatypes.DISK_FORMAT_ANNOTATION, 'img')}"
+def _titled(descriptor: Descriptor, title: str) -> Descriptor:
+    return replace(descriptor, annotations={**descriptor.annotations, mediatypes.TITLE_ANNOTATION: title})
+
+
+def _format_of(descriptor: Descriptor) -> str:
+    return descriptor.annotations[mediatypes.DISK_FORMAT_ANNOTATION]
 
 
 def _disk_entries(said: list[dict[str, Any]], inputs: list[_Input]) -> Iterator[dict[str, Any]]:
-    for item in (i for i in inputs if i.kind == "disk"):
+    for item in (i for i in inputs if i.part.kind is PartKind.DISK):
         for descriptor in item.found:
             # A layer of another artifact keeps its own format; for a file it is what the manifest said.
-            format = descriptor.annotations.get(mediatypes.DISK_FORMAT_ANNOTATION, str(item.format))
-            yield {**said[item.number], "ref": descriptor.digest, "format": format, "size": descriptor.size}
+            yield {
+                **said[item.part.number],
+                "ref": descriptor.digest,
+                "format": _format_of(descriptor),
+                "size": descriptor.size,
+            }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +11,19 @@ from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_man
 from ovms.oci.layout import Layout
 from ovms.spec import limits, manifest, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest
+from ovms.spec.manifest import Compression, Part, PartKind
+
+RAM_TYPES: Final = {
+    Compression.LZ4: mediatypes.RAM_SNAPSHOT_LZ4,
+    Compression.ZSTD: mediatypes.RAM_SNAPSHOT_ZSTD,
+}
+_TYPES: Final = {
+    PartKind.KERNEL: mediatypes.KERNEL,
+    PartKind.INITRD: mediatypes.INITRD,
+    PartKind.DISK: mediatypes.DISK_LAYER,
+    PartKind.BOOTSTRAP: mediatypes.BOOTSTRAP,
+}
+_TITLES: Final = {PartKind.KERNEL: "kernel", PartKind.INITRD: "initrd", PartKind.BOOTSTRAP: "bootstrap.json"}
 
 _PLATFORM: Final = {"os": "linux", "architecture": "amd64"}
 _NOT_OURS: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
@@ -55,7 +68,7 @@ def load(layout: Layout, digest: Digest) -> Artifact:
     where = ovms_descriptor(image)
     raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
     checked = manifest.parse(raw, f"the OVMS manifest of {image.digest}")
-    check_refs(checked, {layer.digest for layer in image.layers})
+    check_parts(checked, image)
     return Artifact(image, checked)
 
 
@@ -101,20 +114,71 @@ def ovms_descriptor(image: ImageManifest) -> Descriptor:
     return found[0]
 
 
-def check_refs(checked: manifest.Manifest, layers: set[Digest]) -> None:
-    """Raises :class:`ManifestInvalid` unless each ``ref`` is the digest of one of the OCI manifest's layers."""
-    problems = []
-    for path, ref in checked.refs():
-        if not is_digest(ref):
-            problems.append(Problem(path, f"must be a digest in a finished artifact, not {ref[:80]!a}", "OCI-6"))
-        elif Digest(ref) not in layers:
-            problems.append(Problem(path, f"{ref} is not among the layers of the OCI manifest", "OCI-6"))
+def check_parts(checked: manifest.Manifest, image: ImageManifest) -> None:
+    """Whether the OVMS manifest and the OCI manifest around it say the same of every part.
+
+    Raises:
+        ManifestInvalid: they do not; every difference is named.
+        Unsupported: a disk layer is compressed as a whole.
+    """
+    problems: list[Problem] = []
+    attached = image.config.media_type != mediatypes.MANIFEST
+    layers: dict[str, list[Descriptor]] = {}
+    for layer in image.layers:
+        layers.setdefault(layer.digest, []).append(layer)
+    for part in checked.parts():
+        if not is_digest(part.ref):
+            text = f"must be a digest in a finished artifact, not {part.ref[:80]!a}"
+            problems.append(Problem(part.path, text, "OCI-6"))
+        elif (found := layers.get(part.ref)) is None:
+            problems.append(Problem(part.path, f"{part.ref} is not among the layers of the OCI manifest", "OCI-6"))
+        else:
+            problems.extend(_differences(checked, part, found, attached=attached))
     if problems:
         raise ManifestInvalid(
             "the OVMS manifest does not fit the OCI manifest around it",
             problems=problems,
             hint="the artifact was not built by a conforming tool; build it again with 'ovm build'",
         )
+
+
+def _differences(
+    checked: manifest.Manifest, part: Part, layers: list[Descriptor], *, attached: bool
+) -> Iterator[Problem]:
+    # One blob may be several parts (an image that is kernel and disk, say), with a layer for each.
+    wanted = _media_types(checked, part)
+    types = {layer.media_type for layer in layers}
+    if part.kind is PartKind.DISK and any(
+        media_type.removesuffix(suffix) in wanted and media_type not in wanted
+        for media_type in types
+        for suffix in mediatypes.DISK_LAYER_SUFFIXES
+    ):
+        raise Unsupported(
+            f"disk layer {part.number} is compressed as a whole, which this version does not read",
+            hint="qcow2 layers can be compressed inside ('qemu-img convert -c')",
+            rule="OCI-13",
+        )
+    if not types & wanted and not (attached and part.kind is not PartKind.RAM):
+        text = f"its layer has the media type {min(types)[:80]!a}, not {' or '.join(sorted(wanted))}"
+        yield Problem(part.path, text, "OCI-11")
+    if part.size is not None and part.size != layers[0].size:
+        path = part.path.removesuffix(".ref") + ".size"
+        yield Problem(path, f"says {part.size} bytes, but the layer has {layers[0].size}", "OCI-7")
+    if part.format is not None:
+        formats = {layer.annotations.get(mediatypes.DISK_FORMAT_ANNOTATION) for layer in layers} - {None}
+        if formats and part.format not in formats:
+            path = part.path.removesuffix(".ref") + ".format"
+            annotated = ascii(min(str(f)[:20] for f in formats))
+            yield Problem(path, f"says {part.format}, but the layer's annotation ovms.format {annotated}", "OCI-12")
+
+
+def _media_types(checked: manifest.Manifest, part: Part) -> frozenset[str]:
+    if part.kind is PartKind.DISK:
+        return mediatypes.DISK_LAYERS_READ
+    if part.kind is PartKind.RAM:
+        assert checked.ram_snapshot is not None
+        return frozenset({RAM_TYPES[checked.ram_snapshot.compression]})
+    return frozenset({_TYPES[part.kind]})
 
 
 @dataclass(frozen=True)
@@ -124,12 +188,12 @@ class Parts:
     kernel: Descriptor | None = None
     initrd: Descriptor | None = None
     disks: tuple[Descriptor, ...] = ()
-    ram_snapshot: Descriptor | None = None
+    ram_snapshots: tuple[Descriptor, ...] = ()
     bootstrap: Descriptor | None = None
 
     def layers(self) -> tuple[Descriptor, ...]:
-        """In the order of the specification: kernel, initrd, disks base first, RAM snapshot, bootstrap config."""
-        parts = (self.kernel, self.initrd, *self.disks, self.ram_snapshot, self.bootstrap)
+        """In the order of the specification: kernel, initrd, disks and RAM snapshots base first, bootstrap config."""
+        parts = (self.kernel, self.initrd, *self.disks, *self.ram_snapshots, self.bootstrap)
         return tuple(part for part in parts if part is not None)
 
 
@@ -142,7 +206,6 @@ def compose(
     """
     checked = manifest.check(document)
     layers = parts.layers()
-    check_refs(checked, {layer.digest for layer in layers})
     raw = strictjson.canonical(document)
     annotations = {
         mediatypes.TITLE_ANNOTATION: checked.name,
@@ -157,29 +220,45 @@ def compose(
         subject=subject,
         annotations=annotations,
     )
+    check_parts(checked, image)
     layout.add_bytes(raw)
     layout.add_bytes(image.raw)
     return Artifact(image, checked)
 
 
-def part_descriptor(kind: str, digest: Digest, size: int, *, format: manifest.DiskFormat | None = None, number: int = 0,
-                    annotations: Mapping[str, str] | None = None) -> Descriptor:  # fmt: skip
-    """The descriptor of one part; *kind* is kernel, initrd, disk, ram or bootstrap.
-
-    The title gives ``oras pull`` a file name.
-    """
-    titles = {"kernel": "kernel", "initrd": "initrd", "ram": "ram.ovmr", "bootstrap": "bootstrap.json"}
-    types = {
-        "kernel": mediatypes.KERNEL,
-        "initrd": mediatypes.INITRD,
-        "disk": mediatypes.DISK_LAYER,
-        "ram": mediatypes.RAM_SNAPSHOT_LZ4,
-        "bootstrap": mediatypes.BOOTSTRAP,
-    }
+def part_descriptor(
+    kind: PartKind,
+    digest: Digest,
+    size: int,
+    *,
+    format: manifest.DiskFormat | None = None,
+    compression: Compression = Compression.LZ4,
+    number: int = 0,
+    annotations: Mapping[str, str] | None = None,
+) -> Descriptor:
+    """The descriptor of one part. The title gives ``oras pull`` a file name."""
     extra = dict(annotations or {})
     if format is not None:
         extra[mediatypes.DISK_FORMAT_ANNOTATION] = str(format)
         extra[mediatypes.TITLE_ANNOTATION] = f"disk-{number}.{format}"
+    elif kind is PartKind.RAM:
+        extra[mediatypes.TITLE_ANNOTATION] = f"ram-{number}.ovmr"
     else:
-        extra[mediatypes.TITLE_ANNOTATION] = titles[kind]
-    return Descriptor(types[kind], digest, size, extra)
+        extra[mediatypes.TITLE_ANNOTATION] = _TITLES[kind]
+    media_type = RAM_TYPES[compression] if kind is PartKind.RAM else _TYPES[kind]
+    return Descriptor(media_type, digest, size, extra)
+
+
+def reused(artifact: Artifact, part: Part) -> Descriptor:
+    """The descriptor of an artifact's part as it stands in a new artifact, whatever form the old one has."""
+    old = artifact.blob(part.ref)
+    compression = artifact.manifest.ram_snapshot.compression if artifact.manifest.ram_snapshot else Compression.LZ4
+    return part_descriptor(
+        part.kind,
+        old.digest,
+        old.size,
+        format=part.format,
+        compression=compression,
+        number=part.number,
+        annotations=old.annotations,
+    )

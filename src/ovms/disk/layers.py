@@ -37,14 +37,15 @@ def check_layer(fd: int, format: DiskFormat, what: str) -> int:
         raise Unsupported(
             f"{what}: the format 'ovfms' is a name without a definition, which ovms does not run",
             hint="use qcow2 (or raw for the base layer)",
+            rule="LAY-7",
         )
     if format is DiskFormat.QCOW2:
         return qcow2.check_header(fd, what).virtual_size
     size = os.fstat(fd).st_size
     if os.pread(fd, 4, 0) == qcow2.MAGIC:
-        raise DiskInvalid(f"{what} is a qcow2 image, but is said to be raw", hint="say format: qcow2")
+        raise DiskInvalid(f"{what} is a qcow2 image, but is said to be raw", hint="say format: qcow2", rule="LAY-6")
     if size % SECTOR or not 0 < size <= limits.DISK_VIRTUAL_MAX:
-        raise DiskInvalid(f"{what}: a raw disk has a multiple of {SECTOR} bytes, not {size}")
+        raise DiskInvalid(f"{what}: a raw disk has a multiple of {SECTOR} bytes, not {size}", rule="LAY-6")
     return size
 
 
@@ -58,7 +59,7 @@ def open_chain(layers: Sequence[tuple[Path, DiskFormat]]) -> list[Layer]:
     for i, (path, format) in enumerate(layers):
         what = f"disk layer {i}"
         if format is DiskFormat.RAW and i > 0:
-            raise DiskInvalid(f"{what} is raw: only the base layer can be")
+            raise DiskInvalid(f"{what} is raw: only the base layer can be", rule="MAN-13")
         with fsutil.open_input(path, what, max_size=limits.DISK_LAYER_MAX) as file:
             chain.append(Layer(path, format, check_layer(file.fileno(), format, what)))
     return chain

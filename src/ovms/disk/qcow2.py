@@ -42,10 +42,11 @@ _INCOMPATIBLE: Final = {
 _EXT_END: Final = 0
 _EXT_BACKING_FORMAT: Final = 0xE2792ACA
 _EXT_FEATURE_NAMES: Final = 0x6803F857
+#: What they mean, and the rule that refuses them.
 _EXTENSIONS_REFUSED: Final = {
-    0x44415441: "names an external data file",
-    0x0537BE77: "is encrypted",
-    0x23852875: "holds persistent bitmaps",
+    0x44415441: ("names an external data file", "LAY-10"),
+    0x0537BE77: ("is encrypted", "LAY-11"),
+    0x23852875: ("holds persistent bitmaps", "LAY-12"),
 }
 
 
@@ -69,34 +70,39 @@ def check_header(fd: int, what: str) -> Qcow2Info:
     if head[:4] != MAGIC:
         raise DiskInvalid(
             f"{what} is not a qcow2 image (it begins with {head[:4].hex() or 'nothing'})",
+            rule="LAY-8",
             hint="say the format that it really has: 'raw' for a plain disk image",
         )
     if len(head) < _V2.size:
-        raise DiskInvalid(f"{what}: the qcow2 header is cut short")
+        raise DiskInvalid(f"{what}: the qcow2 header is cut short", rule="LAY-8")
     (_, version, backing_at, backing_size, cluster_bits, size, encryption, l1_entries, l1_at, table_at, table_clusters,
      snapshots, _) = _V2.unpack_from(head)  # fmt: skip
     if version not in (2, 3):
-        raise DiskInvalid(f"{what}: qcow2 version {version} is not supported")
+        raise DiskInvalid(f"{what}: qcow2 version {version} is not supported", rule="LAY-8")
     if version == 3 and len(head) < _HEAD_SIZE:
-        raise DiskInvalid(f"{what}: the qcow2 header is cut short")
+        raise DiskInvalid(f"{what}: the qcow2 header is cut short", rule="LAY-8")
     if not CLUSTER_BITS_MIN <= cluster_bits <= CLUSTER_BITS_MAX:
-        raise DiskInvalid(f"{what}: clusters of 2^{cluster_bits} bytes are out of range")
+        raise DiskInvalid(f"{what}: clusters of 2^{cluster_bits} bytes are out of range", rule="LAY-14")
     cluster = 1 << cluster_bits
     if backing_at or backing_size:
         raise DiskInvalid(
             f"{what} names a backing file ({_backing_name(fd, backing_at, backing_size)})",
+            rule="LAY-9",
             hint="a layer names nothing: the manifest gives the order. Take the name out of a copy with"
             " 'qemu-img rebase -u -b \"\" FILE'",
         )
     if encryption:
-        raise DiskInvalid(f"{what} is encrypted, which layers cannot be")
+        raise DiskInvalid(f"{what} is encrypted, which layers cannot be", rule="LAY-11")
     if snapshots:
         raise DiskInvalid(
             f"{what} holds {snapshots} internal snapshots",
+            rule="LAY-12",
             hint="remove them with 'qemu-img snapshot -d NAME FILE', or copy the image with 'qemu-img convert'",
         )
     if not 0 < size <= limits.DISK_VIRTUAL_MAX:
-        raise DiskInvalid(f"{what}: a disk of {size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})")
+        raise DiskInvalid(
+            f"{what}: a disk of {size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})", rule="LAY-5"
+        )
     _check_tables(what, file_size, cluster, size, l1_entries, l1_at, table_at, table_clusters, extended=_extended(head))
     header_length = _check_features(head, what, cluster) if version == 3 else _V2.size
     _check_extensions(fd, what, header_length, cluster)
@@ -119,15 +125,15 @@ def _check_tables(
     entry = 16 if extended else 8
     covered = cluster * (cluster // entry)
     if l1_entries * 8 > L1_BYTES_MAX or l1_entries < -(-size // covered):
-        raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes")
+        raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes", rule="LAY-15")
     for name, at, length in (
         ("L1 table", l1_at, l1_entries * 8),
         ("refcount table", table_at, table_clusters * cluster),
     ):
         if at % cluster or not cluster <= at < file_size or at + length > -(-file_size // cluster) * cluster:
-            raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file")
+            raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file", rule="LAY-15")
     if table_clusters * cluster > 8 * limits.MIB or table_clusters == 0:
-        raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range")
+        raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range", rule="LAY-15")
 
 
 def _check_features(head: bytes, what: str, cluster: int) -> int:
@@ -136,15 +142,18 @@ def _check_features(head: bytes, what: str, cluster: int) -> int:
         if incompatible >> bit & 1 and (reason := _INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
             raise DiskInvalid(
                 f"{what} {reason}",
+                rule="LAY-10" if bit == 2 else "LAY-13",
                 hint="make a plain copy of it with 'qemu-img convert -O qcow2 IN OUT'",
             )
     if refcount_order > 6:
-        raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range")
+        raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range", rule="LAY-14")
     if not _V2.size + _V3.size <= header_length <= min(4096, cluster) or header_length % 8:
-        raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range")
+        raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range", rule="LAY-14")
     compression = head[_COMPRESSION_AT] if header_length > _COMPRESSION_AT else 0
     if compression > 1 or compression != incompatible >> 3 & 1:
-        raise DiskInvalid(f"{what}: the compression type {compression} is unknown or does not fit the feature bits")
+        raise DiskInvalid(
+            f"{what}: the compression type {compression} is unknown or does not fit the feature bits", rule="LAY-14"
+        )
     return int(header_length)
 
 
@@ -155,18 +164,22 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
             return
         head = os.pread(fd, 8, at)
         if len(head) < 8:
-            raise DiskInvalid(f"{what}: the header extensions are cut short, at offset {at}")
+            raise DiskInvalid(f"{what}: the header extensions are cut short, at offset {at}", rule="LAY-16")
         kind, length = struct.unpack(">II", head)
         if kind == _EXT_END:
             return
-        if reason := _EXTENSIONS_REFUSED.get(kind):
+        if refused := _EXTENSIONS_REFUSED.get(kind):
             raise DiskInvalid(
-                f"{what} {reason}", hint="make a plain copy of it with 'qemu-img convert -O qcow2 IN OUT'"
+                f"{what} {refused[0]}",
+                rule=refused[1],
+                hint="make a plain copy of it with 'qemu-img convert -O qcow2 IN OUT'",
             )
         at += 8 + -(-length // 8) * 8
         if at > cluster:
-            raise DiskInvalid(f"{what}: a header extension reaches beyond the first cluster, at offset {at}")
-    raise DiskInvalid(f"{what}: more than {EXTENSIONS_MAX} header extensions")
+            raise DiskInvalid(
+                f"{what}: a header extension reaches beyond the first cluster, at offset {at}", rule="LAY-16"
+            )
+    raise DiskInvalid(f"{what}: more than {EXTENSIONS_MAX} header extensions", rule="LAY-16")
 
 
 def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> None:

@@ -1,136 +1,126 @@
-"""What a RAM snapshot needs of the machine that it is restored on: checked before a byte of its memory is touched."""
+"""What a RAM snapshot needs of the host that it is restored on: checked before a byte of its memory is touched.
+
+Source: ``spec/rfc/ramsnap-v1.md``, section 7.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from ovms.errors import SnapshotIncompatible, SnapshotInvalid
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
+from ovms.spec.ramheader import Device, Header
 from ovms.vmm.model import Accel, Machine
 from ovms.vmm.protocol import Vmm
 
-
-@dataclass(frozen=True)
-class Meta:
-    """What a RAM snapshot says of itself, checked. Digests are those of the artifact's blobs."""
-
-    vmm: str
-    vmm_version: str
-    machine: Machine
-    kernel: str | None
-    initrd: str | None
-    kernel_args: str
-    disks: tuple[str, ...]
-    source: str
-    created: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As the blob's meta region holds it."""
-        return {
-            "vmm": {"name": self.vmm, "version": self.vmm_version},
-            "machine": self.machine.to_json(),
-            "kernel": self.kernel,
-            "initrd": self.initrd,
-            "kernel_args": self.kernel_args,
-            "disks": list(self.disks),
-            "source": self.source,
-            "created": self.created,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Meta:
-        """Raises :class:`SnapshotInvalid` when a field is missing or of another type."""
-        vmm = value.get("vmm")
-        if not isinstance(vmm, dict):
-            raise SnapshotInvalid("the RAM snapshot's meta.vmm is not an object")
-        disks = value.get("disks")
-        if not isinstance(disks, list) or not all(isinstance(d, str) for d in disks):
-            raise SnapshotInvalid("the RAM snapshot's meta.disks is not a list of digests")
-        return cls(
-            _text(vmm, "name"),
-            _text(vmm, "version"),
-            Machine.from_json(value.get("machine"), "the RAM snapshot's meta.machine"),
-            None if value.get("kernel") is None else _text(value, "kernel"),
-            None if value.get("initrd") is None else _text(value, "initrd"),
-            _text(value, "kernel_args"),
-            tuple(disks),
-            _text(value, "source"),
-            _text(value, "created"),
-        )
+#: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
+_NETWORK: str = "user"
 
 
-def _text(value: Mapping[str, Any], key: str) -> str:
-    item = value.get(key)
-    if not isinstance(item, str):
-        raise SnapshotInvalid(f"the RAM snapshot's meta.{key} is missing or no string")
-    return item
-
-
-def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, extra_disks: tuple[Digest, ...]) -> Meta:
-    """The meta of a new snapshot of a VM that runs *manifest* (of the artifact *source*) with further disk layers."""
-    return Meta(
-        vmm.name,
-        vmm.version,
-        machine,
-        manifest.kernel.ref if manifest.kernel else None,
-        manifest.initrd.ref if manifest.initrd else None,
-        manifest.kernel.args if manifest.kernel else "",
-        (*(layer.ref for layer in manifest.disk_layers), *extra_disks),
-        source,
-        datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, extra_disks: tuple[Digest, ...]) -> Header:
+    """The header of a new snapshot of a VM that runs *manifest* (of the artifact *source*) with further disk layers."""
+    return Header(
+        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        source=source,
+        vmm=vmm.name,
+        vmm_version=vmm.version,
+        state_format=vmm.state_format,
+        machine_type=machine.machine_type,
+        accel=machine.accel,
+        cpu_model=machine.cpu,
+        cpu_flags=machine.cpu_flags,
+        vcpus=machine.vcpus,
+        memory=machine.memory,
+        devices=_devices(machine.mac, machine.disk_size),
+        kernel=manifest.kernel.ref if manifest.kernel else None,
+        initrd=manifest.initrd.ref if manifest.initrd else None,
+        kernel_args=manifest.kernel.args if manifest.kernel else "",
+        disks=(*(layer.ref for layer in manifest.disk_layers), *extra_disks),
     )
 
 
-def check_belongs(meta: Meta, manifest: Manifest, memory_size: int, disk_size: int | None) -> None:
+def _devices(mac: str, disk_size: int | None) -> tuple[Device, ...]:
+    disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
+    network = Device("virtio-net", mac=mac, backend=_NETWORK)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk)
+
+
+def machine_of(header: Header) -> Machine:
+    """The shape of the machine that a snapshot restores into; for one that :func:`why_not` has nothing against."""
+    network, disk = header.device("virtio-net"), header.device("virtio-blk")
+    assert network is not None
+    assert network.mac is not None
+    return Machine(
+        header.machine_type,
+        Accel(header.accel),
+        header.cpu_model,
+        header.cpu_flags,
+        header.memory,
+        header.vcpus,
+        network.mac,
+        None if disk is None else disk.size,
+    )
+
+
+def check_belongs(header: Header, manifest: Manifest, disk_size: int | None) -> None:
     """Whether a snapshot was taken of the very VM that the manifest around it describes.
 
     Raises:
-        SnapshotInvalid: it was not; no machine could restore it.
+        SnapshotInvalid: it was not; no host could restore it.
     """
+    disk = header.device("virtio-blk")
     wanted = {
-        "kernel": (manifest.kernel.ref if manifest.kernel else None, meta.kernel),
-        "initrd": (manifest.initrd.ref if manifest.initrd else None, meta.initrd),
-        "kernel arguments": (manifest.kernel.args if manifest.kernel else "", meta.kernel_args),
-        "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), meta.disks),
-        "memory size": (memory_size, meta.machine.memory),
-        "disk size": (disk_size, meta.machine.disk_size),
+        "kernel": (manifest.kernel.ref if manifest.kernel else None, header.kernel),
+        "initrd": (manifest.initrd.ref if manifest.initrd else None, header.initrd),
+        "kernel arguments": (manifest.kernel.args if manifest.kernel else "", header.kernel_args),
+        "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), header.disks),
+        "disk size": (disk_size, None if disk is None else disk.size),
     }
     wrong = [name for name, (here, there) in wanted.items() if here != there]
     if wrong:
         raise SnapshotInvalid(
             f"the RAM snapshot is not one of this artifact: another {' and another '.join(wrong)}",
             hint="start it with --cold to boot from the disk instead",
+            rule="RAM-30",
         )
 
 
-def require_shape(meta: Meta, *, memory: int | None, vcpus: int | None) -> None:
+def require_shape(header: Header, *, memory: int | None, vcpus: int | None) -> None:
     """Whether what the user asks for is what the snapshot has; *memory* in bytes, None where nothing is asked.
 
     Raises:
         SnapshotIncompatible: it is not: a snapshot's memory and CPUs can't be changed.
     """
-    machine = meta.machine
     wrong = None
-    if memory is not None and memory != machine.memory:
-        wrong = f"it has {machine.memory >> 20} MiB of memory, and {memory >> 20} MiB are asked for"
-    elif vcpus is not None and vcpus != machine.vcpus:
-        wrong = f"it has {machine.vcpus} CPUs, and {vcpus} are asked for"
+    if memory is not None and memory != header.memory:
+        wrong = f"it has {header.memory >> 20} MiB of memory, and {memory >> 20} MiB are asked for"
+    elif vcpus is not None and vcpus != header.vcpus:
+        wrong = f"it has {header.vcpus} CPUs, and {vcpus} are asked for"
     if wrong is not None:
         raise SnapshotIncompatible(
             f"the RAM snapshot cannot be restored: {wrong}",
             hint="leave out --memory and --cpus, or add --cold to boot from the disk instead",
+            rule="RAM-31",
         )
 
 
-def why_not(vmm: Vmm, meta: Meta, accel: Accel) -> str | None:
+def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
     """Why the snapshot can't be restored on this host; None when it can."""
-    machine = meta.machine
-    if meta.vmm != vmm.name:
-        return f"it was taken by {meta.vmm!r:.40}, and this is {vmm.name}"
-    if machine.accel is not accel:
-        return f"it was taken under {machine.accel.upper()}, and this VM runs under {accel.upper()}"
-    return vmm.why_incompatible(machine, meta.vmm_version)
+    if header.vmm != vmm.name:
+        return f"it was taken by {header.vmm!a:.40}, and this is {vmm.name}"
+    if header.state_format != vmm.state_format:
+        return f"its device state is of the form {header.state_format!a:.40}, and {vmm.name} reads {vmm.state_format}"
+    if header.arch != "x86_64":
+        return f"it was taken on {header.arch!a:.40}, and this is x86_64"
+    if header.accel != accel:
+        return f"it was taken under {header.accel.upper()!a:.40}, and this VM runs under {accel.upper()}"
+    if header.parent is not None:
+        return "it is a diff on another snapshot, which this version does not put together"
+    machine_has = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
+    disk = header.device("virtio-blk")
+    if machine_has is None or header.devices != _devices(machine_has, None if disk is None else disk.size):
+        return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
+    if (header.clock_rtc, header.clock_source) != ("utc", "host"):
+        return "its real-time clock is not the host's in UTC"
+    return vmm.why_incompatible(machine_of(header), header.vmm_version)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from ovms import fsutil, process
-from ovms.errors import SnapshotInvalid, StoreCorrupt
+from ovms.errors import SnapshotInvalid, StoreCorrupt, Unsupported
 from ovms.memory.capture import Capture
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.spec import limits, ramsnap
 from ovms.spec.digest import Digest, hex_of
+from ovms.spec.ramheader import Header
 
 PAGE: Final = ramsnap.PAGE
 _CHUNK: Final = limits.RAM_CHUNK_PAGES * PAGE
@@ -23,7 +24,7 @@ _ZERO_PAGE: Final = bytes(PAGE)
 
 
 def store(
-    layout: Layout, capture: Capture, state: bytes, meta: Mapping[str, Any], progress: Progress = NULL
+    layout: Layout, capture: Capture, state: bytes, header: Header, progress: Progress = NULL
 ) -> tuple[Digest, int]:
     """Encodes a captured memory and adds it to the store. Returns the blob's digest and size.
 
@@ -50,9 +51,7 @@ def store(
             task.advance(at - done)
             done = at
         task.advance(capture.size - done)
-        control = ramsnap.build_control(
-            meta, state, chunks, memory_size=capture.size, chunk_pages=limits.RAM_CHUNK_PAGES
-        )
+        control = ramsnap.build_control(header, state, chunks, chunk_pages=limits.RAM_CHUNK_PAGES)
         writer.write(control)
         spool.seek(0)
         while data := spool.read(fsutil.COPY_BUFFER):
@@ -103,7 +102,9 @@ def _control_of(blob: BinaryIO) -> ramsnap.Control:
     prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
     size = os.fstat(fd).st_size
     if prefix.blob_size != size:
-        raise SnapshotInvalid(f"the RAM snapshot has {size} bytes, but says that it has {prefix.blob_size}")
+        raise SnapshotInvalid(
+            f"the RAM snapshot has {size} bytes, but says that it has {prefix.blob_size}", rule="RAM-1"
+        )
     return ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0))
 
 
@@ -115,6 +116,7 @@ def materialise(layout: Layout, digest: Digest, progress: Progress = NULL) -> Pa
 
     Raises:
         SnapshotInvalid, JsonInvalid: the blob is damaged.
+        Unsupported: it is a diff.
         DiskFull: said before anything is written.
     """
     name = hex_of(digest)
@@ -122,6 +124,8 @@ def materialise(layout: Layout, digest: Digest, progress: Progress = NULL) -> Pa
     with fsutil.file_lock(layout.derived_dir / f"{name}.lock"), contextlib.ExitStack() as undo:
         blob = undo.enter_context(fsutil.open_input(layout.path(digest), "the RAM snapshot"))
         control = _control_of(blob)
+        if control.header.parent is not None:
+            raise Unsupported("the RAM snapshot is a diff on another one, which this version does not put together")
         if target.exists():
             if target.stat().st_size == control.prefix.memory_size:
                 return target

@@ -28,20 +28,20 @@ class Descriptor:
     def from_json(cls, value: Any, where: str) -> Descriptor:
         """Raises :class:`RegistryProtocol` with *where* as the place when a required field is missing or wrong."""
         if not isinstance(value, dict):
-            raise RegistryProtocol(f"{where} is not an object")
+            raise RegistryProtocol(f"{where} is not an object", rule="OCI-9")
         media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
         if not isinstance(media_type, str) or not media_type or len(media_type) > limits.NAME_MAX:
-            raise RegistryProtocol(f"{where}.mediaType is missing or no string")
+            raise RegistryProtocol(f"{where}.mediaType is missing or no string", rule="OCI-9")
         if not isinstance(digest, str) or not is_digest(digest):
-            raise RegistryProtocol(f"{where}.digest is missing or no sha256 digest")
+            raise RegistryProtocol(f"{where}.digest is missing or no sha256 digest", rule="OCI-9")
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _SIZE_MAX:
-            raise RegistryProtocol(f"{where}.size is missing or no size")
+            raise RegistryProtocol(f"{where}.size is missing or no size", rule="OCI-9")
         platform = value.get("platform")
         if platform is not None and not isinstance(platform, dict):
-            raise RegistryProtocol(f"{where}.platform is not an object")
+            raise RegistryProtocol(f"{where}.platform is not an object", rule="OCI-9")
         artifact_type = value.get("artifactType")
         if artifact_type is not None and not isinstance(artifact_type, str):
-            raise RegistryProtocol(f"{where}.artifactType is no string")
+            raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
         return cls(media_type, Digest(digest), size, annotations_of(value, where), artifact_type, platform)
 
     @classmethod
@@ -68,7 +68,7 @@ def annotations_of(value: Mapping[str, Any], where: str) -> dict[str, str]:
     if annotations is None:
         return {}
     if not isinstance(annotations, dict) or not all(isinstance(v, str) for v in annotations.values()):
-        raise RegistryProtocol(f"{where}.annotations is not an object of strings")
+        raise RegistryProtocol(f"{where}.annotations is not an object of strings", rule="OCI-9")
     return annotations
 
 
@@ -142,7 +142,7 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
         raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}")
     artifact_type = value.get("artifactType")
     if artifact_type is not None and not isinstance(artifact_type, str):
-        raise RegistryProtocol(f"{where}.artifactType is no string")
+        raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
     subject = value.get("subject")
     return ImageManifest(
         raw,

@@ -47,25 +47,28 @@ class Reference:
         shown = ascii(text[:120])
         hint = "write it as [HOST[:PORT]/]NAME[:TAG][@sha256:DIGEST], for example registry.example:5000/vms/web:1"
         if not text or len(text) > _MAX_LENGTH:
-            raise ReferenceInvalid(f"a reference has 1 to {_MAX_LENGTH} characters, not {len(text)}", hint=hint)
+            raise ReferenceInvalid(
+                f"a reference has 1 to {_MAX_LENGTH} characters, not {len(text)}", hint=hint, rule="REF-1"
+            )
         rest, at, digest = text.partition("@")
         if at and not is_digest(digest):
-            raise ReferenceInvalid(f"{shown}: what follows '@' is no sha256 digest", hint=hint)
+            raise ReferenceInvalid(f"{shown}: what follows '@' is no sha256 digest", hint=hint, rule="REF-1")
         registry: str | None = None
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
             host = _HOST.fullmatch(first)
             if host is None or not 1 <= int(host["port"] or 443) <= 65535:
-                raise ReferenceInvalid(f"{shown}: {first!a} is no HOST[:PORT]", hint=hint)
+                raise ReferenceInvalid(f"{shown}: {first!a} is no HOST[:PORT]", hint=hint, rule="REF-1")
             registry, rest = first, remainder
         repository, colon, tag = rest.partition(":")
         if not _REPOSITORY.fullmatch(repository):
             raise ReferenceInvalid(
                 f"{shown}: {repository!a} is no repository name (lower case, digits, and . _ - / between them)",
                 hint=hint,
+                rule="REF-1",
             )
         if colon and not _TAG.fullmatch(tag):
-            raise ReferenceInvalid(f"{shown}: {tag!a} is no tag", hint=hint)
+            raise ReferenceInvalid(f"{shown}: {tag!a} is no tag", hint=hint, rule="REF-1")
         if not colon and not at:
             tag = DEFAULT_TAG
         return cls(registry, repository, tag or None, Digest(digest) if at else None)

@@ -7,6 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Final
 
 from ovms import fsutil
@@ -15,7 +16,7 @@ from ovms.artifact.model import Artifact, load
 from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
-from ovms.errors import InputError, StateConflict, Unsupported, UsageError, VmmError
+from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
@@ -23,7 +24,7 @@ from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, State, Status
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
-from ovms.spec import limits
+from ovms.spec import limits, ramsnap
 from ovms.spec.digest import Digest
 from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
@@ -36,6 +37,17 @@ RUNTIMES: Final = ("qemu",)
 STOP_GRACE: Final = 30.0
 
 
+class RestorePolicy(StrEnum):
+    """What to do with a RAM snapshot: ``spec/rfc/ramsnap-v1.md``, section 7."""
+
+    #: Restore it where this host can; else boot, and say why.
+    AUTO = "auto"
+    #: Restore it, or fail.
+    REQUIRE = "require"
+    #: Leave it aside.
+    NEVER = "never"
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How an instance is started; None leaves it to the snapshot, or to the default. Memory in bytes."""
@@ -45,7 +57,7 @@ class RunOptions:
     vcpus: int | None = None
     ports: tuple[PortForward, ...] = ()
     accel: Accel | None = None
-    cold: bool = False
+    restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
     runtime: str = "qemu"
 
@@ -156,16 +168,27 @@ class Runtime:
         reason = None if options.accel is not None else choice.reason
         ram = artifact.manifest.ram_snapshot
         not_restored: str | None = None
-        if ram is not None and not options.cold:
+        if ram is not None and options.restore is not RestorePolicy.NEVER:
             digest = Digest(ram.ref)
             control = snapshot.read_control(self.layout, digest)
-            meta = compat.Meta.from_json(control.meta)
-            compat.check_belongs(meta, artifact.manifest, control.prefix.memory_size, disk_size)
-            compat.require_shape(meta, memory=options.memory, vcpus=options.vcpus)
-            not_restored = compat.why_not(vmm, meta, choice.accel)
+            header = control.header
+            ramsnap.check_codecs(control, ram.compression)
+            compat.check_belongs(header, artifact.manifest, disk_size)
+            compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
+            not_restored = compat.why_not(vmm, header, choice.accel)
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
-                return _Plan(meta.machine, reason, layers, Restore(image, control.state), None)
+                return _Plan(compat.machine_of(header), reason, layers, Restore(image, control.state), None)
+            if options.restore is RestorePolicy.REQUIRE:
+                raise SnapshotIncompatible(
+                    f"the RAM snapshot cannot be restored: {not_restored}",
+                    hint="with --restore=auto it boots from the disk instead",
+                    rule="RAM-50",
+                )
+        elif ram is None and options.restore is RestorePolicy.REQUIRE:
+            raise SnapshotIncompatible(
+                f"{artifact.manifest.name} has no RAM snapshot to restore", hint="leave out --restore=require"
+            )
         machine = vmm.machine(
             choice.accel,
             memory=options.memory or DEFAULT_MEMORY,

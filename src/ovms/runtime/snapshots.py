@@ -26,7 +26,7 @@ from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits
 from ovms.spec.digest import Digest
-from ovms.spec.manifest import Compression, DiskFormat
+from ovms.spec.manifest import Compression, DiskFormat, PartKind
 from ovms.vmm.model import RunState
 from ovms.vmm.protocol import Control
 
@@ -127,10 +127,10 @@ def _add_parts(
     # The blobs of the snapshot's artifact, its manifest, and the size of the RAM blob.
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     disks = list(_add_overlays(runtime, frozen, len(manifest.disk_layers), progress))
-    meta = compat.describe(
+    header = compat.describe(
         runtime.vmm(record.vmm), record.machine, manifest, record.digest, tuple(d.digest for d in disks)
     )
-    ram, size = snapshot.store(layout, frozen.memory, frozen.state, meta.to_json(), progress)
+    ram, size = snapshot.store(layout, frozen.memory, frozen.state, header, progress)
     document = copy.deepcopy(dict(manifest.document))
     if disks:
         document["diskLayers"] = [
@@ -138,19 +138,22 @@ def _add_parts(
             *({"ref": d.digest, "format": str(DiskFormat.QCOW2), "size": d.size} for d in disks),
         ]
     document["ramSnapshot"] = {
-        **document.get("ramSnapshot", {}),
+        **{key: value for key, value in document.get("ramSnapshot", {}).items() if key != "parents"},
         "ref": ram,
         "compression": str(Compression.LZ4),
     }
-    document["metadata"] = {**document.get("metadata", {}), "created": meta.created}
+    document["metadata"] = {**document.get("metadata", {}), "created": header.created}
     with fsutil.open_input(layout.path(ram), "the RAM snapshot") as blob:
-        descriptor = model.part_descriptor("ram", ram, size, annotations=ram_annotations(blob.fileno()))
+        descriptor = model.part_descriptor(PartKind.RAM, ram, size, annotations=ram_annotations(blob.fileno()))
+    kept: dict[PartKind, list[Descriptor]] = {kind: [] for kind in PartKind}
+    for part in manifest.parts():
+        kept[part.kind].append(model.reused(source, part))
     return (
         model.Parts(
-            kernel=None if manifest.kernel is None else source.blob(manifest.kernel.ref),
-            initrd=None if manifest.initrd is None else source.blob(manifest.initrd.ref),
-            disks=(*(source.blob(layer.ref) for layer in manifest.disk_layers), *disks),
-            ram_snapshot=descriptor,
+            kernel=next(iter(kept[PartKind.KERNEL]), None),
+            initrd=next(iter(kept[PartKind.INITRD]), None),
+            disks=(*kept[PartKind.DISK], *disks),
+            ram_snapshots=(descriptor,),
         ),
         document,
         size,
@@ -164,4 +167,4 @@ def _add_overlays(runtime: Runtime, frozen: _Frozen, first: int, progress: Progr
             progress.task(f"disk layer {first + i}", os.fstat(file.fileno()).st_size) as task,
         ):
             digest, size, _ = runtime.layout.add_file(file.fileno(), "the overlay", advance=task.advance)
-        yield model.part_descriptor("disk", Digest(digest), size, format=DiskFormat.QCOW2, number=first + i)
+        yield model.part_descriptor(PartKind.DISK, Digest(digest), size, format=DiskFormat.QCOW2, number=first + i)

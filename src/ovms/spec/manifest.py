@@ -39,6 +39,31 @@ class Compression(StrEnum):
     ZSTD = "zstd"
 
 
+class PartKind(StrEnum):
+    """What a blob of an artifact is."""
+
+    KERNEL = "kernel"
+    INITRD = "initrd"
+    DISK = "disk"
+    RAM = "ram"
+    BOOTSTRAP = "bootstrap"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ``ref`` of a manifest, and where it stands.
+
+    ``number`` counts the parts of a kind; ``format`` and ``size`` (bytes) are those of a disk layer.
+    """
+
+    kind: PartKind
+    path: str
+    ref: str
+    number: int = 0
+    format: DiskFormat | None = None
+    size: int | None = None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The kernel and its command line."""
@@ -137,20 +162,23 @@ class Manifest:
     bootstrap: Bootstrap | None
     document: Mapping[str, Any]
 
-    def refs(self) -> list[tuple[str, str]]:
-        """Every ``ref`` with the JSON path at which it stands, in the order of the OCI layers."""
-        answer: list[tuple[str, str]] = []
+    def parts(self) -> list[Part]:
+        """Every part, in the order of the OCI layers."""
+        answer: list[Part] = []
         if self.kernel is not None:
-            answer.append(("$.kernel.ref", self.kernel.ref))
+            answer.append(Part(PartKind.KERNEL, "$.kernel.ref", self.kernel.ref))
         if self.initrd is not None:
-            answer.append(("$.initrd.ref", self.initrd.ref))
-        answer.extend((f"$.diskLayers[{i}].ref", layer.ref) for i, layer in enumerate(self.disk_layers))
-        if self.ram_snapshot is not None:
-            parents = enumerate(self.ram_snapshot.parents)
-            answer.extend((f"$.ramSnapshot.parents[{i}]", parent) for i, parent in parents)
-            answer.append(("$.ramSnapshot.ref", self.ram_snapshot.ref))
+            answer.append(Part(PartKind.INITRD, "$.initrd.ref", self.initrd.ref))
+        answer.extend(
+            Part(PartKind.DISK, f"$.diskLayers[{i}].ref", layer.ref, i, layer.format, layer.size)
+            for i, layer in enumerate(self.disk_layers)
+        )
+        if (ram := self.ram_snapshot) is not None:
+            parents = enumerate(ram.parents)
+            answer.extend(Part(PartKind.RAM, f"$.ramSnapshot.parents[{i}]", ref, i) for i, ref in parents)
+            answer.append(Part(PartKind.RAM, "$.ramSnapshot.ref", ram.ref, len(ram.parents)))
         if self.bootstrap is not None:
-            answer.append(("$.bootstrap.ref", self.bootstrap.ref))
+            answer.append(Part(PartKind.BOOTSTRAP, "$.bootstrap.ref", self.bootstrap.ref))
         return answer
 
 

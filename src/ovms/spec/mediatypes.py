@@ -14,7 +14,10 @@ KERNEL: Final = "application/vnd.ovms.kernel.v1"
 INITRD: Final = "application/vnd.ovms.initrd.v1"
 #: The draft's choice for disk layers, odd as it is; the real format is said by :data:`DISK_FORMAT_ANNOTATION`.
 DISK_LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
-DISK_LAYERS_READ: Final = frozenset({DISK_LAYER, "application/vnd.ovms.disk.layer.v1"})
+DISK_LAYER_OVMS: Final = "application/vnd.ovms.disk.layer.v1"
+DISK_LAYERS_READ: Final = frozenset({DISK_LAYER, DISK_LAYER_OVMS})
+#: What may stand after a disk layer's type: the layer is compressed as a whole.
+DISK_LAYER_SUFFIXES: Final = ("+gzip", "+zstd")
 RAM_SNAPSHOT_LZ4: Final = "application/vnd.ovms.ramsnap.v1+lz4"
 RAM_SNAPSHOT_ZSTD: Final = "application/vnd.ovms.ramsnap.v1+zstd"
 BOOTSTRAP: Final = "application/vnd.ovms.bootstrap.config.v1+json"

@@ -1,44 +1,21 @@
 r"""The RAM snapshot blob: codec for its control part (everything before the chunks) and for single chunks.
 
-All integers are little-endian. Pages have 4096 bytes. Version 1::
-
-    offset  size  field
-    0       8     magic  89 4F 56 4D 52 0D 0A 1A
-    8       4     version (1)
-    12      4     prefix size (128)
-    16      8     memory size of the guest in bytes, a multiple of the page size
-    24      4     page size (4096)
-    28      4     chunk pages: the most pages that one chunk holds
-    32      8+8   meta: offset (128), stored size        UTF-8 JSON, the compatibility gate
-    48      8+8   state: offset, stored size             device state, one lz4 block
-    64      8+8   index: offset, number of entries       64 bytes each
-    80      8+8   data: offset (a multiple of 4096), stored size
-    96      32    SHA-256 of the meta, state and index regions, in this order
-
-    index entry
-    0       8     first page
-    8       4     pages (1 … chunk pages)
-    12      4     stored size in bytes
-    16      8     offset from the start of the data region
-    24      1     codec: 0 stored, 1 lz4 block, 2 zstd frame
-    25      7     zero
-    32      32    SHA-256 of the uncompressed pages
-
-The regions follow each other in this order, with zeroes between index and data. Entries are sorted by page, do not
-overlap, and their chunks lie in the same order without gaps, so the blob can be read in one pass; pages that no entry
-holds are zero (or the parent's, in a diff). The control part can be fetched by itself, and checked before the bulk.
+Source: ``spec/rfc/ramsnap-v1.md``, which sets the layout; every error names the rule there that is broken. The control
+part can be fetched by itself, and checked before the bulk; the blob can be read in one pass, or chunk by chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from ovms.errors import SnapshotInvalid
-from ovms.spec import limits, strictjson
+from ovms.errors import SnapshotInvalid, Unsupported
+from ovms.spec import limits, ramheader, strictjson
+from ovms.spec.manifest import Compression
+from ovms.spec.ramheader import Header
 
 MAGIC: Final = b"\x89OVMR\r\n\x1a"
 VERSION: Final = 1
@@ -49,10 +26,21 @@ PAGE: Final = limits.RAM_PAGE
 CODEC_STORED: Final = 0
 CODEC_LZ4: Final = 1
 CODEC_ZSTD: Final = 2
+#: Pages of a diff that are zero where the parent's are not; nothing is stored.
+CODEC_ZERO: Final = 3
+
+#: The codecs that a blob of each compression may hold.
+CODECS: Final = {
+    Compression.LZ4: frozenset({CODEC_STORED, CODEC_LZ4, CODEC_ZERO}),
+    Compression.ZSTD: frozenset({CODEC_STORED, CODEC_ZSTD, CODEC_ZERO}),
+}
 
 _PREFIX: Final = struct.Struct("<8sIIQIIQQQQQQQQ32s")
 _ENTRY: Final = struct.Struct("<QIIQB7s32s")
 _ZERO7: Final = bytes(7)
+_ZERO_DIGEST: Final = bytes(32)
+_ZSTD_LEVEL: Final = 3
+_ZSTD_WINDOW_MAX: Final = limits.RAM_CHUNK_PAGES_MAX * PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +66,7 @@ class Prefix:
 
     memory_size: int
     chunk_pages: int
-    meta_size: int
+    header_size: int
     state_size: int
     chunks: int
     data_offset: int
@@ -88,7 +76,7 @@ class Prefix:
     @property
     def state_offset(self) -> int:
         """Where the stored device state begins."""
-        return PREFIX_SIZE + self.meta_size
+        return PREFIX_SIZE + self.header_size
 
     @property
     def index_offset(self) -> int:
@@ -106,8 +94,8 @@ class Prefix:
         return self.data_offset + self.data_size
 
 
-def _bad(text: str, offset: int) -> SnapshotInvalid:
-    return SnapshotInvalid(f"RAM snapshot: {text}, at offset {offset}", offset=offset)
+def _bad(text: str, offset: int, rule: str) -> SnapshotInvalid:
+    return SnapshotInvalid(f"RAM snapshot: {text}, at offset {offset}", offset=offset, rule=rule)
 
 
 def parse_prefix(data: bytes) -> Prefix:
@@ -117,37 +105,40 @@ def parse_prefix(data: bytes) -> Prefix:
         SnapshotInvalid: not a RAM snapshot, another version, or numbers that cannot be.
     """
     if len(data) < PREFIX_SIZE:
-        raise _bad(f"only {len(data)} of the {PREFIX_SIZE} bytes of the prefix are there", len(data))
+        raise _bad(f"only {len(data)} of the {PREFIX_SIZE} bytes of the prefix are there", len(data), "RAM-1")
     if data[:8] != MAGIC:
-        raise _bad("the magic number is not that of a RAM snapshot", 0)
+        raise _bad("the magic number is not that of a RAM snapshot", 0, "RAM-4")
     fields = _PREFIX.unpack_from(data)
     version, prefix_size, memory, page, chunk_pages = fields[1:6]
-    meta_at, meta, state_at, state, index_at, chunks, data_at, data_size, digest = fields[6:15]
+    header_at, header, state_at, state, index_at, chunks, data_at, data_size, digest = fields[6:15]
     if version != VERSION:
-        raise _bad(f"version {version} is not supported; this is {VERSION}", 8)
-    if prefix_size != PREFIX_SIZE:
-        raise _bad(f"the prefix has {prefix_size} bytes, not {PREFIX_SIZE}", 12)
-    if page != PAGE:
-        raise _bad(f"pages of {page} bytes are not supported", 24)
-    if not limits.RAM_MIN <= memory <= limits.RAM_MAX or memory % PAGE:
-        raise _bad(f"a memory size of {memory} bytes is out of range", 16)
-    if not 1 <= chunk_pages <= limits.RAM_CHUNK_PAGES_MAX:
-        raise _bad(f"{chunk_pages} pages a chunk are out of range", 28)
-    if not 2 <= meta <= limits.RAM_HEADER_MAX:
-        raise _bad(f"meta of {meta} bytes is out of range", 40)
-    if not 1 <= state <= limits.RAM_STATE_MAX:
-        raise _bad(f"device state of {state} bytes is out of range", 56)
-    if chunks > memory // PAGE:
-        raise _bad(f"{chunks} chunks are more than there are pages", 72)
-    if chunks > limits.RAM_CHUNKS_MAX:
-        raise _bad(f"{chunks} chunks are out of range; at most {limits.RAM_CHUNKS_MAX} are allowed", 72)
-    if data_size > memory + chunks * 64:
-        raise _bad(f"{data_size} bytes of chunks are more than the memory holds", 88)
-    answer = Prefix(memory, chunk_pages, meta, state, chunks, data_at, data_size, digest)
-    if (meta_at, state_at, index_at) != (PREFIX_SIZE, answer.state_offset, answer.index_offset):
-        raise _bad("the regions do not follow each other", 32)
-    if data_at != _align(answer.index_end):
-        raise _bad("the data region is not where it must be", 80)
+        raise _bad(f"version {version} is not supported; this is {VERSION}", 8, "RAM-5")
+    answer = Prefix(memory, chunk_pages, header, state, chunks, data_at, data_size, digest)
+    for wrong, text, offset in (
+        (prefix_size != PREFIX_SIZE, f"the prefix has {prefix_size} bytes, not {PREFIX_SIZE}", 12),
+        (
+            not limits.RAM_MIN <= memory <= limits.RAM_MAX or memory % PAGE != 0,
+            f"a memory size of {memory} bytes is out of range",
+            16,
+        ),
+        (page != PAGE, f"pages of {page} bytes are not supported", 24),
+        (not 1 <= chunk_pages <= limits.RAM_CHUNK_PAGES_MAX, f"{chunk_pages} pages a chunk are out of range", 28),
+        (header_at != PREFIX_SIZE, "the regions do not follow each other", 32),
+        (not 2 <= header <= limits.RAM_HEADER_MAX, f"a header of {header} bytes is out of range", 40),
+        (state_at != answer.state_offset, "the regions do not follow each other", 48),
+        (not 5 <= state <= limits.RAM_STATE_MAX, f"device state of {state} bytes is out of range", 56),
+        (index_at != answer.index_offset, "the regions do not follow each other", 64),
+        (chunks > memory // PAGE, f"{chunks} chunks are more than there are pages", 72),
+        (
+            chunks > limits.RAM_CHUNKS_MAX,
+            f"{chunks} chunks are out of range; at most {limits.RAM_CHUNKS_MAX} are allowed",
+            72,
+        ),
+        (data_at != _align(answer.index_end), "the data region is not where it must be", 80),
+        (data_size > memory, f"{data_size} bytes of chunks are more than the memory holds", 88),
+    ):
+        if wrong:
+            raise _bad(text, offset, "RAM-6")
     return answer
 
 
@@ -157,73 +148,92 @@ def _align(offset: int) -> int:
 
 @dataclass(frozen=True)
 class Control:
-    """The control part, checked: prefix, meta, stored device state and index."""
+    """The control part, checked: prefix, header, uncompressed device state and index."""
 
     prefix: Prefix
-    meta: Mapping[str, Any]
+    header: Header
     state: bytes
     chunks: tuple[Chunk, ...]
 
 
 def parse_control(data: bytes) -> Control:
-    """Reads everything before the chunks; *data* begins at offset 0 and reaches to the end of the index at least.
+    """Reads everything before the chunks; *data* begins at offset 0 and reaches to the data region at least.
 
     Raises:
         SnapshotInvalid: malformed, or its digest is wrong.
-        JsonInvalid: the meta is not strict JSON.
+        JsonInvalid: the header is not strict JSON.
     """
     prefix = parse_prefix(data)
     if len(data) < prefix.index_end:
-        raise _bad("the index is cut short", len(data))
-    if hashlib.sha256(data[PREFIX_SIZE : prefix.index_end]).digest() != prefix.control_digest:
-        raise _bad("meta, state and index do not have the digest that the prefix says", 96)
-    meta = strictjson.parse(
-        data[PREFIX_SIZE : prefix.state_offset], "the RAM snapshot's meta", max_size=limits.RAM_HEADER_MAX
-    )
-    if not isinstance(meta, dict):
-        raise _bad("the meta is not an object", PREFIX_SIZE)
-    state = decompress(
-        data[prefix.state_offset : prefix.index_offset], CODEC_LZ4, None, "device state", prefix.state_offset
-    )
-    return Control(prefix, meta, state, tuple(_parse_index(data, prefix)))
+        raise _bad("the index is cut short", len(data), "RAM-1")
+    if hashlib.sha256(memoryview(data)[PREFIX_SIZE : prefix.index_end]).digest() != prefix.control_digest:
+        raise _bad("header, state and index do not have the digest that the prefix says", 96, "RAM-7")
+    if any(data[prefix.index_end : prefix.data_offset]) or len(data) < prefix.data_offset:
+        raise _bad("there are no zeroes between the index and the data", prefix.index_end, "RAM-1")
+    header = ramheader.parse(data[PREFIX_SIZE : prefix.state_offset], PREFIX_SIZE)
+    if header.memory != prefix.memory_size:
+        raise _bad(
+            f"the header says {header.memory} bytes of memory, the prefix {prefix.memory_size}", PREFIX_SIZE, "RAM-22"
+        )
+    state = _unpack_state(data[prefix.state_offset : prefix.index_offset], prefix.state_offset)
+    return Control(prefix, header, state, tuple(_parse_index(data, prefix, diff=header.parent is not None)))
 
 
-def _parse_index(data: bytes, prefix: Prefix) -> Iterator[Chunk]:
+def check_codecs(control: Control, compression: Compression) -> None:
+    """Whether the chunks are compressed as the artifact's media type says.
+
+    Raises:
+        SnapshotInvalid: a chunk is compressed otherwise.
+    """
+    for i, chunk in enumerate(control.chunks):
+        if chunk.codec not in CODECS[compression]:
+            at = control.prefix.index_offset + i * ENTRY_SIZE + 24
+            raise _bad(f"chunk {i} has the codec {chunk.codec}, which is not of {compression}", at, "RAM-17")
+
+
+def _parse_index(data: bytes, prefix: Prefix, *, diff: bool) -> Iterator[Chunk]:
     next_page, next_offset = 0, 0
     pages_total = prefix.memory_size // PAGE
     for i in range(prefix.chunks):
         at = prefix.index_offset + i * ENTRY_SIZE
         page, pages, stored, offset, codec, reserved, digest = _ENTRY.unpack_from(data, at)
-        if not 1 <= pages <= prefix.chunk_pages:
-            raise _bad(f"chunk {i} has {pages} pages", at + 8)
+        if codec not in (CODEC_STORED, CODEC_LZ4, CODEC_ZSTD, CODEC_ZERO) or reserved != _ZERO7:
+            raise _bad(f"chunk {i} has an unknown codec or flags", at + 24, "RAM-15")
         if page < next_page or page + pages > pages_total:
-            raise _bad(f"chunk {i} overlaps the one before it or lies beyond the memory", at)
-        if codec not in (CODEC_STORED, CODEC_LZ4, CODEC_ZSTD) or reserved != _ZERO7:
-            raise _bad(f"chunk {i} has an unknown codec or flags", at + 24)
-        if offset != next_offset or not 1 <= stored <= pages * PAGE:
-            raise _bad(f"chunk {i} is not stored where it must be", at + 12)
-        if codec == CODEC_STORED and stored != pages * PAGE:
-            raise _bad(f"chunk {i} is stored as it is, but has another size", at + 12)
+            raise _bad(f"chunk {i} overlaps the one before it or lies beyond the memory", at, "RAM-11")
+        if offset != next_offset:
+            raise _bad(f"chunk {i} is not stored where it must be", at + 16, "RAM-12")
+        if codec == CODEC_ZERO:
+            if not diff:
+                raise _bad(f"chunk {i} is zero, in a snapshot without a parent", at + 24, "RAM-14")
+            if not pages or stored or digest != _ZERO_DIGEST:
+                raise _bad(f"chunk {i} is zero, and has no pages, stored bytes or a digest", at + 8, "RAM-14")
+        elif not 1 <= pages <= prefix.chunk_pages:
+            raise _bad(f"chunk {i} has {pages} pages", at + 8, "RAM-13")
+        elif not 1 <= stored <= pages * PAGE:
+            raise _bad(f"chunk {i} is stored in {stored} bytes", at + 12, "RAM-13")
+        elif codec == CODEC_STORED and stored != pages * PAGE:
+            raise _bad(f"chunk {i} is stored as it is, but has another size", at + 12, "RAM-13")
         next_page, next_offset = page + pages, offset + stored
         yield Chunk(page, pages, offset, stored, codec, digest)
     if next_offset != prefix.data_size:
-        raise _bad("the chunks do not fill the data region", 88)
+        raise _bad("the chunks do not fill the data region", 88, "RAM-12")
 
 
-def build_control(
-    meta: Mapping[str, Any], state: bytes, chunks: Sequence[Chunk], *, memory_size: int, chunk_pages: int
-) -> bytes:
+def build_control(header: Header, state: bytes, chunks: Sequence[Chunk], *, chunk_pages: int) -> bytes:
     """The control part's bytes, filled with zeroes up to the data region.
 
     Raises:
         SnapshotInvalid: beyond a limit, so that no reader would take it.
     """
     if len(state) > limits.RAM_STATE_MAX:
-        raise _bad(f"device state of {len(state)} bytes is out of range", PREFIX_SIZE)
-    meta_bytes, stored_state = strictjson.canonical(meta), _compress_block(state)
+        raise _bad(f"device state of {len(state)} bytes is out of range", PREFIX_SIZE, "RAM-9")
+    document = header.to_json()
+    ramheader.check(document)
+    header_bytes, stored_state = strictjson.canonical(document), _pack_state(state)
     index = b"".join(_ENTRY.pack(c.page, c.pages, c.stored_size, c.offset, c.codec, _ZERO7, c.digest) for c in chunks)
-    regions = meta_bytes + stored_state + index
-    state_at = PREFIX_SIZE + len(meta_bytes)
+    regions = header_bytes + stored_state + index
+    state_at = PREFIX_SIZE + len(header_bytes)
     index_at = state_at + len(stored_state)
     data_at = _align(index_at + len(index))
     data_size = chunks[-1].offset + chunks[-1].stored_size if chunks else 0
@@ -231,11 +241,11 @@ def build_control(
         MAGIC,
         VERSION,
         PREFIX_SIZE,
-        memory_size,
+        header.memory,
         PAGE,
         chunk_pages,
         PREFIX_SIZE,
-        len(meta_bytes),
+        len(header_bytes),
         state_at,
         len(stored_state),
         index_at,
@@ -248,59 +258,46 @@ def build_control(
     return (prefix + regions).ljust(data_at, b"\0")
 
 
-def _compress_block(data: bytes) -> bytes:
+def _pack_state(state: bytes) -> bytes:
     import lz4.block
 
-    return bytes(lz4.block.compress(data, store_size=True))
+    # lz4's own size field is signed in some versions, so ours is written by ourselves
+    return len(state).to_bytes(4, "little") + bytes(lz4.block.compress(state, store_size=False))
 
 
-def compress(pages: bytes | memoryview) -> tuple[int, bytes | memoryview, bytes]:
-    """One chunk's pages → (codec, stored bytes, digest). What lz4 cannot make smaller is stored as it is."""
-    import lz4.block
+def _unpack_state(stored: bytes | memoryview, offset: int) -> bytes:
+    if len(stored) < 5:
+        raise _bad("device state is cut short", offset, "RAM-9")
+    claimed = int.from_bytes(stored[:4], "little")
+    if claimed > limits.RAM_STATE_MAX:
+        raise _bad(f"device state claims {claimed} bytes; at most {limits.RAM_STATE_MAX} are allowed", offset, "RAM-9")
+    return _exactly(_unpack_lz4(stored[4:], claimed), claimed, "device state", offset, "RAM-9")
 
+
+def compress(
+    pages: bytes | memoryview, compression: Compression = Compression.LZ4
+) -> tuple[int, bytes | memoryview, bytes]:
+    """One chunk's pages → (codec, stored bytes, digest). What can't be made smaller is stored as it is."""
     digest = hashlib.sha256(pages).digest()
-    packed = lz4.block.compress(pages, store_size=False)
+    codec, packed = _PACKERS[compression](pages)
     if len(packed) < len(pages):
-        return CODEC_LZ4, packed, digest
+        return codec, packed, digest
     return CODEC_STORED, pages, digest
 
 
-def decompress(stored: bytes | memoryview, codec: int, size: int | None, what: str, offset: int) -> bytes:
-    """The uncompressed bytes, exactly *size* of them (None: the stored bytes say their size, as the state does).
-
-    Raises:
-        SnapshotInvalid: damaged, of another size, or of a codec that is not supported.
-    """
-    if codec == CODEC_STORED:
-        data = bytes(stored)
-    elif codec == CODEC_LZ4:
-        if size is None:
-            size, stored = _claimed_size(stored, what, offset), stored[4:]
-        data = _decompress_lz4(stored, size, what, offset)
-    else:
-        raise SnapshotInvalid(f"RAM snapshot: {what} is compressed with zstd, which this version does not read")
-    if size is not None and len(data) != size:
-        raise _bad(f"{what} unpacks to {len(data)} bytes, not {size}", offset)
-    return data
-
-
-def _claimed_size(stored: bytes | memoryview, what: str, offset: int) -> int:
-    if len(stored) < 4:
-        raise _bad(f"{what} is cut short", offset)
-    claimed = int.from_bytes(stored[:4], "little")
-    if claimed > limits.RAM_STATE_MAX:
-        raise _bad(f"{what} claims {claimed} bytes; at most {limits.RAM_STATE_MAX} are allowed", offset)
-    return claimed
-
-
-def _decompress_lz4(stored: bytes | memoryview, size: int, what: str, offset: int) -> bytes:
+def _pack_lz4(pages: bytes | memoryview) -> tuple[int, bytes]:
     import lz4.block
 
-    try:
-        # the size is an upper bound here: what unpacks to less comes back shorter
-        return bytes(lz4.block.decompress(stored, uncompressed_size=size))
-    except (lz4.block.LZ4BlockError, ValueError) as exc:
-        raise _bad(f"{what} cannot be unpacked: {exc}", offset) from None
+    return CODEC_LZ4, bytes(lz4.block.compress(pages, store_size=False))
+
+
+def _pack_zstd(pages: bytes | memoryview) -> tuple[int, bytes]:
+    import zstandard
+
+    return CODEC_ZSTD, zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(pages)
+
+
+_PACKERS: Final = {Compression.LZ4: _pack_lz4, Compression.ZSTD: _pack_zstd}
 
 
 def unpack_chunk(chunk: Chunk, stored: bytes | memoryview, data_offset: int) -> bytes:
@@ -309,8 +306,49 @@ def unpack_chunk(chunk: Chunk, stored: bytes | memoryview, data_offset: int) -> 
     Raises:
         SnapshotInvalid: damaged.
     """
+    what = f"the chunk of page {chunk.page}"
     at = data_offset + chunk.offset
-    data = decompress(stored, chunk.codec, chunk.size, f"the chunk of page {chunk.page}", at)
+    if chunk.codec == CODEC_ZERO:
+        raise Unsupported(f"RAM snapshot: {what} has no bytes; it is to be filled with zeroes")
+    if len(stored) != chunk.stored_size:
+        raise _bad(f"{what} is cut short", at, "RAM-16")
+    data = _exactly(_UNPACKERS[chunk.codec](stored, chunk.size), chunk.size, what, at, "RAM-16")
     if hashlib.sha256(data).digest() != chunk.digest:
-        raise _bad(f"the chunk of page {chunk.page} does not have its digest", at)
+        raise _bad(f"{what} does not have its digest", at, "RAM-16")
     return data
+
+
+def _exactly(found: bytes | str, size: int, what: str, offset: int, rule: str) -> bytes:
+    # a string is the decompressor's complaint
+    if isinstance(found, str):
+        raise _bad(f"{what} cannot be unpacked: {found}", offset, rule)
+    if len(found) != size:
+        raise _bad(f"{what} unpacks to {len(found)} bytes, not {size}", offset, rule)
+    return found
+
+
+def _unpack_lz4(stored: bytes | memoryview, size: int) -> bytes | str:
+    import lz4.block
+
+    try:
+        # the size is an upper bound here: what unpacks to less comes back shorter
+        return bytes(lz4.block.decompress(stored, uncompressed_size=size))
+    except (lz4.block.LZ4BlockError, ValueError) as exc:
+        return str(exc)
+
+
+def _unpack_zstd(stored: bytes | memoryview, size: int) -> bytes | str:
+    import zstandard
+
+    try:
+        # The frame's own word on its size is what would be allocated, so it must be ours.
+        frame = zstandard.get_frame_parameters(stored)
+        if frame.content_size != size or frame.dict_id:
+            return "the frame does not say this size, or needs a dictionary"
+        reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
+        return reader.decompress(stored, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as exc:
+        return str(exc)
+
+
+_UNPACKERS: Final = {CODEC_STORED: lambda stored, _: bytes(stored), CODEC_LZ4: _unpack_lz4, CODEC_ZSTD: _unpack_zstd}

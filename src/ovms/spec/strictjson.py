@@ -23,12 +23,12 @@ def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON
             Python cannot hold, a lone surrogate.
     """
     if len(data) > max_size:
-        raise JsonInvalid(f"{what} has {len(data)} bytes; at most {max_size} are allowed", limit=max_size)
+        raise JsonInvalid(f"{what} has {len(data)} bytes; at most {max_size} are allowed", limit=max_size, rule="DOC-5")
     _check_depth(data, what, max_depth)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise JsonInvalid(f"{what} is not UTF-8, at offset {exc.start}", offset=exc.start) from None
+        raise JsonInvalid(f"{what} is not UTF-8, at offset {exc.start}", offset=exc.start, rule="DOC-1") from None
     duplicates: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -39,30 +39,33 @@ def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON
         return answer
 
     def constant(name: str) -> NoReturn:
-        raise JsonInvalid(f"{what} holds {name}, which JSON does not know")
+        raise JsonInvalid(f"{what} holds {name}, which JSON does not know", rule="DOC-3")
 
     def real(digits: str) -> float:
         value = float(digits)
         if math.isinf(value):  # such as 1e999, which we could not write again
-            raise JsonInvalid(f"{what} holds a number that is too large")
+            raise JsonInvalid(f"{what} holds a number that is too large", rule="DOC-3")
         return value
 
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=real)
     except json.JSONDecodeError as exc:
         raise JsonInvalid(
-            f"{what} is not JSON: {exc.msg} in line {exc.lineno}, column {exc.colno}", line=exc.lineno, column=exc.colno
+            f"{what} is not JSON: {exc.msg} in line {exc.lineno}, column {exc.colno}",
+            line=exc.lineno,
+            column=exc.colno,
+            rule="DOC-1",
         ) from None
     except ValueError as exc:  # an integer with more digits than Python converts
-        raise JsonInvalid(f"{what} holds a number that is too long") from exc
+        raise JsonInvalid(f"{what} holds a number that is too long", rule="DOC-3") from exc
     if rb"\ud" in data.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise JsonInvalid(f"{what} holds half of a surrogate pair, which is no character") from None
+            raise JsonInvalid(f"{what} holds half of a surrogate pair, which is no character", rule="DOC-3") from None
     if duplicates:
         key = duplicates[0][:80]
-        raise JsonInvalid(f"{what} has a key twice in one object: {key!a}", key=key)
+        raise JsonInvalid(f"{what} has a key twice in one object: {key!a}", key=key, rule="DOC-2")
     return value
 
 
@@ -78,6 +81,7 @@ def _check_depth(data: bytes, what: str, max_depth: int) -> None:
                     f"{what} is nested deeper than {max_depth} levels, at offset {match.start()}",
                     offset=match.start(),
                     limit=max_depth,
+                    rule="DOC-4",
                 )
         elif token in b"]}":
             depth -= 1

@@ -55,6 +55,10 @@ class Vmm(Protocol):
     def version(self) -> str:
         """Its version, such as ``7.2.22``. Raises ToolMissing when it is not installed."""
 
+    @property
+    def state_format(self) -> str:
+        """The form of the device state that it writes and reads, such as ``qemu-migration-3``."""
+
     def choose_accel(self, wanted: Accel | None) -> AccelChoice:
         """The accelerator to use: KVM where a guest really runs on it.
 

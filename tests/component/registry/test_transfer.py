@@ -33,7 +33,7 @@ from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.spec import mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of, of_bytes
-from ovms.spec.manifest import DiskFormat
+from ovms.spec.manifest import DiskFormat, PartKind
 
 # user "ovms", password "secret"
 HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
@@ -60,8 +60,8 @@ def client(registry: Registry) -> Iterator[RegistryClient]:
 def make(layout: Layout, name: str, disk: bytes = DISK, *, subject: Descriptor | None = None) -> model.Artifact:
     """An artifact without a real kernel: transfer does not look into blobs."""
     parts = model.Parts(
-        kernel=model.part_descriptor("kernel", layout.add_bytes(KERNEL), len(KERNEL)),
-        disks=(model.part_descriptor("disk", layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
+        kernel=model.part_descriptor(PartKind.KERNEL, layout.add_bytes(KERNEL), len(KERNEL)),
+        disks=(model.part_descriptor(PartKind.DISK, layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
     )
     document = {
         "schemaVersion": 1,

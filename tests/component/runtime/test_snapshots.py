@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.guests import MEMORY, Console
@@ -16,8 +18,9 @@ from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
 from ovms.runtime.instances import State
 from ovms.runtime.record import Record
-from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.runtime.runtime import RestorePolicy, RunOptions, Runtime
 from ovms.spec.digest import Digest
+from ovms.spec.ramheader import Device
 from ovms.vmm.model import Accel
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
@@ -105,7 +108,7 @@ def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running:
 
 def test_cold_boots_a_snapshot_from_its_disk(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
-    record = runtime.start(find(runtime.layout, "echo:snap"), replace(TCG, cold=True)).record
+    record = runtime.start(find(runtime.layout, "echo:snap"), replace(TCG, restore=RestorePolicy.NEVER)).record
     assert not record.restored
     console(runtime, record).wait_for("READY")
 
@@ -124,29 +127,37 @@ def test_another_shape_than_the_snapshots_is_refused(runtime: Runtime, running: 
     [
         ({"machine_type": "pc-i440fx-99.0"}, "machine type"),
         ({"accel": "kvm"}, "KVM"),
-        ({"cpu": "EPYC"}, "CPU model"),
-        ({"cpu_flags": ["no-such-flag"]}, "no-such-flag"),
+        ({"cpu_model": "EPYC"}, "CPU model"),
+        ({"cpu_flags": ("no-such-flag",)}, "no-such-flag"),
+        ({"vmm": "firecracker"}, "was taken by 'firecracker'"),
+        ({"vmm_version": "99.0"}, "an older one"),
+        ({"state_format": "vmstate-1"}, "of the form 'vmstate-1'"),
+        ({"arch": "riscv64"}, "riscv64"),
+        ({"accel": "hvf"}, "HVF"),
+        ({"devices": (Device("sound"),)}, "other devices than this version gives: 'serial, .*sound'"),
+        ({"clock_rtc": "local"}, "real-time clock"),
+        ({"parent": "sha256:" + "0" * 64}, "a diff on another snapshot"),
     ],
 )
 def test_a_host_that_cannot_restore_boots_and_says_why(
-    runtime: Runtime, running: Record, change: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, running: Record, change: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take(runtime, running, "echo:snap")
     found = find(runtime.layout, "echo:snap")
-    _change_meta(monkeypatch, change)
+    _change_header(monkeypatch, change)
     started = runtime.start(found, TCG)
     assert not started.record.restored
-    assert why in str(started.not_restored)
+    assert re.search(why, str(started.not_restored))
     console(runtime, started.record).wait_for("READY")
 
 
-def _change_meta(monkeypatch: pytest.MonkeyPatch, change: dict[str, object]) -> None:
+def _change_header(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     original = snapshot.read_control
 
     def changed(layout: object, digest: Digest) -> object:
         control = original(layout, digest)  # type: ignore[arg-type]
-        machine = {**control.meta["machine"], **change}
-        return replace(control, meta={**control.meta, "machine": machine})
+        more = (*control.header.devices, *change.get("devices", ()))
+        return replace(control, header=replace(control.header, **{**change, "devices": more}))
 
     monkeypatch.setattr(snapshot, "read_control", changed)
 
@@ -156,8 +167,8 @@ def test_a_snapshot_of_another_vm_is_refused(
 ) -> None:
     take(runtime, running, "echo:snap")
     found = find(runtime.layout, "echo:snap")
-    _change_meta(monkeypatch, {"memory": 2 * MEMORY})
-    with pytest.raises(SnapshotInvalid, match="memory size"):
+    _change_header(monkeypatch, {"kernel_args": "single", "disks": ("sha256:" + "0" * 64,)})
+    with pytest.raises(SnapshotInvalid, match="another kernel arguments and another disk layers"):
         runtime.start(found, RESTORE)
 
 
@@ -261,3 +272,19 @@ def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, runni
     runtime.remove(clone, force=True)
     runtime.layout.collect(runtime.instances.artifacts)
     assert list(runtime.layout.derived_dir.iterdir()) == []
+
+
+def test_a_required_restore_does_not_become_a_boot(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(runtime, running, "echo:snap")
+    found = find(runtime.layout, "echo:snap")
+    required = replace(RESTORE, restore=RestorePolicy.REQUIRE)
+    assert runtime.start(found, required).record.restored
+    _change_header(monkeypatch, {"accel": "hvf"})
+    count = len(runtime.instances.records())
+    with pytest.raises(SnapshotIncompatible, match="HVF"):
+        runtime.start(found, required)
+    with pytest.raises(SnapshotIncompatible, match="has no RAM snapshot"):
+        runtime.start(find(runtime.layout, running.digest), required)
+    assert len(runtime.instances.records()) == count

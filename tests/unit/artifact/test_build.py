@@ -34,7 +34,7 @@ from ovms.errors import (
 from ovms.oci.layout import Layout
 from ovms.spec import mediatypes
 from ovms.spec.digest import hex_of, of_bytes
-from ovms.spec.manifest import DiskFormat
+from ovms.spec.manifest import DiskFormat, PartKind
 
 MIB = 1 << 20
 
@@ -79,7 +79,7 @@ def test_the_whole_artifact(builder: Builder, layout: Layout, project: Path) -> 
         None, None, "raw", "qcow2", None, None
     ]  # fmt: skip
     assert [blob.annotations["org.opencontainers.image.title"] for blob in built.image.layers] == [
-        *("kernel", "initrd", "disk-0.raw", "disk-1.qcow2", "ram.ovmr", "bootstrap.json")
+        *("kernel", "initrd", "disk-0.raw", "disk-1.qcow2", "ram-0.ovmr", "bootstrap.json")
     ]
     assert built.image.artifact_type == built.image.config.media_type == mediatypes.MANIFEST
     assert built.image.annotations == {
@@ -233,7 +233,7 @@ def test_a_hostile_base_artifact_is_checked(builder: Builder, layout: Layout, pr
     document = {**artifacts.MANIFEST, "diskLayers": [{"ref": digest, "format": "qcow2"}]}
     for key in ("kernel", "initrd", "ramSnapshot", "bootstrap"):
         del document[key]
-    parts = model.Parts(disks=(model.part_descriptor("disk", digest, len(hostile), format=DiskFormat.QCOW2),))
+    parts = model.Parts(disks=(model.part_descriptor(PartKind.DISK, digest, len(hostile), format=DiskFormat.QCOW2),))
     layout.set_name("evil:1", model.compose(layout, document, parts).image.descriptor())
     path = write_manifest(project, diskLayers=[{"ref": "evil:1", "format": "qcow2"}])
     with pytest.raises(DiskInvalid, match=r"\$\.diskLayers\[0\]\.ref: disk layer 0 uses an external data file"):

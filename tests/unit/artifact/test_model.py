@@ -165,7 +165,7 @@ def test_compose_is_deterministic(layout: Layout, built: model.Artifact) -> None
         kernel=by_type[mediatypes.KERNEL],
         initrd=by_type[mediatypes.INITRD],
         disks=tuple(blob for blob in built.image.layers if blob.media_type == mediatypes.DISK_LAYER),
-        ram_snapshot=by_type[mediatypes.RAM_SNAPSHOT_LZ4],
+        ram_snapshots=(by_type[mediatypes.RAM_SNAPSHOT_LZ4],),
         bootstrap=by_type[mediatypes.BOOTSTRAP],
     )
     again = model.compose(layout, built.manifest.document, parts)

@@ -70,7 +70,7 @@ def test_the_least_manifest() -> None:
     found = manifest.check(MINIMAL)
     assert (found.name, found.version, found.kernel, found.initrd, found.disk_layers) == ("web", "1", None, None, ())
     assert found.metadata.platform.arch == "x86_64"
-    assert found.refs() == []
+    assert found.parts() == []
 
 
 def test_every_field() -> None:
@@ -87,7 +87,7 @@ def test_every_field() -> None:
     assert found.metadata == manifest.Metadata("me", "2026-01-31T12:00:00Z", manifest.Platform("x86_64", True))
     assert found.runtime_hints == manifest.RuntimeHints(("qemu", "firecracker"), 10)
     assert found.bootstrap == manifest.Bootstrap(D)
-    assert [path for path, _ in found.refs()] == [
+    assert [part.path for part in found.parts()] == [
         "$.kernel.ref",
         "$.initrd.ref",
         "$.diskLayers[0].ref",
@@ -339,7 +339,7 @@ def test_anything_else_raises_nothing_but_manifest_invalid(document: Any) -> Non
     try:
         found = manifest.check(document)
         assert found.document == document
-        assert all(ref for _, ref in found.refs())
+        assert all(part.ref for part in found.parts())
     except ManifestInvalid as exc:
         error = exc
     if error is not None:

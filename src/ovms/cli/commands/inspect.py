@@ -59,7 +59,7 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
 
         control = read_control(context.layout, parse_digest(ram.ref))
         value["ram_snapshot"] = {
-            **control.meta,
+            **control.header.to_json(),
             "chunks": len(control.chunks),
             "stored_pages": sum(chunk.pages for chunk in control.chunks),
         }

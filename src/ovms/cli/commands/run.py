@@ -41,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forward a port of the host (127.0.0.1 unless IP says otherwise) to the guest; may be repeated",
     )
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
-    parser.add_argument("--cold", action="store_true", help="boot from the disk, also where there is a RAM snapshot")
+    restore = parser.add_mutually_exclusive_group()
+    restore.add_argument(
+        "--restore",
+        choices=("auto", "require", "never"),
+        default="auto",
+        help="a RAM snapshot: restore it where this host can (default), or fail, or leave it aside",
+    )
+    restore.add_argument(
+        "--cold", dest="restore", action="store_const", const="never", help="the same as --restore=never"
+    )
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
@@ -69,7 +78,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.runtime import ports
-    from ovms.runtime.runtime import RunOptions
+    from ovms.runtime.runtime import RestorePolicy, RunOptions
     from ovms.vmm.model import Accel
 
     runtime = context.runtime
@@ -79,7 +88,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         vcpus=args.cpus,
         ports=tuple(ports.parse(text) for text in args.publish),
         accel=None if args.accel is None else Accel(args.accel),
-        cold=args.cold,
+        restore=RestorePolicy(args.restore),
         remove_on_exit=args.rm,
         runtime=args.runtime,
     )

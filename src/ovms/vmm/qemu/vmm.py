@@ -39,6 +39,8 @@ class QemuVmm:
     """QEMU on this host. *cache_dir* keeps what is slow to find out."""
 
     name = "qemu"
+    #: A migration stream (its version is 3) of device sections, with the firmware in a RAM section: ``qemu/state.py``.
+    state_format = "qemu-migration-3"
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache = binary.Cache(cache_dir / "qemu.json")

@@ -1,0 +1,187 @@
+"""The header of a RAM snapshot: what a host must know before it restores it.
+
+Source: ``spec/rfc/ramsnap-v1.md``, sections 3 and 6.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ovms.errors import Problem, SnapshotInvalid
+from ovms.spec import limits, strictjson
+from ovms.spec.digest import is_digest
+from ovms.spec.document import Reader, check_time, shown
+
+SCHEMA_VERSION: Final = 1
+
+#: The device types of version 1.
+DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "ivshmem")
+LIST_MAX: Final = 1024
+
+_MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device whose state is in the snapshot; the fields that its type does not need are None. ``size`` in bytes."""
+
+    type: str
+    name: str | None = None
+    size: int | None = None
+    mac: str | None = None
+    backend: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As the header lists it."""
+        fields = {"type": self.type, "name": self.name, "size": self.size, "mac": self.mac, "backend": self.backend}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header. ``memory`` in bytes; digests are those of the artifact's blobs."""
+
+    created: str
+    source: str
+    vmm: str
+    vmm_version: str
+    state_format: str
+    machine_type: str
+    accel: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    vcpus: int
+    memory: int
+    devices: tuple[Device, ...]
+    kernel: str | None
+    initrd: str | None
+    kernel_args: str
+    disks: tuple[str, ...]
+    parent: str | None = None
+    arch: str = "x86_64"
+    clock_rtc: str = "utc"
+    clock_source: str = "host"
+
+    def device(self, type: str) -> Device | None:
+        """The first device of a type."""
+        return next((device for device in self.devices if device.type == type), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {
+            "schemaVersion": SCHEMA_VERSION,
+            "created": self.created,
+            "source": self.source,
+            **({} if self.parent is None else {"parent": self.parent}),
+            "vmm": {"name": self.vmm, "version": self.vmm_version, "state_format": self.state_format},
+            "machine": {"type": self.machine_type, "arch": self.arch, "accel": self.accel},
+            "cpu": {"model": self.cpu_model, "flags": list(self.cpu_flags), "count": self.vcpus},
+            "memory": {"size": self.memory},
+            "devices": [device.to_json() for device in self.devices],
+            "kernel": self.kernel,
+            "initrd": self.initrd,
+            "kernel_args": self.kernel_args,
+            "disks": list(self.disks),
+            "clock": {"rtc": self.clock_rtc, "source": self.clock_source},
+        }
+
+
+def parse(data: bytes | memoryview, offset: int = 0) -> Header:
+    """A header from its bytes, which lie at *offset* of the blob.
+
+    Raises:
+        JsonInvalid: not strict JSON.
+        SnapshotInvalid: breaks the specification; names every problem.
+    """
+    what = "the RAM snapshot's header"
+    return check(strictjson.parse(bytes(data), what, max_size=limits.RAM_HEADER_MAX), offset)
+
+
+def check(document: Any, offset: int = 0) -> Header:
+    """A header from its parsed JSON.
+
+    Raises:
+        SnapshotInvalid: breaks the specification; names every problem.
+    """
+    problems: list[Problem] = []
+    header = _read(Reader(document, "$", problems, rule="RAM-20", text_rule="RAM-25"))
+    if problems:
+        first = min(problems)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SnapshotInvalid(
+            f"RAM snapshot: the header's {first.path} {first.message}{more}, at offset {offset}",
+            rule=first.rule,
+            offset=offset,
+            problems=[problem.to_json() for problem in sorted(problems, key=lambda p: p[:2])],
+        )
+    return header
+
+
+def _read(top: Reader) -> Header:
+    version = top.integer("schemaVersion", 0, 2**31, required=True)
+    if version not in (None, SCHEMA_VERSION):
+        top.problem("schemaVersion", f"must be {SCHEMA_VERSION}, not {version}")
+    nothing = Reader({}, "$", [], rule="RAM-20", text_rule="RAM-25")
+    vmm = top.child("vmm", required=True) or nothing
+    machine = top.child("machine", required=True) or nothing
+    cpu = top.child("cpu", required=True) or nothing
+    memory = top.child("memory", required=True) or nothing
+    clock = top.child("clock", required=True) or nothing
+    return Header(
+        created=top.string("created", required=True, check=check_time) or "",
+        source=_digest(top, "source") or "",
+        parent=_digest(top, "parent") if "parent" in top.value else None,
+        vmm=vmm.string("name", required=True) or "",
+        vmm_version=vmm.string("version", required=True) or "",
+        state_format=vmm.string("state_format", required=True) or "",
+        machine_type=machine.string("type", required=True) or "",
+        arch=machine.string("arch", required=True) or "",
+        accel=machine.string("accel", required=True) or "",
+        cpu_model=cpu.string("model", required=True) or "",
+        cpu_flags=cpu.strings("flags", LIST_MAX, required=True, rule="RAM-25"),
+        vcpus=cpu.integer("count", 1, limits.VCPUS_MAX, required=True, rule="RAM-23") or 0,
+        memory=memory.integer("size", limits.RAM_MIN, limits.RAM_MAX, required=True, rule="RAM-22") or 0,
+        devices=_read_devices(top),
+        kernel=_digest(top, "kernel", null=True),
+        initrd=_digest(top, "initrd", null=True),
+        kernel_args=top.string("kernel_args", required=True, empty=True) or "",
+        disks=top.strings("disks", limits.DISK_LAYERS_MAX, _check_digest, required=True, rule="RAM-21"),
+        clock_rtc=_one_of(clock, "rtc", ("utc", "local")),
+        clock_source=_one_of(clock, "source", ("host", "guest")),
+    )
+
+
+def _digest(item: Reader, key: str, *, null: bool = False) -> str | None:
+    if null and key in item.value and item.value[key] is None:
+        return None
+    return item.string(key, required=True, check=_check_digest, rule="RAM-21")
+
+
+def _check_digest(value: str) -> str | None:
+    return None if is_digest(value) else f"must be 'sha256:' and 64 hexadecimal digits, not {shown(value)}"
+
+
+def _one_of(item: Reader, key: str, choices: tuple[str, ...]) -> str:
+    def check(value: str) -> str | None:
+        return None if value in choices else f"must be {' or '.join(choices)}, not {shown(value)}"
+
+    return item.string(key, required=True, check=check) or ""
+
+
+def _read_devices(top: Reader) -> tuple[Device, ...]:
+    # Of a type that this version does not know, nothing is known: RAM-24 is asked when a host is looked for.
+    devices = []
+    for item in top.children("devices", LIST_MAX, required=True, rule="RAM-25"):
+        kind = item.string("type", required=True, rule="RAM-20") or ""
+        sized = kind in ("virtio-blk", "ivshmem")
+        size = item.integer("size", 1, 2**63 - 1, required=sized, rule="RAM-23")
+        mac = item.string("mac", required=kind == "virtio-net", check=_check_mac, rule="RAM-23")
+        backend = item.string("backend", required=kind == "virtio-net", rule="RAM-20")
+        devices.append(Device(kind, item.string("name", required=kind == "ivshmem", rule="RAM-20"), size, mac, backend))
+    return tuple(devices)
+
+
+def _check_mac(value: str) -> str | None:
+    return None if _MAC.fullmatch(value) else f"must be a MAC address such as 52:54:00:12:34:56, not {shown(value)}"
