@@ -300,12 +300,12 @@ def test_no_qemu_installed(ovm: Ovm, built: str, tmp_path: Path) -> None:
 
 def test_a_manifest_with_three_mistakes_names_all_three(ovm: Ovm, project: Path) -> None:
     project.write_text(
-        "schemaVersion: 2\nmediaType: application/vnd.ovms.manifest.v1+json\nname: echo\n"
+        "schemaVersion: 1\nmediaType: application/vnd.oci.manifest\nname: echo\n"
         "kernel: {ref: kernel}\ndiskLayers: [{ref: base.qcow2, format: vmdk}]\n"
     )
     done = ovm("build", project)
     assert done.code == 3
-    for path in ("$.schemaVersion", "$.version", "$.diskLayers[0].format"):
+    for path in ("$.mediaType", "$.version", "$.diskLayers[0].format"):
         assert f"  {path}: " in done.err
 
 

@@ -11,13 +11,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.document import read_document
-from ovms.artifact.kernels import check_kernel
-from ovms.disk.layers import check_layer
+from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations
 from ovms.errors import (
     FileProblem,
     InputError,
@@ -26,24 +25,15 @@ from ovms.errors import (
     OvmsError,
     Problem,
     RegistryError,
-    SnapshotInvalid,
 )
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.spec import bootstrap, limits, manifest, mediatypes, ramsnap
+from ovms.spec import manifest, mediatypes
 from ovms.spec.digest import Digest, is_digest, parse_digest
 from ovms.spec.document import invalid
 from ovms.spec.manifest import Compression, Part, PartKind
-
-SIZE_LIMITS: Final = {
-    PartKind.KERNEL: limits.KERNEL_MAX,
-    PartKind.INITRD: limits.INITRD_MAX,
-    PartKind.DISK: limits.DISK_LAYER_MAX,
-    PartKind.RAM: 2 * limits.RAM_MAX,
-    PartKind.BOOTSTRAP: limits.BOOTSTRAP_MAX,
-}
 
 
 @dataclass(frozen=True)
@@ -234,41 +224,6 @@ def _wrong_sizes(inputs: list[_Input]) -> Iterator[Problem]:
             yield Problem(path, f"says {said} bytes, but the layer has {size}", "MAN-14")
 
 
-def label(part: Part) -> str:
-    """What a part is called in messages."""
-    names = {
-        PartKind.KERNEL: "the kernel",
-        PartKind.INITRD: "the initrd",
-        PartKind.DISK: f"disk layer {part.number}",
-        PartKind.RAM: "the RAM snapshot",
-        PartKind.BOOTSTRAP: "the bootstrap config",
-    }
-    return names[part.kind]
-
-
-def check_content(part: Part, fd: int, compression: Compression) -> None:
-    """Whether the open file is what a part of its kind must be. *compression* is that of a RAM snapshot.
-
-    Raises:
-        KernelInvalid, DiskInvalid, SnapshotInvalid, ManifestInvalid, JsonInvalid: it is not.
-        Unsupported: a disk format that no runtime takes.
-    """
-    what = label(part)
-    if part.kind is PartKind.KERNEL:
-        check_kernel(fd, what)
-    elif part.kind is PartKind.DISK:
-        assert part.format is not None
-        check_layer(fd, part.format, what)
-    elif part.kind is PartKind.RAM:
-        prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
-        ramsnap.check_codecs(ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0)), compression)
-        size = os.fstat(fd).st_size
-        if size != prefix.blob_size:
-            raise SnapshotInvalid(f"{what} has {size} bytes, but should have {prefix.blob_size}", rule="RAM-1")
-    elif part.kind is PartKind.BOOTSTRAP:
-        bootstrap.parse(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
-
-
 def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:
     part = item.part
     return model.part_descriptor(
@@ -280,17 +235,6 @@ def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:
         number=part.number,
         annotations=ram_annotations(fd) if part.kind is PartKind.RAM else None,
     )
-
-
-def ram_annotations(fd: int) -> dict[str, str]:
-    """What the descriptor of a RAM snapshot says of its control part, so that it can be fetched by itself."""
-    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
-    from ovms.spec.digest import of_bytes
-
-    return {
-        mediatypes.RAM_CONTROL_ANNOTATION: of_bytes(os.pread(fd, prefix.data_offset, 0)),
-        mediatypes.RAM_CONTROL_SIZE_ANNOTATION: str(prefix.data_offset),
-    }
 
 
 def _parts_of(other: model.Artifact, item: _Input) -> list[_Input]:

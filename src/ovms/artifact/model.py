@@ -65,11 +65,16 @@ def load(layout: Layout, digest: Digest) -> Artifact:
     image = layout.manifest(digest)
     if isinstance(image, ImageIndex):
         image = choose(layout, image)
+    return Artifact(image, check_documents(layout, image))
+
+
+def check_documents(layout: Layout, image: ImageManifest) -> manifest.Manifest:
+    """The OVMS manifest of *image*, which is in the store. Raises like :func:`load`."""
     where = ovms_descriptor(image)
     raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
     checked = manifest.parse(raw, f"the OVMS manifest of {image.digest}")
     check_parts(checked, image)
-    return Artifact(image, checked)
+    return checked
 
 
 def choose(layout: Layout, index: ImageIndex) -> ImageManifest:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ovms.artifact.model import Artifact, load
+from ovms.artifact.model import Artifact, check_documents, load
 from ovms.errors import InputError, ReferenceNotFound
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
@@ -118,7 +118,13 @@ def pull(layout: Layout, connect: Connect, text: str, progress: Progress = NULL)
             f"{reference} names no registry",
             hint=f"write the registry's host before it, such as registry.example/{reference}",
         )
-    transfer.pull(layout, connect(reference.registry), reference, progress)
+    transfer.pull(
+        layout,
+        connect(reference.registry),
+        reference,
+        progress,
+        check=lambda image: check_documents(layout, image),
+    )
     return find(layout, str(reference))
 
 

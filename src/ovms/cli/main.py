@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "push": "Upload an artifact to its registry",
     "ls": "List the artifacts in the local store",
     "inspect": "Show what an artifact or an instance is made of",
+    "validate": "Check a file or an artifact against the specification",
     "tag": "Give an artifact another name",
     "rmi": "Remove artifacts from the local store",
     "run": "Start a VM from an artifact",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from ovms.errors import SnapshotIncompatible, SnapshotInvalid
+from ovms.errors import SnapshotIncompatible
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
@@ -61,29 +61,6 @@ def machine_of(header: Header) -> Machine:
         network.mac,
         None if disk is None else disk.size,
     )
-
-
-def check_belongs(header: Header, manifest: Manifest, disk_size: int | None) -> None:
-    """Whether a snapshot was taken of the very VM that the manifest around it describes.
-
-    Raises:
-        SnapshotInvalid: it was not; no host could restore it.
-    """
-    disk = header.device("virtio-blk")
-    wanted = {
-        "kernel": (manifest.kernel.ref if manifest.kernel else None, header.kernel),
-        "initrd": (manifest.initrd.ref if manifest.initrd else None, header.initrd),
-        "kernel arguments": (manifest.kernel.args if manifest.kernel else "", header.kernel_args),
-        "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), header.disks),
-        "disk size": (disk_size, None if disk is None else disk.size),
-    }
-    wrong = [name for name, (here, there) in wanted.items() if here != there]
-    if wrong:
-        raise SnapshotInvalid(
-            f"the RAM snapshot is not one of this artifact: another {' and another '.join(wrong)}",
-            hint="start it with --cold to boot from the disk instead",
-            rule="RAM-30",
-        )
 
 
 def require_shape(header: Header, *, memory: int | None, vcpus: int | None) -> None:

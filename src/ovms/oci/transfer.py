@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -21,8 +21,18 @@ _PLATFORM: Final = {"os": "linux", "architecture": "amd64"}
 _CONTAINER_HINT: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 
 
-def pull(layout: Layout, client: RegistryClient, reference: Reference, progress: Progress = NULL) -> Descriptor:
+def pull(
+    layout: Layout,
+    client: RegistryClient,
+    reference: Reference,
+    progress: Progress = NULL,
+    *,
+    check: Callable[[ImageManifest], object] | None = None,
+) -> Descriptor:
     """Fetches an artifact, and lets *reference* stand for it. Returns the descriptor of what the name stands for.
+
+    *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
+    bulk is fetched.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
@@ -44,12 +54,20 @@ def pull(layout: Layout, client: RegistryClient, reference: Reference, progress:
         _check(manifest, reference)
         missing = [blob for blob in manifest.blobs if not layout.has(blob)]
         fsutil.require_space(layout.root, sum(blob.size for blob in missing), f"pulling {reference}")
-        for blob in manifest.blobs:
-            with progress.task(_label(blob), blob.size) as task:
-                if blob in missing:
-                    _fetch(layout, client, reference.repository, blob, task)
-                else:
-                    task.note("exists already")
+
+        def fetch(blobs: Iterable[Descriptor]) -> None:
+            for blob in blobs:
+                with progress.task(_label(blob), blob.size) as task:
+                    if blob in missing:
+                        _fetch(layout, client, reference.repository, blob, task)
+                    else:
+                        task.note("exists already")
+
+        documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
+        fetch(documents)
+        if check is not None:
+            check(manifest)
+        fetch(blob for blob in manifest.blobs if blob not in documents)
         for raw in raws:
             layout.add_bytes(raw)
         layout.set_name(str(reference), top)
@@ -84,7 +102,7 @@ def _check(manifest: ImageManifest, reference: Reference) -> None:
             f"{reference} is no OVMS artifact: its config is {manifest.config.media_type!a}", hint=_CONTAINER_HINT
         )
     for blob in manifest.blobs:
-        if blob.size > limits.DISK_LAYER_MAX:
+        if blob.size > (limits.MANIFEST_MAX if blob.media_type == mediatypes.MANIFEST else limits.DISK_LAYER_MAX):
             raise RegistryProtocol(f"{reference}: a blob of {blob.size} bytes is out of range")
 
 

@@ -26,8 +26,8 @@ def check(name: str) -> str:
 
 
 def make(artifact: str, instance_id: str, taken: Container[str]) -> str:
-    """``<artifact's name>-<first digits of the ID>``, as many digits as it takes to be new."""
-    base = re.sub(r"[^a-zA-Z0-9_.-]", "-", artifact)[:40].strip("-._") or "vm"
+    """``<last part of the artifact's name>-<first digits of the ID>``, as many digits as it takes to be new."""
+    base = re.sub(r"[^a-zA-Z0-9_.-]", "-", artifact.rpartition("/")[2])[:40].strip("-._") or "vm"
     digits = instance_id.replace("-", "")
     for count in range(4, len(digits)):
         name = f"{base}-{digits[:count]}"

@@ -24,7 +24,7 @@ from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, State, Status
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
-from ovms.spec import limits, ramsnap
+from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.digest import Digest
 from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
@@ -173,7 +173,7 @@ class Runtime:
             control = snapshot.read_control(self.layout, digest)
             header = control.header
             ramsnap.check_codecs(control, ram.compression)
-            compat.check_belongs(header, artifact.manifest, disk_size)
+            ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             not_restored = compat.why_not(vmm, header, choice.accel)
             if not_restored is None:
@@ -282,15 +282,15 @@ def _check_supported(artifact: Artifact) -> None:
     platform = manifest.metadata.platform
     if platform.arch != "x86_64" or platform.uefi:
         what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
-        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS")
+        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS", rule="BIN-4")
     if manifest.devices:
-        raise Unsupported(f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run")
+        raise Unsupported(
+            f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
+        )
     if manifest.bootstrap is not None:
         raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
-    if manifest.initrd is not None and manifest.kernel is None:
-        raise InputError(f"{manifest.name} has an initrd, but no kernel")
     if manifest.kernel is None and not manifest.disk_layers:
-        raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from")
+        raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
 
 
 def _new_mac() -> str:

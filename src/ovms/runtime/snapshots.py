@@ -14,7 +14,7 @@ from typing import Any
 
 from ovms import fsutil
 from ovms.artifact import model
-from ovms.artifact.build import ram_annotations
+from ovms.artifact.parts import ram_annotations
 from ovms.disk import qcow2
 from ovms.errors import StateConflict, Unsupported
 from ovms.memory import capture, compat, snapshot

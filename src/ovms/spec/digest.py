@@ -26,7 +26,9 @@ def parse_digest(text: str) -> Digest:
         ReferenceInvalid: another form, or another algorithm than SHA-256.
     """
     if not is_digest(text):
-        raise ReferenceInvalid(f"{text[:80]!r} is no digest: 'sha256:' and 64 hexadecimal digits are needed")
+        raise ReferenceInvalid(
+            f"{text[:80]!r} is no digest: 'sha256:' and 64 hexadecimal digits are needed", rule="DOC-9"
+        )
     return Digest(text)
 
 

@@ -6,6 +6,7 @@ Source: ``spec/rfc/ramsnap-v1.md``, sections 3 and 6.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from ovms.errors import Problem, SnapshotInvalid
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import is_digest
 from ovms.spec.document import Reader, check_time, shown
+from ovms.spec.manifest import Manifest
 
 SCHEMA_VERSION: Final = 1
 
@@ -185,3 +187,47 @@ def _read_devices(top: Reader) -> tuple[Device, ...]:
 
 def _check_mac(value: str) -> str | None:
     return None if _MAC.fullmatch(value) else f"must be a MAC address such as 52:54:00:12:34:56, not {shown(value)}"
+
+
+def check_belongs(header: Header, manifest: Manifest, disk_size: int | None) -> None:
+    """Whether a snapshot was taken of the very VM that the manifest around it describes; *disk_size* in bytes.
+
+    Raises:
+        SnapshotInvalid: it was not; no host could restore it.
+    """
+    disk = header.device("virtio-blk")
+    wanted = {
+        "kernel": (manifest.kernel.ref if manifest.kernel else None, header.kernel),
+        "initrd": (manifest.initrd.ref if manifest.initrd else None, header.initrd),
+        "kernel arguments": (manifest.kernel.args if manifest.kernel else "", header.kernel_args),
+        "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), header.disks),
+        "disk size": (disk_size, None if disk is None else disk.size),
+    }
+    wrong = [name for name, (here, there) in wanted.items() if here != there]
+    if wrong:
+        raise SnapshotInvalid(
+            f"the RAM snapshot is not one of this artifact: another {' and another '.join(wrong)}",
+            hint="start it with --cold to boot from the disk instead",
+            rule="RAM-30",
+        )
+
+
+def check_chain(chain: Sequence[tuple[str, Header]]) -> None:
+    """Whether the snapshots of an artifact, base first, each with its blob's digest, are one another's parents.
+
+    Raises:
+        SnapshotInvalid: they are not.
+    """
+    for i, (_, header) in enumerate(chain):
+        parent = chain[i - 1] if i else None
+        if header.parent != (parent[0] if parent else None):
+            wrong = f"the parent of RAM snapshot {i} is {header.parent}, not {parent[0] if parent else 'none'}"
+            raise SnapshotInvalid(wrong, rule="RAM-40")
+        if parent is None:
+            continue
+        old = parent[1]
+        same = (old.memory, old.kernel, old.initrd, old.kernel_args)
+        if same != (header.memory, header.kernel, header.initrd, header.kernel_args):
+            raise SnapshotInvalid(f"RAM snapshot {i} is of another VM than its parent", rule="RAM-42")
+        if header.disks[: len(old.disks)] != old.disks:
+            raise SnapshotInvalid(f"RAM snapshot {i} has other disk layers than its parent", rule="RAM-42")

@@ -1,0 +1,66 @@
+"""What a file must be to be a part of an artifact: checked when it is built, validated, and run."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from ovms.artifact.kernels import check_kernel
+from ovms.disk.layers import check_layer
+from ovms.errors import SnapshotInvalid
+from ovms.spec import bootstrap, limits, mediatypes, ramsnap
+from ovms.spec.digest import of_bytes
+from ovms.spec.manifest import Compression, Part, PartKind
+
+#: The most bytes that a part of a kind may have.
+SIZE_LIMITS: Final = {
+    PartKind.KERNEL: limits.KERNEL_MAX,
+    PartKind.INITRD: limits.INITRD_MAX,
+    PartKind.DISK: limits.DISK_LAYER_MAX,
+    PartKind.RAM: 2 * limits.RAM_MAX,
+    PartKind.BOOTSTRAP: limits.BOOTSTRAP_MAX,
+}
+
+
+def label(part: Part) -> str:
+    """What a part is called in messages."""
+    names = {
+        PartKind.KERNEL: "the kernel",
+        PartKind.INITRD: "the initrd",
+        PartKind.DISK: f"disk layer {part.number}",
+        PartKind.RAM: "the RAM snapshot",
+        PartKind.BOOTSTRAP: "the bootstrap config",
+    }
+    return names[part.kind]
+
+
+def check_content(part: Part, fd: int, compression: Compression) -> None:
+    """Whether the open file is what a part of its kind must be. *compression* is that of a RAM snapshot.
+
+    Raises:
+        KernelInvalid, DiskInvalid, SnapshotInvalid, ManifestInvalid, JsonInvalid: it is not.
+        Unsupported: a disk format that no runtime takes.
+    """
+    what = label(part)
+    if part.kind is PartKind.KERNEL:
+        check_kernel(fd, what)
+    elif part.kind is PartKind.DISK:
+        assert part.format is not None
+        check_layer(fd, part.format, what)
+    elif part.kind is PartKind.RAM:
+        prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
+        ramsnap.check_codecs(ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0)), compression)
+        size = os.fstat(fd).st_size
+        if size != prefix.blob_size:
+            raise SnapshotInvalid(f"{what} has {size} bytes, but should have {prefix.blob_size}", rule="RAM-1")
+    elif part.kind is PartKind.BOOTSTRAP:
+        bootstrap.parse(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
+
+
+def ram_annotations(fd: int) -> dict[str, str]:
+    """What the descriptor of a RAM snapshot says of its control part, so that it can be fetched by itself."""
+    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
+    return {
+        mediatypes.RAM_CONTROL_ANNOTATION: of_bytes(os.pread(fd, prefix.data_offset, 0)),
+        mediatypes.RAM_CONTROL_SIZE_ANNOTATION: str(prefix.data_offset),
+    }

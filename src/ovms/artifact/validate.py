@@ -1,0 +1,288 @@
+"""``ovm validate``: everything that is wrong with a file or an artifact, by the rules of the specification.
+
+Unlike what reads for use, this goes on after the first error, and looks at every byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ovms import fsutil
+from ovms.artifact import model
+from ovms.artifact.document import read_document
+from ovms.artifact.parts import SIZE_LIMITS, check_content, label
+from ovms.disk.layers import check_layer
+from ovms.errors import (
+    DigestMismatch,
+    InputError,
+    IntegrityError,
+    NotFound,
+    OvmsError,
+    RegistryProtocol,
+    UsageError,
+)
+from ovms.oci.descriptor import ImageIndex
+from ovms.oci.layout import Layout
+from ovms.progress import NULL, Progress
+from ovms.spec import bootstrap, limits, manifest, mediatypes, ramheader, ramsnap
+from ovms.spec.digest import Digest, from_hasher, is_digest
+from ovms.spec.manifest import Compression, DiskFormat, Manifest, Part, PartKind
+
+#: A file of rubbish has a problem in every chunk; nobody reads more than this.
+_PROBLEMS_MAX: Final = 100
+
+
+class Kind(StrEnum):
+    """What a file can be validated as."""
+
+    MANIFEST = "manifest"
+    BOOTSTRAP = "bootstrap"
+    RAM_SNAPSHOT = "ramsnap"
+    QCOW2 = "qcow2"
+    RAW = "raw"
+    KERNEL = "kernel"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One break of the specification. ``path`` is a JSON path, ``offset`` counts bytes; ``part`` is a part's name."""
+
+    code: str
+    message: str
+    rule: str | None = None
+    part: str | None = None
+    path: str | None = None
+    offset: int | None = None
+    hint: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass
+class Report:
+    """What was looked at (``kind`` is one of :class:`Kind`, ``unpacked`` or ``artifact``), and what is wrong."""
+
+    name: str
+    kind: str
+    digest: Digest | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def note(self, error: OvmsError, part: str | None = None) -> None:
+        """Adds what *error* says; each of its problems by itself where it has several."""
+        problems = error.context.get("problems")
+        if isinstance(problems, list) and problems:
+            self.problems.extend(
+                Problem(error.code, problem["message"], problem.get("rule"), part, problem["path"])
+                for problem in problems
+            )
+            return
+        rule, offset = error.context.get("rule"), error.context.get("offset")
+        self.problems.append(Problem(error.code, error.message, rule, part, None, offset, error.hint))
+
+    @contextlib.contextmanager
+    def noting(self, part: str | None = None) -> Iterator[None]:
+        """Notes what is wrong with the input; faults of the host go through."""
+        try:
+            yield
+        except (InputError, IntegrityError, NotFound, RegistryProtocol) as exc:
+            self.note(exc, part)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``ovm validate --json`` prints it."""
+        digest = {} if self.digest is None else {"digest": self.digest}
+        problems = [problem.to_json() for problem in self.problems]
+        return {"name": self.name, "kind": self.kind, **digest, "valid": self.valid, "problems": problems}
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def validate_path(path: Path, kind: Kind | None = None, progress: Progress = NULL) -> Report:
+    """Validates a file, or the directory of an unpacked artifact. *kind* None: found out from the content.
+
+    Raises:
+        FileProblem: it can't be read at all.
+        UsageError: what it is can't be told.
+    """
+    if path.is_dir():
+        return _validate_unpacked(path, progress)
+    if kind is None:
+        kind = _guess(path)
+    report = Report(str(path), kind)
+    if kind in (Kind.MANIFEST, Kind.BOOTSTRAP):
+        with report.noting():
+            _check_document(path, kind)
+        return report
+    part = _part_of(kind)
+    with fsutil.open_input(path, f"the {kind} file", max_size=SIZE_LIMITS[part.kind]) as file, report.noting():
+        if kind is Kind.RAM_SNAPSHOT:
+            _check_ram(file, report, None, None, progress)
+        else:
+            check_content(part, file.fileno(), Compression.LZ4)
+    return report
+
+
+def _check_document(path: Path, kind: Kind) -> None:
+    if kind is Kind.BOOTSTRAP:
+        bootstrap.parse(fsutil.read_input(path, "the bootstrap config", max_size=limits.BOOTSTRAP_MAX), str(path))
+    else:
+        manifest.check(read_document(path), str(path))
+
+
+def _part_of(kind: Kind) -> Part:
+    format = {Kind.QCOW2: DiskFormat.QCOW2, Kind.RAW: DiskFormat.RAW}.get(kind)
+    part = {Kind.RAM_SNAPSHOT: PartKind.RAM, Kind.KERNEL: PartKind.KERNEL}.get(kind, PartKind.DISK)
+    return Part(part, "$", "", format=format)
+
+
+#: Keys that make a JSON object a bootstrap config when it says nothing of its type.
+_BOOTSTRAP_KEYS: Final = frozenset({"env", "workdir", "entrypoint", "cmd", "exposedPorts"})
+
+
+def _guess(path: Path) -> Kind:
+    with fsutil.open_input(path, "the file") as file:
+        head = os.pread(file.fileno(), 0x206, 0)
+    if head[:8] == ramsnap.MAGIC:
+        return Kind.RAM_SNAPSHOT
+    if head[:4] == b"QFI\xfb":
+        return Kind.QCOW2
+    if head[:4] == b"\x7fELF" or head[0x202:0x206] == b"HdrS":
+        return Kind.KERNEL
+    if path.suffix in (".json", ".yaml", ".yml") or head.lstrip()[:1] == b"{":
+        with contextlib.suppress(OvmsError):
+            document = read_document(path)
+            keys = document.keys() if isinstance(document, dict) else set()
+            if _BOOTSTRAP_KEYS & keys and not {"schemaVersion", "mediaType"} & keys:
+                return Kind.BOOTSTRAP
+        return Kind.MANIFEST
+    raise UsageError(f"{path}: what kind of file this is can't be told", hint=f"say it with --type ({', '.join(Kind)})")
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progress = NULL) -> Report:
+    """Validates the artifact *digest* in the store: both manifests, and every byte of every part.
+
+    Raises:
+        BlobNotFound: it is not in the store.
+    """
+    report = Report(name, "artifact", digest)
+    with report.noting("the OCI manifest"):
+        image = layout.manifest(digest)
+        if isinstance(image, ImageIndex):
+            image = model.choose(layout, image)
+            report.digest = image.digest
+        if image.artifact_type != mediatypes.MANIFEST:
+            said = ascii(image.artifact_type)[:80]
+            report.problems.append(
+                Problem("unsupported", f"artifactType must be {mediatypes.MANIFEST}, not {said}", "OCI-1")
+            )
+        where = model.ovms_descriptor(image)
+        raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
+        with report.noting("the OVMS manifest"):
+            checked = manifest.parse(raw)
+            with report.noting("the OVMS manifest"):
+                model.check_parts(checked, image)
+            sizes = {layer.digest: layer.size for layer in image.layers}
+            _check_parts(
+                checked,
+                {part.ref: layout.path(Digest(part.ref)) for part in checked.parts() if part.ref in sizes},
+                report,
+                progress,
+            )
+    return report
+
+
+def _validate_unpacked(directory: Path, progress: Progress) -> Report:
+    report = Report(str(directory), "unpacked")
+    with report.noting("manifest.json"):
+        data = fsutil.read_input(directory / "manifest.json", "manifest.json", max_size=limits.MANIFEST_MAX)
+        checked = manifest.parse(data, "manifest.json")
+        files = {}
+        for part in checked.parts():
+            if not is_digest(part.ref):
+                text = f"must be a digest in an unpacked artifact, not {part.ref[:80]!a}"
+                report.problems.append(Problem("manifest-invalid", text, "OCI-6", "manifest.json", part.path))
+            else:
+                files[part.ref] = directory / "blobs" / part.ref.replace(":", "-")
+        _check_parts(checked, files, report, progress)
+    return report
+
+
+def _check_parts(checked: Manifest, files: dict[str, Path], report: Report, progress: Progress) -> None:
+    compression = checked.ram_snapshot.compression if checked.ram_snapshot else Compression.LZ4
+    chain: list[tuple[str, ramheader.Header]] = []
+    disk_size: int | None = None
+    for part in checked.parts():
+        if part.ref not in files:
+            continue
+        with (
+            report.noting(label(part)),
+            fsutil.open_input(files[part.ref], label(part), max_size=SIZE_LIMITS[part.kind]) as file,
+        ):
+            _check_digest(file, part, progress)
+            if part.kind is PartKind.DISK:
+                assert part.format is not None
+                disk_size = check_layer(file.fileno(), part.format, label(part))
+            elif part.kind is PartKind.RAM:
+                chain.append((part.ref, _check_ram(file, report, label(part), compression, progress)))
+            else:
+                check_content(part, file.fileno(), compression)
+    if len(chain) == len(checked.ram_snapshot.parents if checked.ram_snapshot else ()) + 1:
+        with report.noting("the RAM snapshot"):
+            ramheader.check_chain(chain)
+            ramheader.check_belongs(chain[-1][1], checked, disk_size)
+
+
+def _check_digest(file: BinaryIO, part: Part, progress: Progress) -> None:
+    hasher = hashlib.sha256()
+    with progress.task(f"checking {label(part).removeprefix('the ')}", os.fstat(file.fileno()).st_size) as task:
+        while data := file.read(fsutil.COPY_BUFFER):
+            hasher.update(data)
+            task.advance(len(data))
+    if from_hasher(hasher) != part.ref:
+        raise DigestMismatch(
+            f"{label(part)} does not have the digest {part.ref}",
+            hint="remove the artifact and pull it again",
+            rule="OCI-21",
+        )
+
+
+def _check_ram(
+    file: BinaryIO, report: Report, name: str | None, compression: Compression | None, progress: Progress
+) -> ramheader.Header:
+    # Every chunk; a damaged one does not hide the next.
+    fd = file.fileno()
+    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
+    control = ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0))
+    if (size := os.fstat(fd).st_size) != prefix.blob_size:
+        text = f"the blob has {size} bytes, and its prefix says {prefix.blob_size}"
+        report.problems.append(Problem("snapshot-invalid", text, "RAM-1", name))
+    if compression is not None:
+        with report.noting(name):
+            ramsnap.check_codecs(control, compression)
+    with progress.task("checking the RAM snapshot", prefix.data_size) as task:
+        for chunk in control.chunks:
+            if chunk.codec != ramsnap.CODEC_ZERO:
+                with report.noting(name):
+                    at = prefix.data_offset + chunk.offset
+                    ramsnap.unpack_chunk(chunk, os.pread(fd, chunk.stored_size, at), prefix.data_offset)
+            task.advance(chunk.stored_size)
+            if len(report.problems) > _PROBLEMS_MAX:
+                break
+    return control.header
