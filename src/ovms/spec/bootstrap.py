@@ -196,9 +196,10 @@ def from_image_config(document: Any, what: str = "the image config") -> Bootstra
         user=child.string("User", max_length=limits.NAME_MAX, check=_check_user, rule="BOOT-6"),
         stop_signal=_image_signal(child),
     )
+    if not problems and (size := len(document_bytes(config))) > limits.BOOTSTRAP_MAX:
+        child.problems.append(Problem("$.config", f"makes {size} bytes; {limits.BOOTSTRAP_MAX} are allowed", "DOC-5"))
     if problems:
         raise _invalid(problems, what)
-    _check_size(config, what)
     return config
 
 
@@ -294,14 +295,9 @@ def merge(
     )
     if len(merged.env) > ENV_MAX:
         raise InputError(f"$.overrides.bootstrap.env: together {len(merged.env)} variables; at most {ENV_MAX} may be")
-    _check_size(merged, "the bootstrap config with the overrides")
+    if (size := len(document_bytes(merged))) > limits.BOOTSTRAP_MAX:
+        raise InputError(f"$.overrides.bootstrap: together {size} bytes; at most {limits.BOOTSTRAP_MAX} may be")
     return merged
-
-
-def _check_size(config: BootstrapConfig, what: str) -> None:
-    size = len(document_bytes(config))
-    if size > limits.BOOTSTRAP_MAX:
-        raise InputError(f"{what} has {size} bytes; at most {limits.BOOTSTRAP_MAX} are allowed")
 
 
 def document_bytes(config: BootstrapConfig) -> bytes:
