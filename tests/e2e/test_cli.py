@@ -326,9 +326,12 @@ def test_an_answer_that_nobody_reads_is_no_error(ovm: Ovm, built: str) -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.spec("GEN-1")
 def test_version_says_what_there_is(ovm: Ovm) -> None:
     value = ovm.ok("version", "--json").json
     assert value["qemu"]
+    assert value["spec"] == ["0.1"]
+    assert set(value["roles"]) <= {"producer", "reader", "runtime"}
     assert value["accel"] in ("kvm", "tcg")
     assert ovm.ok("--version").out.startswith("ovm ")
     assert guests.qemu_children(ovm.root) == []

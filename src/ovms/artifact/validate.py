@@ -176,11 +176,7 @@ def _guess(path: Path) -> Kind:
 
 
 def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progress = NULL) -> Report:
-    """Validates the artifact *digest* in the store: both manifests, and every byte of every part.
-
-    Raises:
-        BlobNotFound: it is not in the store.
-    """
+    """Validates the artifact *digest* in the store: both manifests, and every byte of every part."""
     report = Report(name, "artifact", digest)
     with report.noting("the OCI manifest"):
         image = layout.manifest(digest)
@@ -189,9 +185,8 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
             report.digest = image.digest
         if image.artifact_type != mediatypes.MANIFEST:
             said = ascii(image.artifact_type)[:80]
-            report.problems.append(
-                Problem("unsupported", f"artifactType must be {mediatypes.MANIFEST}, not {said}", "OCI-1")
-            )
+            text = f"artifactType must be {mediatypes.MANIFEST}, not {said}"
+            report.problems.append(Problem("unsupported", text, "OCI-1", "the OCI manifest"))
         where = model.ovms_descriptor(image)
         raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
         with report.noting("the OVMS manifest"):

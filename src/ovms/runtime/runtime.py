@@ -176,6 +176,8 @@ class Runtime:
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             not_restored = compat.why_not(vmm, header, choice.accel)
+            if not_restored is None and ram.mlock_required:
+                not_restored = "its memory must be locked (mlock_required), which this version does not do"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
                 return _Plan(compat.machine_of(header), reason, layers, Restore(image, control.state), None)

@@ -145,12 +145,14 @@ def test_the_hint_for_a_backing_file_works(img: Tool, tmp_path: Path) -> None:
     assert [layer.virtual_size for layer in chain] == [1 << 20, 1 << 20]
 
 
+@pytest.mark.spec("LAY-9")
 def test_a_backing_file_on_the_network(img: Tool, tmp_path: Path) -> None:
     img("create", "-q", "-f", "qcow2", "-u", "-b", "nbd://127.0.0.1:1/x", "-F", "raw", tmp_path / "image", "1M")
     with pytest.raises(DiskInvalid, match="nbd://127"):
         check(tmp_path / "image")
 
 
+@pytest.mark.spec("LAY-10")
 @pytest.mark.parametrize("raw", ["on", "off"])
 def test_a_data_file(img: Tool, tmp_path: Path, raw: str) -> None:
     options = f"data_file={tmp_path / 'data'},data_file_raw={raw}"
@@ -159,6 +161,7 @@ def test_a_data_file(img: Tool, tmp_path: Path, raw: str) -> None:
         check(tmp_path / "image")
 
 
+@pytest.mark.spec("LAY-11")
 @pytest.mark.parametrize("format", ["aes", "luks"])
 def test_encryption(img: Tool, tmp_path: Path, format: str) -> None:
     speed = ",encrypt.iter-time=10" if format == "luks" else ""
@@ -170,6 +173,7 @@ def test_encryption(img: Tool, tmp_path: Path, format: str) -> None:
         check(tmp_path / "image")
 
 
+@pytest.mark.spec("LAY-12")
 def test_an_internal_snapshot_and_its_hint(img: Tool, tmp_path: Path) -> None:
     path = tmp_path / "image"
     img("create", "-q", "-f", "qcow2", path, "1M")
@@ -180,6 +184,7 @@ def test_an_internal_snapshot_and_its_hint(img: Tool, tmp_path: Path) -> None:
     assert check(path) == 1 << 20
 
 
+@pytest.mark.spec("LAY-12")
 def test_a_bitmap_and_its_hint(img: Tool, tmp_path: Path) -> None:
     path = tmp_path / "image"
     img("create", "-q", "-f", "qcow2", path, "1M")
@@ -190,6 +195,7 @@ def test_a_bitmap_and_its_hint(img: Tool, tmp_path: Path) -> None:
     assert check(tmp_path / "copy") == 1 << 20
 
 
+@pytest.mark.spec("LAY-13")
 def test_an_image_that_was_not_closed(img: Tool, tmp_path: Path) -> None:
     path = tmp_path / "image"
     img("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", path, "1M")
@@ -199,6 +205,7 @@ def test_an_image_that_was_not_closed(img: Tool, tmp_path: Path) -> None:
         check(path)
 
 
+@pytest.mark.spec("LAY-3")
 @pytest.mark.parametrize("format", ["vmdk", "vdi", "vpc", "vhdx", "qed"])
 def test_other_formats_are_not_probed(img: Tool, tmp_path: Path, format: str) -> None:
     img("create", "-q", "-f", format, tmp_path / "image", "1M")
@@ -217,6 +224,7 @@ def test_the_header_that_the_attacks_begin_with_is_sound(img: Tool, tmp_path: Pa
         assert info(img, path)["virtual-size"] == images.SIZE == check(path)
 
 
+@pytest.mark.spec("LAY-2", "LAY-9", "LAY-10")
 @pytest.mark.parametrize("name", ["backing file", "backing file, version 2"])
 def test_the_attacks_are_real(img: Tool, tmp_path: Path, name: str) -> None:
     """qemu-img itself would follow these names: that is why they are refused."""
@@ -225,6 +233,7 @@ def test_the_attacks_are_real(img: Tool, tmp_path: Path, name: str) -> None:
     assert info(img, path)["full-backing-filename"] == "/etc/shadow"
 
 
+@pytest.mark.spec("LAY-2", "SEC-2")
 def test_nothing_that_we_accept_reaches_outside(img: Tool, tmp_path: Path) -> None:
     """Damaged headers of real images: whatever passes our check opens no second file in QEMU."""
     path = tmp_path / "image"

@@ -96,6 +96,7 @@ def with_body(body: bytes, *headers: bytes) -> bytes:
     )
 
 
+@pytest.mark.spec("OCI-21", "OCI-22", "GEN-3")
 @pytest.mark.parametrize(
     "data",
     [
@@ -226,6 +227,7 @@ def test_a_registry_that_stays_busy_is_given_up(server: Server, layout: Layout) 
     assert 2 <= len([p for p, _ in server.seen if p == BLOB]) <= 6
 
 
+@pytest.mark.spec("OCI-21", "OCI-22")
 @pytest.mark.parametrize("body", [b"confiG", b"configuration", b"conf"])
 def test_a_wrong_blob_is_refused_and_not_asked_for_again(server: Server, layout: Layout, body: bytes) -> None:
     server.answers[BLOB] = [(200, {}, body)]
@@ -235,6 +237,7 @@ def test_a_wrong_blob_is_refused_and_not_asked_for_again(server: Server, layout:
     assert layout.size(of_bytes(b"config")) is None
 
 
+@pytest.mark.spec("SEC-4")
 def test_credentials_do_not_follow_a_redirect(server: Server, elsewhere: Server, layout: Layout) -> None:
     server.answers["/v2/x/manifests/1"].insert(0, (401, {"WWW-Authenticate": 'Basic realm="x"'}, b""))
     server.answers[BLOB] = [(307, {"Location": f"http://{elsewhere.host}/data"}, b"")]

@@ -86,6 +86,7 @@ def ref(registry: Registry, request: pytest.FixtureRequest) -> Reference:
     return reference(registry, request)
 
 
+@pytest.mark.spec("OCI-21")
 def test_there_and_back(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
     artifact = make(layout, str(ref))
     transfer.push(layout, client, ref, artifact.digest)
@@ -99,6 +100,7 @@ def test_there_and_back(layout: Layout, other: Layout, client: RegistryClient, r
     transfer.push(layout, client, ref, artifact.digest)
 
 
+@pytest.mark.spec("REF-3")
 def test_by_digest(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
     artifact = make(layout, str(ref))
     transfer.push(layout, client, ref, artifact.digest)
@@ -128,6 +130,7 @@ def test_what_is_here_is_not_fetched_again(
     assert len(fetched) == 2  # the manifest and the disk
 
 
+@pytest.mark.spec("OCI-16", "OCI-17")
 def test_an_index_is_followed_to_the_artifact_for_this_machine(
     layout: Layout, other: Layout, client: RegistryClient, ref: Reference
 ) -> None:
@@ -148,6 +151,7 @@ def test_an_index_is_followed_to_the_artifact_for_this_machine(
     transfer.push(other, client, replace(ref, tag="again"), descriptor.digest)
 
 
+@pytest.mark.spec("OCI-4", "GEN-3")
 def test_a_container_image_is_refused(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
     config = layout.add_bytes(b"{}")
     image = build_manifest(
@@ -183,6 +187,7 @@ def test_too_little_disk_is_said_before_the_first_blob(
         transfer.pull(other, client, ref)
 
 
+@pytest.mark.spec("OCI-21", "OCI-22", "GEN-3")
 def test_a_blob_that_the_registry_has_changed(
     layout: Layout, other: Layout, client: RegistryClient, ref: Reference, registry: Registry
 ) -> None:
@@ -209,6 +214,7 @@ def test_a_store_that_has_lost_a_blob(layout: Layout, client: RegistryClient, re
         client.get_manifest(ref)
 
 
+@pytest.mark.spec("OCI-19", "OCI-20")
 def test_a_snapshot_is_found_by_its_base(
     layout: Layout, client: RegistryClient, ref: Reference, registry: Registry
 ) -> None:
@@ -264,6 +270,7 @@ def test_skopeo_reads_what_we_push(layout: Layout, client: RegistryClient, ref: 
     assert (tmp_path / "copy" / "manifest.json").read_bytes() == artifact.image.raw
 
 
+@pytest.mark.spec("OCI-23")
 @skopeo
 def test_skopeo_copies_from_the_local_store_and_we_pull_it(
     layout: Layout, other: Layout, client: RegistryClient, ref: Reference

@@ -33,6 +33,7 @@ def state(runtime: Runtime, record: Record) -> State:
     return runtime.instances.status(runtime.instances.find(record.id)).state
 
 
+@pytest.mark.spec("RUN-12", "STA-3", "LAY-1")
 def test_a_vm_runs_and_powers_down_when_asked(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, replace(TCG, name="one")).record
     assert state(runtime, record) is State.RUNNING
@@ -45,6 +46,7 @@ def test_a_vm_runs_and_powers_down_when_asked(runtime: Runtime, echo: Found) -> 
         runtime.instances.find("one")
 
 
+@pytest.mark.spec("STA-3")
 def test_a_guest_that_powers_off_by_itself_is_stopped(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     console(runtime, record).wait_for("READY")
@@ -55,6 +57,7 @@ def test_a_guest_that_powers_off_by_itself_is_stopped(runtime: Runtime, echo: Fo
     assert (status.state, status.ending) == (State.STOPPED, Ending.POWERED_OFF)
 
 
+@pytest.mark.spec("RUN-12")
 def test_a_guest_that_ignores_the_button_is_ended_after_the_grace(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     console(runtime, record).wait_for("READY")
@@ -63,6 +66,7 @@ def test_a_guest_that_ignores_the_button_is_ended_after_the_grace(runtime: Runti
     assert (status.state, status.ending) == (State.STOPPED, Ending.STOPPED)
 
 
+@pytest.mark.spec("STA-6")
 def test_stopping_twice_is_no_error(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     runtime.stop(record, grace=0)
@@ -70,6 +74,7 @@ def test_stopping_twice_is_no_error(runtime: Runtime, echo: Found) -> None:
     assert runtime.stop(record, grace=1).state is State.STOPPED
 
 
+@pytest.mark.spec("STA-2", "STA-3")
 def test_a_killed_vmm_is_an_error_and_can_be_removed(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     assert record.process is not None
@@ -80,6 +85,7 @@ def test_a_killed_vmm_is_an_error_and_can_be_removed(runtime: Runtime, echo: Fou
     assert runtime.instances.records() == []
 
 
+@pytest.mark.spec("STA-2")
 def test_a_running_instance_is_removed_by_force_only(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     with pytest.raises(StateConflict):
@@ -89,6 +95,7 @@ def test_a_running_instance_is_removed_by_force_only(runtime: Runtime, echo: Fou
     assert qemu_children(runtime.root.path) == []
 
 
+@pytest.mark.spec("RUN-20", "LAY-1", "LAY-4")
 def test_several_vms_have_overlays_of_their_own_and_leave_the_base_alone(runtime: Runtime, echo: Found) -> None:
     base = runtime.layout.path(echo.artifact.image.layers[1].digest)
     before = base.read_bytes()
@@ -144,6 +151,7 @@ def test_without_qemu_the_message_names_the_package(
     assert runtime.instances.records() == []
 
 
+@pytest.mark.spec("GEN-3")
 def test_a_vmm_that_refuses_says_why_and_leaves_nothing(
     runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +162,7 @@ def test_a_vmm_that_refuses_says_why_and_leaves_nothing(
     assert qemu_children(runtime.root.path) == []
 
 
+@pytest.mark.spec("BIN-3", "BIN-4", "DEV-1", "BOOT-10", "RAM-51")
 def test_what_this_version_does_not_run_is_refused(runtime: Runtime, echo: Found) -> None:
     manifest = echo.artifact.manifest
     platform = replace(manifest.metadata.platform, arch="aarch64")
@@ -163,6 +172,7 @@ def test_what_this_version_does_not_run_is_refused(runtime: Runtime, echo: Found
         runtime.start(found, TCG)
 
 
+@pytest.mark.spec("RUN-19")
 def test_an_instance_whose_starter_was_killed_is_found_again(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     runtime.instances.save(replace(record, process=None, started=None))  # killed before it could note the process
@@ -173,6 +183,7 @@ def test_an_instance_whose_starter_was_killed_is_found_again(runtime: Runtime, e
     assert runtime.instances.status(found).state is State.RUNNING
 
 
+@pytest.mark.spec("RUN-19")
 def test_an_instance_to_be_removed_goes_with_its_vm_even_when_nobody_waits(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, replace(TCG, remove_on_exit=True)).record
     runtime.instances.recover()
@@ -182,6 +193,7 @@ def test_an_instance_to_be_removed_goes_with_its_vm_even_when_nobody_waits(runti
     assert runtime.instances.records() == []
 
 
+@pytest.mark.spec("RUN-19")
 def test_a_paused_vm_of_a_killed_snapshot_goes_on(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     console(runtime, record).wait_for("READY")
@@ -195,6 +207,7 @@ def test_a_paused_vm_of_a_killed_snapshot_goes_on(runtime: Runtime, echo: Found)
     assert console(runtime, record).ping() == 1
 
 
+@pytest.mark.spec("RUN-19")
 def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found) -> None:
     script = (
         "import sys, time\n"

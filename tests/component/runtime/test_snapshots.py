@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from dataclasses import replace
@@ -11,15 +12,19 @@ from typing import Any
 import pytest
 from support.guests import MEMORY, Console
 
+from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
 from ovms.errors import DiskFull, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
 from ovms.memory import capture, snapshot
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
 from ovms.runtime.instances import State
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RestorePolicy, RunOptions, Runtime
+from ovms.spec import ramsnap
 from ovms.spec.digest import Digest
+from ovms.spec.manifest import PartKind
 from ovms.spec.ramheader import Device
 from ovms.vmm.model import Accel
 
@@ -42,6 +47,7 @@ def take(runtime: Runtime, record: Record, name: str) -> snapshots.Taken:
     return snapshots.take(runtime, runtime.instances.find(record.id), Reference.parse(name))
 
 
+@pytest.mark.spec("RUN-13", "RUN-14", "RUN-20", "RAM-10", "RAM-36", "SEC-9", "OCI-19")
 def test_memory_lives_on_in_the_original_and_in_every_clone(runtime: Runtime, running: Record) -> None:
     assert [console(runtime, running).ping() for _ in range(3)] == [1, 2, 3]
     taken = take(runtime, running, "echo:snap")
@@ -57,6 +63,7 @@ def test_memory_lives_on_in_the_original_and_in_every_clone(runtime: Runtime, ru
     assert console(runtime, running).ping() == 5
 
 
+@pytest.mark.spec("RUN-13", "RAM-36")
 def test_a_clone_is_snapshot_again_with_what_it_changed(runtime: Runtime, running: Record) -> None:
     console(runtime, running).ping()
     take(runtime, running, "echo:a")
@@ -86,6 +93,7 @@ def test_a_clone_powers_down_when_asked(runtime: Runtime, running: Record) -> No
     assert runtime.stop(clone, grace=20).ending == "powered-off"
 
 
+@pytest.mark.spec("RAM-35", "RUN-20")
 def test_the_ram_image_is_never_written_to_by_its_clones(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
     clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
@@ -96,6 +104,7 @@ def test_the_ram_image_is_never_written_to_by_its_clones(runtime: Runtime, runni
     assert len(before) == MEMORY
 
 
+@pytest.mark.spec("RUN-14")
 def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running: Record) -> None:
     console(runtime, running).ping()
     take(runtime, running, "echo:a")
@@ -106,13 +115,16 @@ def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running:
     assert (console(runtime, first).ping(), console(runtime, second).ping()) == (2, 3)
 
 
+@pytest.mark.spec("RAM-50", "RAM-52")
 def test_cold_boots_a_snapshot_from_its_disk(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
     record = runtime.start(find(runtime.layout, "echo:snap"), replace(TCG, restore=RestorePolicy.NEVER)).record
     assert not record.restored
+    assert not list(runtime.layout.derived_dir.glob("*.ram")), "nothing of the snapshot is unpacked"
     console(runtime, record).wait_for("READY")
 
 
+@pytest.mark.spec("RAM-31", "RAM-50")
 def test_another_shape_than_the_snapshots_is_refused(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
     found = find(runtime.layout, "echo:snap")
@@ -122,6 +134,7 @@ def test_another_shape_than_the_snapshots_is_refused(runtime: Runtime, running: 
         runtime.start(found, replace(RESTORE, vcpus=2))
 
 
+@pytest.mark.spec("RAM-10", "RAM-24", "RAM-32", "RAM-33", "RAM-34", "RAM-50")
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -162,6 +175,7 @@ def _change_header(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> N
     monkeypatch.setattr(snapshot, "read_control", changed)
 
 
+@pytest.mark.spec("RAM-30", "RAM-50")
 def test_a_snapshot_of_another_vm_is_refused(
     runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +186,7 @@ def test_a_snapshot_of_another_vm_is_refused(
         runtime.start(found, RESTORE)
 
 
+@pytest.mark.spec("GEN-3", "RAM-16", "RAM-50")
 def test_a_damaged_snapshot_starts_nothing(runtime: Runtime, running: Record) -> None:
     taken = take(runtime, running, "echo:snap")
     assert taken.artifact.manifest.ram_snapshot is not None
@@ -187,6 +202,7 @@ def test_a_damaged_snapshot_starts_nothing(runtime: Runtime, running: Record) ->
     assert [p for p in runtime.layout.derived_dir.iterdir() if p.suffix != ".lock"] == []
 
 
+@pytest.mark.spec("STA-2")
 def test_a_stopped_instance_is_not_snapshot(runtime: Runtime, running: Record) -> None:
     runtime.stop(running, grace=0)
     with pytest.raises(StateConflict):
@@ -205,6 +221,7 @@ def test_a_full_disk_is_said_before_the_guest_is_paused(
     assert console(runtime, running).ping() == 1
 
 
+@pytest.mark.spec("RUN-13")
 def test_a_snapshot_that_fails_half_way_lets_the_guest_go_on(
     runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +278,7 @@ def _pages(runs: object) -> list[int]:
     return [page for run in runs for page in range(run.start, run.end, 4096)]  # type: ignore[attr-defined]
 
 
+@pytest.mark.spec("OCI-23")
 def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
     clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
@@ -274,6 +292,7 @@ def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, runni
     assert list(runtime.layout.derived_dir.iterdir()) == []
 
 
+@pytest.mark.spec("RAM-50")
 def test_a_required_restore_does_not_become_a_boot(
     runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,3 +307,45 @@ def test_a_required_restore_does_not_become_a_boot(
     with pytest.raises(SnapshotIncompatible, match="has no RAM snapshot"):
         runtime.start(find(runtime.layout, running.digest), required)
     assert len(runtime.instances.records()) == count
+
+
+@pytest.mark.spec("SEC-10", "RAM-50")
+def test_memory_that_must_be_locked_is_not_restored_unlocked(runtime: Runtime, running: Record) -> None:
+    taken = take(runtime, running, "echo:snap")
+    document = copy.deepcopy(dict(taken.artifact.manifest.document))
+    document["ramSnapshot"]["mlock_required"] = True
+    parts: dict[PartKind, list[Descriptor]] = {kind: [] for kind in PartKind}
+    for part in taken.artifact.manifest.parts():
+        parts[part.kind].append(model.reused(taken.artifact, part))
+    locked = model.compose(
+        runtime.layout,
+        document,
+        model.Parts(
+            kernel=parts[PartKind.KERNEL][0],
+            disks=tuple(parts[PartKind.DISK]),
+            ram_snapshots=tuple(parts[PartKind.RAM]),
+        ),
+    )
+    found = Found("echo:locked", locked)
+    started = runtime.start(found, TCG)
+    assert not started.record.restored
+    assert "mlock_required" in str(started.not_restored)
+    with pytest.raises(SnapshotIncompatible, match="mlock_required"):
+        runtime.start(found, replace(RESTORE, restore=RestorePolicy.REQUIRE))
+
+
+@pytest.mark.spec("RAM-19")
+def test_chunks_are_aligned_and_zero_pages_left_out(runtime: Runtime, running: Record) -> None:
+    taken = take(runtime, running, "echo:snap")
+    assert taken.artifact.manifest.ram_snapshot is not None
+    control = snapshot.read_control(runtime.layout, Digest(taken.artifact.manifest.ram_snapshot.ref))
+    assert control.prefix.chunk_pages == 16
+    assert control.chunks
+    for chunk in control.chunks:
+        assert chunk.page // 16 == (chunk.page + chunk.pages - 1) // 16, "a chunk reaches over a multiple of 16 pages"
+    blob = runtime.layout.path(Digest(taken.artifact.manifest.ram_snapshot.ref)).read_bytes()
+    for chunk in control.chunks:
+        at = control.prefix.data_offset + chunk.offset
+        pages = ramsnap.unpack_chunk(chunk, blob[at : at + chunk.stored_size], control.prefix.data_offset)
+        assert any(pages[: ramsnap.PAGE])
+        assert any(pages[-ramsnap.PAGE :])

@@ -62,6 +62,7 @@ def stored(layout: Layout) -> set[str]:
 # --- what comes out ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("OCI-1", "OCI-2", "OCI-3", "OCI-10", "OCI-12")
 def test_the_whole_artifact(builder: Builder, layout: Layout, project: Path) -> None:
     built = builder.build(write_manifest(project), name="web:1")
     assert [(blob.media_type, blob.digest, blob.size) for blob in built.image.layers] == [
@@ -93,6 +94,7 @@ def test_the_whole_artifact(builder: Builder, layout: Layout, project: Path) -> 
     assert built.size == len(built.image.raw) + sum(blob.size for blob in built.image.blobs)
 
 
+@pytest.mark.spec("OCI-14", "RAM-46")
 def test_the_control_part_of_a_ram_snapshot_is_announced(builder: Builder, project: Path) -> None:
     ram = builder.build(write_manifest(project)).image.layers[4]
     size = int(ram.annotations["ovms.ramsnap.control-size"])
@@ -135,6 +137,7 @@ bootstrap: {ref: bootstrap.json}
     assert builder.build(yaml).digest == builder.build(write_manifest(project)).digest
 
 
+@pytest.mark.spec("DOC-7")
 def test_unknown_fields_are_kept(builder: Builder, layout: Layout, project: Path) -> None:
     layers = [{"ref": "base.img", "format": "raw", "x-lazy": True}]
     built = builder.build(write_manifest(project, x_ours={"a": [1]}, diskLayers=layers))
@@ -144,6 +147,7 @@ def test_unknown_fields_are_kept(builder: Builder, layout: Layout, project: Path
     assert built.manifest.document == document
 
 
+@pytest.mark.spec("OCI-15")
 def test_created_goes_into_the_annotations(builder: Builder, project: Path) -> None:
     built = builder.build(write_manifest(project, metadata={"created": "2026-01-31T12:00:00Z"}))
     assert built.image.annotations["org.opencontainers.image.created"] == "2026-01-31T12:00:00Z"
@@ -352,6 +356,7 @@ def test_three_bad_files_are_three_problems(builder: Builder, layout: Layout, pr
     assert stored(layout) == set()
 
 
+@pytest.mark.spec("GEN-2")
 def test_three_mistakes_in_the_manifest(builder: Builder, project: Path) -> None:
     path = write_manifest(project, version=1, kernel={}, diskLayers=[{"ref": "base.img", "format": "vmdk"}])
     with pytest.raises(ManifestInvalid) as info:
@@ -360,6 +365,7 @@ def test_three_mistakes_in_the_manifest(builder: Builder, project: Path) -> None
     assert str(path) in info.value.message
 
 
+@pytest.mark.spec("MAN-14")
 def test_wrong_sizes_are_all_named(builder: Builder, project: Path) -> None:
     layers = [
         {"ref": "base.img", "format": "raw", "size": 1},
@@ -375,12 +381,14 @@ def test_wrong_sizes_are_all_named(builder: Builder, project: Path) -> None:
     builder.build(write_manifest(project, diskLayers=layers))
 
 
+@pytest.mark.spec("BIN-3")
 def test_nothing_to_boot(builder: Builder, project: Path) -> None:
     with pytest.raises(ManifestInvalid) as info:
         builder.build(write_manifest(project, kernel=None, initrd=None, diskLayers=None))
     assert [p.path for p in info.value.problems] == ["$"]
 
 
+@pytest.mark.spec("LAY-7")
 def test_ovfms_is_refused(builder: Builder, project: Path) -> None:
     with pytest.raises(Unsupported, match="ovfms"):
         builder.build(write_manifest(project, diskLayers=[{"ref": "base.img", "format": "ovfms"}]))
@@ -477,6 +485,7 @@ def test_a_file_that_turns_bad_after_its_check(
     assert layout.entries() == []
 
 
+@pytest.mark.spec("GEN-3")
 def test_what_a_failed_build_left_is_collected(layout: Layout, project: Path) -> None:
     with pytest.raises(OvmsError):
         Builder(layout, no_registry, Meddler(project / "base.img", b"")).build(write_manifest(project))

@@ -46,6 +46,7 @@ def add(layout: Layout, value: Any) -> Digest:
     return layout.add_bytes(json.dumps(value).encode())
 
 
+@pytest.mark.spec("OCI-4", "OCI-5")
 def test_the_form_of_oras_push(layout: Layout, built: model.Artifact) -> None:
     """An empty config, the OVMS manifest among the layers, in any order, and no annotations."""
     layout.add_bytes(b"{}")
@@ -58,6 +59,7 @@ def test_the_form_of_oras_push(layout: Layout, built: model.Artifact) -> None:
         assert loaded.blob(built.manifest.disk_layers[0].ref).size == 4096
 
 
+@pytest.mark.spec("OCI-4")
 def test_unsupported_kinds(layout: Layout, built: model.Artifact) -> None:
     layout.add_bytes(b"{}")
     manifest = built.image.config.to_json()
@@ -70,6 +72,7 @@ def test_unsupported_kinds(layout: Layout, built: model.Artifact) -> None:
     assert "ovm build" in (info.value.hint or "")
 
 
+@pytest.mark.spec("OCI-6")
 def test_refs_that_are_not_among_the_layers(layout: Layout, built: model.Artifact) -> None:
     value = document(built)
     value["layers"] = [layer for layer in value["layers"] if layer["mediaType"] != mediatypes.DISK_LAYER]
@@ -79,6 +82,7 @@ def test_refs_that_are_not_among_the_layers(layout: Layout, built: model.Artifac
     assert all("is not among the layers" in p.message for p in info.value.problems)
 
 
+@pytest.mark.spec("OCI-6")
 @pytest.mark.parametrize("ref", ["vmlinuz", "/etc/shadow", "../x", "file:///etc/shadow", "registry.example/x:1"])
 def test_refs_of_a_finished_artifact_are_digests(layout: Layout, built: model.Artifact, ref: str) -> None:
     ovms = json.loads(layout.read(built.image.config.digest, "x", max_size=1 << 20))
@@ -93,6 +97,7 @@ def test_refs_of_a_finished_artifact_are_digests(layout: Layout, built: model.Ar
         model.compose(layout, ovms, model.Parts())
 
 
+@pytest.mark.spec("DOC-7")
 def test_the_original_bytes_count(layout: Layout, built: model.Artifact) -> None:
     raw = json.dumps({**json.loads(built.image.raw), "x-unknown": 1.0}, indent=7).encode()
     loaded = model.load(layout, layout.add_bytes(raw))
@@ -125,6 +130,7 @@ def index(*manifests: dict[str, Any]) -> dict[str, Any]:
     return {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": list(manifests)}
 
 
+@pytest.mark.spec("OCI-16", "OCI-17")
 def test_an_index_is_chosen_from_by_platform(layout: Layout, built: model.Artifact) -> None:
     ours = built.image.descriptor().to_json()
     raw = json.dumps(document(built, annotations={"for": "arm64"})).encode()

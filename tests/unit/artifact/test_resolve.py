@@ -111,6 +111,7 @@ def test_policies(layout: Layout, built: Artifact) -> None:
         resolve.resolve(layout, down, "registry.example/web:1", policy="always")
 
 
+@pytest.mark.spec("REF-2")
 def test_a_local_name_has_no_registry(layout: Layout, built: Artifact) -> None:
     with pytest.raises(InputError, match="names no registry"):
         resolve.pull(layout, no_registry, "web:1")

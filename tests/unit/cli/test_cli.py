@@ -102,11 +102,13 @@ def test_ages(then: str | None, text: str) -> None:
     assert output.ago(then, datetime(2026, 1, 2, tzinfo=UTC)) == text
 
 
+@pytest.mark.spec("SEC-3")
 def test_foreign_words_do_not_drive_the_terminal() -> None:
     assert "\x1b" not in output.safe("\x1b]0;owned\x07\u202e")
     assert "\u202e" not in output.safe("\u202e")
 
 
+@pytest.mark.spec("GEN-2")
 def test_an_error_names_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.ManifestInvalid(
         "the manifest has 2 problems",

@@ -42,6 +42,7 @@ def test_a_plain_image_passes() -> None:
     assert check(images.image(version=2)) == qcow2.Qcow2Info(2, images.SIZE, CLUSTER)
 
 
+@pytest.mark.spec("LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "LAY-14", "LAY-15", "LAY-16")
 @pytest.mark.parametrize(("name", "hostile"), images.HOSTILE.items())
 def test_hostile_headers_are_refused(name: str, hostile: images.Hostile) -> None:
     with pytest.raises(DiskInvalid, match=hostile.words) as info:
@@ -93,6 +94,7 @@ def test_not_a_qcow2_image() -> None:
 NUMBERS = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1])
 
 
+@pytest.mark.spec("SEC-1")
 @given(
     st.dictionaries(st.sampled_from(sorted(images.FIELDS)), NUMBERS, min_size=1, max_size=4),
     st.sampled_from([2, 3]),
@@ -173,6 +175,7 @@ def test_a_layer_of_each_format() -> None:
         layer(images.image(), DiskFormat.OVFMS)
 
 
+@pytest.mark.spec("LAY-6")
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -187,6 +190,7 @@ def test_a_raw_layer_is_refused(data: bytes, words: str) -> None:
         layer(data, DiskFormat.RAW)
 
 
+@pytest.mark.spec("LAY-5")
 def test_a_chain(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(4096))
     (tmp_path / "diff").write_bytes(images.image())

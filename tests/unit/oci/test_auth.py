@@ -80,6 +80,7 @@ def bearer(service: Service, realm: str, *, plain: bool = False) -> Authenticato
     return authenticator
 
 
+@pytest.mark.spec("SEC-4")
 def test_nothing_is_sent_before_it_is_asked_for() -> None:
     authenticator = Authenticator("registry.example", plain_http=False, fetch=Service())
     assert authenticator.header("repository:x:pull", lambda: ME) is None
@@ -111,6 +112,7 @@ def test_an_identity_token_is_exchanged() -> None:
     assert form["refresh_token"] == ["r"]
 
 
+@pytest.mark.spec("SEC-4")
 @pytest.mark.parametrize(
     "realm",
     [

@@ -122,6 +122,7 @@ def test_a_helper_sees_little_of_the_environment(home: Path) -> None:
     assert credentials(home, SECRET_THING="leak").get(HOST, "x") == Credential("clean", str(home / "home"))
 
 
+@pytest.mark.spec("SEC-4", "ERR-3")
 @pytest.mark.parametrize(
     "content",
     [
@@ -143,6 +144,7 @@ def test_a_malformed_file_is_named_and_no_secret_shown(home: Path, content: str)
     assert "c2VjcmV0" not in str(caught.value)
 
 
+@pytest.mark.spec("SEC-4")
 def test_a_secret_is_not_in_a_repr() -> None:
     assert "hunter2" not in repr(Credential("me", "hunter2"))
 

@@ -107,6 +107,7 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
+@pytest.mark.spec("OCI-9")
 @pytest.mark.parametrize(("path", "value", "words"), WRONG)
 def test_each_mistake_is_named(path: str, value: Any, words: str) -> None:
     document = json.loads(json.dumps(MANIFEST))
@@ -131,6 +132,7 @@ def test_no_manifest_at_all(value: Any) -> None:
         parse(value)
 
 
+@pytest.mark.spec("OCI-1", "LIM-1")
 def test_the_size_is_limited() -> None:
     with pytest.raises(JsonInvalid, match="at most"):
         parse_manifest(b" " * (limits.OCI_MANIFEST_MAX + 1), "the manifest")
@@ -166,6 +168,7 @@ def test_any_bytes(data: bytes) -> None:
         parse_manifest(data, "the manifest")
 
 
+@pytest.mark.spec("OCI-1")
 def test_what_is_built_is_read() -> None:
     config = Descriptor.of(mediatypes.MANIFEST, b"{}")
     layer = Descriptor("application/x", D, 3, {"k": "v"})

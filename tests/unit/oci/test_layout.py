@@ -63,6 +63,7 @@ def nothing() -> set[Digest]:
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("OCI-23")
 def test_a_new_store_is_an_oci_image_layout(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "deep" / "store")
     assert json.loads((layout.root / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
@@ -123,6 +124,7 @@ def test_what_is_not_there(layout: Layout) -> None:
     assert info.value.context["digest"] == ABSENT
 
 
+@pytest.mark.spec("OCI-21")
 def test_a_damaged_blob_is_noticed(layout: Layout) -> None:
     digest = layout.add_bytes(b"content")
     layout.path(digest).chmod(0o644)
@@ -168,6 +170,7 @@ def test_a_blob_that_ends_in_zeroes_has_its_size(layout: Layout) -> None:
         assert writer.commit() == of_bytes(b"")
 
 
+@pytest.mark.spec("OCI-22")
 @pytest.mark.parametrize("expected", [Descriptor("x", ABSENT, 3), Descriptor("x", of_bytes(b"abc"), 4)])
 def test_a_wrong_blob_leaves_nothing(layout: Layout, expected: Descriptor) -> None:
     with pytest.raises(DigestMismatch) as info, layout.writer() as writer:
@@ -518,6 +521,7 @@ def test_collect_ends_on_an_index_that_goes_in_circles(layout: Layout) -> None:
         layout.reachable(ABSENT)
 
 
+@pytest.mark.spec("OCI-23")
 def test_collect_takes_derived_files_with_their_blob(layout: Layout) -> None:
     kept = add(layout, b"config", b"ram")
     layout.set_name("a", kept.descriptor())

@@ -13,6 +13,7 @@ from ovms.spec.digest import Digest
 D = Digest("sha256:" + "0123456789abcdef" * 4)
 
 
+@pytest.mark.spec("REF-1", "REF-2", "REF-3")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -39,6 +40,7 @@ def test_what_a_name_means(text: str, expected: Reference) -> None:
     assert Reference.parse(str(found)) == found
 
 
+@pytest.mark.spec("REF-1")
 @pytest.mark.parametrize(
     "text",
     [

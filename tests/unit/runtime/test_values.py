@@ -158,6 +158,7 @@ def test_overlays_are_numbered_on() -> None:
     assert replace(RECORD, overlays=()).with_overlay().overlays == ("overlay-0.qcow2",)
 
 
+@pytest.mark.spec("SEC-2")
 def test_a_record_never_leads_out_of_its_directory(tmp_path: Path) -> None:
     document = {**RECORD.to_json(), "overlays": ["../../etc/passwd"]}
     assert record.Record.from_json(document).overlays == ("passwd",)

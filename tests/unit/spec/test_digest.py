@@ -27,6 +27,7 @@ def test_both_ways_agree(data: bytes) -> None:
     assert digest.of_bytes(memoryview(data)) == digest.from_hasher(hashlib.sha256(data))
 
 
+@pytest.mark.spec("DOC-9")
 @pytest.mark.parametrize(
     "text",
     [

@@ -172,6 +172,7 @@ def test_noise_is_stored_and_the_rest_compressed() -> None:
     assert BLOB.chunks[1].size == BLOB.chunks[1].stored_size == 2 * PAGE
 
 
+@pytest.mark.spec("RAM-2")
 @pytest.mark.parametrize("size", [0, 1, 8, 127, 128, 200, INDEX - 1, INDEX + 64, INDEX + 3 * 64 - 1, 4095])
 def test_cut_short(size: int) -> None:
     with pytest.raises(SnapshotInvalid, match=r"at offset \d+$") as info:
@@ -179,6 +180,7 @@ def test_cut_short(size: int) -> None:
     assert info.value.context["offset"] <= size
 
 
+@pytest.mark.spec("RAM-6")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -221,6 +223,7 @@ def test_a_prefix_that_lies(field: str, value: int) -> None:
         ramsnap.parse_control(sealed(poke(BLOB.control, at, form, value)))
 
 
+@pytest.mark.spec("RAM-3", "SEC-1")
 def test_a_prefix_cannot_make_the_reader_take_gigabytes() -> None:
     """A reader takes all up to the data region into memory: 128 bytes must not be able to ask for 16 GiB."""
     fields = list(struct.unpack("<8sIIQIIQQQQQQQQ32s", BLOB.control[:128]))
@@ -233,6 +236,7 @@ def test_a_prefix_cannot_make_the_reader_take_gigabytes() -> None:
     assert most <= 512 * limits.MIB
 
 
+@pytest.mark.spec("RAM-11", "RAM-12", "RAM-13", "RAM-15")
 @pytest.mark.parametrize(
     ("entry", "field", "value"),
     [
@@ -289,6 +293,7 @@ def test_the_header_and_the_prefix_agree_on_the_memory() -> None:
     assert info.value.context["rule"] == "RAM-22"
 
 
+@pytest.mark.spec("RAM-14")
 def test_zero_chunks_are_for_diffs() -> None:
     diff = build({0: b"a" * PAGE, 3: b"", 9: b""}, ram.header(parent=ram.DIGEST))
     assert [c.codec for c in diff.chunks] == [ramsnap.CODEC_LZ4, ramsnap.CODEC_ZERO, ramsnap.CODEC_ZERO]
@@ -303,6 +308,7 @@ def test_zero_chunks_are_for_diffs() -> None:
             ramsnap.parse_control(changed)
 
 
+@pytest.mark.spec("RAM-17")
 def test_codecs_are_those_of_the_media_type() -> None:
     for compression, other in ((Compression.LZ4, Compression.ZSTD), (Compression.ZSTD, Compression.LZ4)):
         control = ramsnap.parse_control(build({0: b"a" * PAGE}, compression=compression).control)
@@ -311,6 +317,7 @@ def test_codecs_are_those_of_the_media_type() -> None:
             ramsnap.check_codecs(control, other)
 
 
+@pytest.mark.spec("RAM-2", "SEC-1")
 @given(st.data())
 def test_a_mutated_control_part_raises_nothing_else(data: st.DataObject) -> None:
     control = bytearray(BLOB.control)
@@ -365,6 +372,7 @@ def test_a_chunk_of_another_size(size: int) -> None:
         ramsnap.unpack_chunk(replace(chunk, codec=ramsnap.CODEC_STORED, stored_size=size), b"a" * size, 4096)
 
 
+@pytest.mark.spec("RAM-16", "RAM-3")
 def test_a_chunk_that_unpacks_to_gigabytes_stops_at_its_pages() -> None:
     bomb = lz4.block.compress(bytes(64 << 20), store_size=False)
     with pytest.raises(SnapshotInvalid, match="cannot be unpacked"):
@@ -375,6 +383,7 @@ def zstd(data: bytes, **options: Any) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
+@pytest.mark.spec("RAM-16")
 def test_zstd_chunks() -> None:
     blob = build({0: b"a" * PAGE}, compression=Compression.ZSTD)
     chunk = blob.chunks[0]

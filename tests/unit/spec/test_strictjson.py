@@ -49,6 +49,7 @@ def test_nothing_but_json_invalid_is_raised(data: bytes) -> None:
     assert message is None or message.startswith("the thing")
 
 
+@pytest.mark.spec("DOC-1", "DOC-2", "DOC-3")
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -104,6 +105,7 @@ def test_accepted(data: bytes, value: Any) -> None:
     assert value is None or found == value
 
 
+@pytest.mark.spec("DOC-5")
 def test_the_size_is_limited() -> None:
     data = b'"' + b"x" * 98 + b'"'
     assert strictjson.parse(data, "x", max_size=100)
@@ -111,6 +113,7 @@ def test_the_size_is_limited() -> None:
         strictjson.parse(data, "x", max_size=99)
 
 
+@pytest.mark.spec("DOC-4")
 @pytest.mark.parametrize(
     "data",
     [
@@ -148,5 +151,6 @@ def test_canonical_bytes() -> None:
         strictjson.canonical(float("nan"))
 
 
+@pytest.mark.spec("DOC-4")
 def test_the_limits_are_what_the_interpreter_stands() -> None:
     assert limits.JSON_DEPTH_MAX <= 100

@@ -36,6 +36,7 @@ def build(config: VmConfig = CONFIG, state: int | None = None) -> list[str]:
     return cmdline.build(Path("/usr/bin/qemu"), config, FILES, cmdline.Descriptors(3, 4, state), sandbox=True)
 
 
+@pytest.mark.spec("BIN-2", "MAN-9", "RAM-37", "LAY-3")
 def test_the_whole_command_line(golden: object) -> None:
     golden("qemu-boot.txt", "\n".join(build()) + "\n")  # type: ignore[operator]
 
@@ -50,12 +51,14 @@ def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
     return {value["node-name"]: value for value in values}
 
 
+@pytest.mark.spec("LAY-2")
 def test_every_qcow2_node_says_its_backing_itself() -> None:
     config = replace(CONFIG, layers=tuple(replace(layer, format=DiskFormat.QCOW2) for layer in CONFIG.layers))
     found = nodes(build(config))
     assert [found[n]["backing"] for n in ("layer0", "layer1", "overlay-0")] == [None, "layer0", "layer1"]
 
 
+@pytest.mark.spec("LAY-4")
 def test_only_the_overlay_is_writable() -> None:
     found = nodes(build())
     assert {name for name, value in found.items() if not value["read-only"]} == {"overlay-0", "overlay-0-file"}
@@ -66,6 +69,7 @@ def test_a_vm_without_a_disk_has_no_disk() -> None:
     assert not any("blk" in word or word == "-blockdev" for word in build(config))
 
 
+@pytest.mark.spec("SEC-2")
 @pytest.mark.parametrize("name", ["a,file=/etc/passwd", "x,process=y"])
 def test_commas_in_names_and_paths_are_no_options(name: str) -> None:
     argv = build(replace(CONFIG, name=name))
@@ -75,6 +79,7 @@ def test_commas_in_names_and_paths_are_no_options(name: str) -> None:
     assert any("logfile=/a,,b/console.log," in word for word in argv)
 
 
+@pytest.mark.spec("RAM-36", "RAM-37")
 def test_the_shape_of_a_restore_is_that_of_the_boot() -> None:
     def shape(argv: list[str]) -> list[str]:
         keep = ("-machine", "-cpu", "-smp", "-m", "-device", "-rtc", "-serial")

@@ -61,6 +61,7 @@ def test_a_refusal_names_the_command_and_the_reason(peer: Callable[[bytes], sock
     assert caught.value.qmp_class == "GenericError"
 
 
+@pytest.mark.spec("SEC-6")
 @pytest.mark.parametrize(
     "data",
     [
@@ -82,6 +83,7 @@ def test_nonsense_is_an_error_of_the_vmm(peer: Callable[[bytes], socket.socket],
             qmp.execute("query-status")
 
 
+@pytest.mark.spec("SEC-6")
 def test_an_endless_line_is_cut(peer: Callable[[bytes], socket.socket]) -> None:
     with pytest.raises(VmmError, match="more than"):
         Qmp(peer(GREETING + b"x" * (LINE_MAX + 200_000)), timeout=5)
@@ -117,6 +119,7 @@ def test_no_other_error_comes_out(data: bytes, greeted: bool) -> None:
             pass
 
 
+@pytest.mark.spec("SEC-6")
 @given(st.recursive(st.none() | st.booleans() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
 def test_any_json_is_an_answer_or_an_error(value: object) -> None:
     here, there = socket.socketpair()

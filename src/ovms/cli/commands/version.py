@@ -11,6 +11,7 @@ from ovms.cli import output
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import OvmsError
+from ovms.spec import ROLES, SPEC_VERSIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     value: dict[str, Any] = {
         "ovms": __version__,
-        "spec": "0.1",
+        "spec": list(SPEC_VERSIONS),
+        "roles": list(ROLES),
         "python": platform.python_version(),
         "root": str(context.root.path),
         "qemu": None,
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         output.answer_json(value)
         return Exit.OK
-    output.answer(f"ovms    {value['ovms']} (specification {value['spec']})")
+    output.answer(f"ovms    {value['ovms']} (specification {', '.join(SPEC_VERSIONS)}: {', '.join(ROLES)})")
     output.answer(f"python  {value['python']}")
     output.answer(f"qemu    {value['qemu'] or '-'}")
     output.answer(f"accel   {value['accel'] or '-'}{_because(value['accel_reason'])}")

@@ -1,0 +1,261 @@
+"""``ovm validate``: every problem, with its place and its rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from support import ram
+from support.artifacts import write_inputs, write_manifest
+
+from ovms.artifact import model
+from ovms.artifact.build import Builder
+from ovms.artifact.validate import Kind, Problem, Report, validate_artifact, validate_path
+from ovms.errors import FileProblem, SnapshotInvalid, UsageError
+from ovms.oci.layout import Layout
+from ovms.spec import ramheader, ramsnap
+from ovms.spec.digest import Digest, of_bytes
+from ovms.spec.manifest import Compression
+
+
+def no_registry(host: str) -> NoReturn:
+    pytest.fail(f"the registry {host} is asked")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    write_inputs(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def built(layout: Layout, project: Path) -> model.Artifact:
+    """A whole artifact whose RAM snapshot is one of its own VM."""
+    plain = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot=None))
+    write_snapshot(project, plain)
+    return Builder(layout, no_registry).build(write_manifest(project))
+
+
+def write_snapshot(project: Path, artifact: model.Artifact, **changes: Any) -> None:
+    manifest = artifact.manifest
+    assert manifest.kernel is not None
+    assert manifest.initrd is not None
+    disk = ramheader.Device("virtio-blk", size=1 << 30)
+    header = ram.header(
+        kernel=manifest.kernel.ref,
+        initrd=manifest.initrd.ref,
+        kernel_args=manifest.kernel.args,
+        disks=tuple(layer.ref for layer in manifest.disk_layers),
+        devices=(*ram.HEADER.devices[:4], disk),
+    )
+    (project / "ram.ovmr").write_bytes(ram.blob({0: b"a" * ramsnap.PAGE * 2}, replace(header, **changes)))
+
+
+def rules(report: Report) -> list[tuple[str | None, str | None]]:
+    return [(problem.part, problem.rule) for problem in report.problems]
+
+
+def test_a_sound_artifact(layout: Layout, built: model.Artifact) -> None:
+    report = validate_artifact(layout, "web:1", built.digest)
+    assert report.problems == []
+    assert report.to_json() == {
+        "name": "web:1", "kind": "artifact", "digest": built.digest, "valid": True, "problems": [],
+    }  # fmt: skip
+
+
+@pytest.mark.spec("OCI-21", "GEN-2")
+def test_every_damaged_blob_is_named(layout: Layout, built: model.Artifact) -> None:
+    for layer in built.image.layers:
+        path = layout.path(layer.digest)
+        path.chmod(0o600)
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    report = validate_artifact(layout, "web:1", built.digest)
+    assert rules(report) == [
+        ("the kernel", "OCI-21"),
+        ("the initrd", "OCI-21"),
+        ("disk layer 0", "OCI-21"),
+        ("disk layer 1", "OCI-21"),
+        ("the RAM snapshot", "OCI-21"),
+        ("the bootstrap config", "OCI-21"),
+    ]
+    assert all(problem.code == "digest-mismatch" for problem in report.problems)
+
+
+def test_a_missing_blob(layout: Layout, built: model.Artifact) -> None:
+    layout.path(built.image.layers[0].digest).unlink()
+    report = validate_artifact(layout, "web:1", built.digest)
+    assert [(p.part, p.code) for p in report.problems] == [("the kernel", "file-missing")]
+    report = validate_artifact(layout, "web:1", of_bytes(b"nothing"))
+    assert [(p.part, p.code) for p in report.problems] == [("the OCI manifest", "blob-not-found")]
+
+
+@pytest.mark.spec("RAM-30")
+def test_a_snapshot_of_another_vm(layout: Layout, project: Path) -> None:
+    plain = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot=None))
+    write_snapshot(project, plain, kernel_args="single", disks=())
+    other = Builder(layout, no_registry).build(write_manifest(project))
+    report = validate_artifact(layout, "web:1", other.digest)
+    assert rules(report) == [("the RAM snapshot", "RAM-30")]
+    assert "another kernel arguments and another disk layers" in report.problems[0].message
+
+
+def test_manifests_that_disagree(layout: Layout, built: model.Artifact) -> None:
+    image = json.loads(built.image.raw)
+    image["artifactType"] = "application/x"
+    image["layers"][0]["mediaType"] = "text/plain"
+    image["layers"][2]["annotations"]["ovms.format"] = "qcow2"
+    digest = layout.add_bytes(json.dumps(image).encode())
+    report = validate_artifact(layout, "web:1", digest)
+    assert rules(report) == [
+        ("the OCI manifest", "OCI-1"),
+        ("the OVMS manifest", "OCI-12"),
+        ("the OVMS manifest", "OCI-11"),
+    ]
+
+
+def unpack(layout: Layout, artifact: model.Artifact, directory: Path) -> Path:
+    (directory / "blobs").mkdir(parents=True)
+    shutil.copy(layout.path(artifact.image.config.digest), directory / "manifest.json")
+    for part in artifact.manifest.parts():
+        shutil.copy(layout.path(Digest(part.ref)), directory / "blobs" / part.ref.replace(":", "-"))
+    return directory
+
+
+@pytest.mark.spec("OCI-24")
+def test_an_unpacked_artifact(layout: Layout, built: model.Artifact, tmp_path: Path) -> None:
+    directory = unpack(layout, built, tmp_path / "unpacked")
+    assert validate_path(directory).problems == []
+    blob = directory / "blobs" / built.image.layers[2].digest.replace(":", "-")
+    blob.chmod(0o600)
+    blob.write_bytes(b"x" * 512)
+    assert rules(validate_path(directory)) == [("disk layer 0", "OCI-21")]
+    blob.unlink()
+    assert [p.code for p in validate_path(directory).problems] == ["file-missing"]
+    document = json.loads((directory / "manifest.json").read_bytes())
+    document["kernel"]["ref"] = "../../vmlinuz"
+    (directory / "manifest.json").chmod(0o600)
+    (directory / "manifest.json").write_text(json.dumps(document))
+    assert (
+        Problem(
+            "manifest-invalid",
+            "must be a digest in an unpacked artifact, not '../../vmlinuz'",
+            "OCI-6",
+            "manifest.json",
+            "$.kernel.ref",
+        )
+        in validate_path(directory).problems
+    )
+    (directory / "manifest.json").unlink()
+    assert [p.code for p in validate_path(directory).problems] == ["file-missing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vmlinuz", "kernel"),
+        ("diff.qcow2", "qcow2"),
+        ("ram.ovmr", "ramsnap"),
+        ("bootstrap.json", "bootstrap"),
+        ("ovms.json", "manifest"),
+    ],
+)
+def test_what_a_file_is_follows_from_its_content(project: Path, name: str, kind: str) -> None:
+    write_manifest(project)
+    report = validate_path(project / name)
+    assert (report.kind, report.problems) == (kind, [])
+
+
+def test_what_it_is_can_be_said(project: Path) -> None:
+    assert validate_path(project / "base.img", Kind.RAW).valid
+    with pytest.raises(UsageError, match="can't be told"):
+        validate_path(project / "base.img")
+    assert rules(validate_path(project / "diff.qcow2", Kind.RAW)) == [(None, "LAY-6")]
+    assert rules(validate_path(project / "base.img", Kind.QCOW2)) == [(None, "LAY-8")]
+    with pytest.raises(FileProblem):
+        validate_path(project / "gone.json")
+
+
+def test_every_damaged_chunk_is_named_with_its_offset(tmp_path: Path) -> None:
+    pages = {i * 4: bytes([i + 1]) * ramsnap.PAGE for i in range(4)}
+    blob = bytearray(ram.blob(pages))
+    data = ramsnap.parse_prefix(bytes(blob)).data_offset
+    chunks = ramsnap.parse_control(bytes(blob[:data])).chunks
+    for i in (1, 3):
+        blob[data + chunks[i].offset + 1] ^= 0xFF
+    path = tmp_path / "x.ovmr"
+    path.write_bytes(bytes(blob) + b"more")
+    report = validate_path(path)
+    assert [(p.rule, p.offset) for p in report.problems] == [
+        ("RAM-1", None),
+        ("RAM-16", data + chunks[1].offset),
+        ("RAM-16", data + chunks[3].offset),
+    ]
+
+
+def test_a_file_of_rubbish_does_not_make_a_book(tmp_path: Path) -> None:
+    blob = bytearray(ram.blob({i: bytes([i % 250 + 1]) * ramsnap.PAGE for i in range(250)}))
+    at = ramsnap.parse_prefix(bytes(blob)).data_offset
+    blob[at:] = b"\xff" * (len(blob) - at)
+    (tmp_path / "x.ovmr").write_bytes(blob)
+    assert 100 <= len(validate_path(tmp_path / "x.ovmr").problems) <= 102
+
+
+# --- chains --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("RAM-40", "RAM-42", "RAM-43")
+def test_a_chain_of_snapshots(layout: Layout, built: model.Artifact, project: Path) -> None:
+    assert built.manifest.ram_snapshot is not None
+    base = built.manifest.ram_snapshot.ref
+    write_snapshot(project, built, parent=base)
+    (project / "diff.ovmr").write_bytes((project / "ram.ovmr").read_bytes())
+    chained = Builder(layout, no_registry).build(
+        write_manifest(project, ramSnapshot={"ref": "diff.ovmr", "parents": [base]})
+    )
+    assert [layer.annotations.get("org.opencontainers.image.title") for layer in chained.image.layers][4:6] == [
+        "ram-0.ovmr",
+        "ram-1.ovmr",
+    ]
+    assert validate_artifact(layout, "web:2", chained.digest).problems == []
+    # another artifact takes the whole chain over
+    layout.set_name("web:2", chained.image.descriptor())
+    again = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot={"ref": "web:2"}, name="again.json"))
+    assert again.manifest.ram_snapshot == chained.manifest.ram_snapshot
+
+
+@pytest.mark.spec("RAM-40", "RAM-42")
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"parent": ram.DIGEST}, "RAM-40"),
+        ({"parent": None}, "RAM-40"),
+        ({"memory": 2 << 20}, "RAM-42"),
+        ({"kernel": None}, "RAM-42"),
+        ({"initrd": ram.DIGEST}, "RAM-42"),
+        ({"kernel_args": "other"}, "RAM-42"),
+        ({"disks": ()}, "RAM-42"),
+    ],
+)
+def test_a_chain_that_is_none(changes: dict[str, Any], rule: str) -> None:
+    base = of_bytes(b"base")
+    sound = ram.header(parent=base, disks=(*ram.HEADER.disks, ram.DIGEST))
+    ramheader.check_chain([(base, ram.HEADER), (of_bytes(b"diff"), sound)])
+    with pytest.raises(SnapshotInvalid) as info:
+        ramheader.check_chain([(base, ram.HEADER), (of_bytes(b"diff"), replace(sound, **changes))])
+    assert info.value.context["rule"] == rule
+    with pytest.raises(SnapshotInvalid):
+        ramheader.check_chain([(of_bytes(b"diff"), sound)])
+
+
+def test_codecs_of_an_artifact(layout: Layout, built: model.Artifact, project: Path) -> None:
+    (project / "ram.ovmr").write_bytes(ram.blob({0: b"a" * ramsnap.PAGE}, compression=Compression.ZSTD))
+    with pytest.raises(SnapshotInvalid, match="codec 2, which is not of lz4"):
+        Builder(layout, no_registry).build(write_manifest(project))
+    made = Builder(layout, no_registry).build(
+        write_manifest(project, ramSnapshot={"ref": "ram.ovmr", "compression": "zstd"})
+    )
+    assert made.image.layers[4].media_type == "application/vnd.ovms.ramsnap.v1+zstd"
