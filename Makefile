@@ -19,7 +19,7 @@ WORKERS ?= 2
 
 .PHONY: help
 help: ## show this text
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: setup-system setup-python setup-tools ## install what ovms needs: system packages, .venv, tools (quick when all is there)
@@ -58,6 +58,14 @@ lint: setup-python ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.PHONY: vectors
+vectors: setup-python ## write the test vectors of spec/vectors, and the worked example of the RAM snapshot format
+	@$(BIN)/python scripts/make_vectors.py
+
+.PHONY: spec-coverage
+spec-coverage: setup-python ## which tests and vectors cite which rule of the specification (ALL=1: every one of them)
+	@$(BIN)/python scripts/spec_coverage.py $(if $(ALL),--all)
 
 .PHONY: bench
 bench: ## all benchmarks
