@@ -5,28 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from decimal import Decimal
-from typing import Final
 
-from ovms.spec import limits
-
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t": limits.TIB}
-MEMORY_MIN: Final = 16 * limits.MIB
+from ovms.spec import limits, sizes
 
 
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    exact = sizes.parse(text)
+    if exact is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no size; write 512m or 2g")
-    exact = Decimal(match[1]) * _FACTORS[match[2].lower()]
-    if exact % limits.MIB:
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number of MiB")
-    size = int(exact)
-    if not MEMORY_MIN <= size <= limits.RAM_MAX:
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is out of range (16m to 1t)")
-    return size
+    if wrong := sizes.memory_problem(exact):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} {wrong}")
+    return int(exact)
 
 
 def cpus(text: str) -> int:

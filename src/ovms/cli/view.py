@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ovms.cli import output
-from ovms.runtime.instances import State, Status
+from ovms.runtime.instances import Status
+from ovms.spec.states import State
 from ovms.vmm.model import Ending
 
 _ENDINGS = {

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from ovms.runtime import names
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
 from ovms.spec.digest import Digest
+from ovms.spec.states import State
 from ovms.vmm.model import Ending, VmFiles
 from ovms.vmm.protocol import Control, Vmm
 
@@ -32,22 +32,6 @@ LOCK: Final = "lock"
 
 #: The VMM of a name.
 Vmms = Callable[[str], Vmm]
-
-
-class State(StrEnum):
-    """The state of an instance, in the words of the specification."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    ERROR = "error"
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is a VMM process."""
-        return self not in (State.STOPPED, State.ERROR)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from ovms.memory import compat, snapshot
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import ports as port_forwards
-from ovms.runtime.instances import Instances, State, Status
+from ovms.runtime.instances import Instances, Status
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.digest import Digest
+from ovms.spec.states import Call, State, after
 from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.vmm import QemuVmm
@@ -264,13 +265,9 @@ class Runtime:
         """
         with self.instances.locked(record) as newest:
             state = self.instances.status(newest).state
-            if state.alive and state is not State.STARTING:
-                if not force:
-                    raise StateConflict(
-                        f"the instance {newest.name} is {state}",
-                        hint=f"stop it first ('ovm stop {newest.name}'), or remove it by force ('ovm rm -f')",
-                        instance=newest.name,
-                    )
+            # A start holds the lock: one that is "starting" under it was broken off.
+            if state is not State.STARTING:
+                after(state, Call.REMOVE_FORCE if force else Call.REMOVE, newest.name)
                 self._end(newest)
             self.instances.remove(newest)
 

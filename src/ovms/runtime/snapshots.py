@@ -16,17 +16,17 @@ from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.disk import qcow2
-from ovms.errors import StateConflict, Unsupported
+from ovms.errors import Unsupported
 from ovms.memory import capture, compat, snapshot
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.runtime.instances import State
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, DiskFormat, PartKind
+from ovms.spec.states import Call, after
 from ovms.vmm.model import RunState
 from ovms.vmm.protocol import Control
 
@@ -62,10 +62,7 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
     instances, layout = runtime.instances, runtime.layout
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
-        if state not in (State.RUNNING, State.PAUSED):
-            raise StateConflict(
-                f"the instance {newest.name} is {state}: only a running one can be snapshot", instance=newest.name
-            )
+        after(state, Call.SNAPSHOT, newest.name)
         source = runtime.artifact(newest)
         if len(source.manifest.disk_layers) + len(newest.overlays) > limits.DISK_LAYERS_MAX:
             raise Unsupported(f"{newest.name} would have more than {limits.DISK_LAYERS_MAX} disk layers")

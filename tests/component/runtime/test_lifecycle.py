@@ -17,9 +17,9 @@ from support.guests import MEMORY, Console, qemu_children
 from ovms.artifact.resolve import Found
 from ovms.errors import InstanceNotFound, NameTaken, PortInUse, StateConflict, ToolMissing, Unsupported, VmmError
 from ovms.runtime import ports
-from ovms.runtime.instances import State
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.spec.states import State
 from ovms.vmm.model import Accel, Ending
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)

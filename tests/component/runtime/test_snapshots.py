@@ -19,13 +19,13 @@ from ovms.memory import capture, snapshot
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
-from ovms.runtime.instances import State
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RestorePolicy, RunOptions, Runtime
 from ovms.spec import ramsnap
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import PartKind
 from ovms.spec.ramheader import Device
+from ovms.spec.states import State
 from ovms.vmm.model import Accel
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)

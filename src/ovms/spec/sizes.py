@@ -1,0 +1,29 @@
+"""Sizes as people write them: ``512m``, ``2GiB``. The units are powers of 1024."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Final
+
+from ovms.spec import limits
+
+_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t": limits.TIB}
+#: The least memory that an instance gets.
+MEMORY_MIN: Final = 16 * limits.MIB
+
+
+def parse(text: str) -> Decimal | None:
+    """The number of bytes; None when *text* is no size."""
+    match = _SIZE.fullmatch(text.strip())
+    return None if match is None else Decimal(match[1]) * _FACTORS[match[2].lower()]
+
+
+def memory_problem(size: Decimal | int) -> str | None:
+    """What is wrong with *size* bytes as the memory of an instance; None when nothing is."""
+    if size % limits.MIB:
+        return "is not a whole number of MiB"
+    if not MEMORY_MIN <= size <= limits.RAM_MAX:
+        return "is out of range (16 MiB to 1 TiB)"
+    return None
