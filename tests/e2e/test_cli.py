@@ -335,3 +335,26 @@ def test_version_says_what_there_is(ovm: Ovm) -> None:
     assert value["accel"] in ("kvm", "tcg")
     assert ovm.ok("--version").out.startswith("ovm ")
     assert guests.qemu_children(ovm.root) == []
+
+
+@pytest.mark.spec("GEN-2")
+def test_validate_names_every_problem(ovm: Ovm, built: str, tmp_path: Path) -> None:
+    document = tmp_path / "web.json"
+    document.write_text(
+        '{"schemaVersion": 1, "mediaType": "application/vnd.ovms.manifest.v1+json", "name": "my vm", "version": "1",'
+        ' "diskLayers": [{"ref": "a", "format": "qcow2"}, {"ref": "b", "format": "raw"}]}'
+    )
+    done = ovm("validate", document)
+    assert done.code == 3
+    assert done.out.splitlines()[0] == f"{document}: manifest: 2 problems"
+    assert done.out.splitlines()[1].startswith("  $.diskLayers[1].format: only the base layer can be raw")
+    assert done.out.splitlines()[1].endswith("[MAN-13]")
+    report = ovm("validate", document, "--json").json
+    assert [(p["path"], p["rule"], p["code"]) for p in report["problems"]] == [
+        ("$.diskLayers[1].format", "MAN-13", "manifest-invalid"),
+        ("$.name", "MAN-4", "manifest-invalid"),
+    ]
+    assert ovm.ok("validate", "echo:1").out == "echo:1: artifact: valid\n"
+    assert ovm.ok("validate", "echo:1", "--json").json["valid"]
+    assert ovm("validate", "gone:1").code == 4
+    assert ovm("validate", tmp_path / "gone.json").code == 3
