@@ -1,7 +1,8 @@
 """What registries and tools really do with OVMS artifacts: the trials behind ``spec/hacks/oci-compat.md``.
 
 Run by hand: ``python scripts/oci_compat.py --tools DIR``. DIR holds what is to be tried of ``registry`` (distribution 3),
-``docker-registry`` (2.8), ``zot``, ``oras``, ``crane``, ``cosign``, ``containerd`` and ``ctr``; ``skopeo`` and ``podman`` are taken
+``docker-registry`` (2.8), ``zot``, ``oras``, ``crane``, ``cosign``, ``containerd`` and ``ctr``, and ``ggcr-registry`` (a main of
+ten lines around go-containerregistry's ``registry.New(registry.WithReferrersSupport(true))``); ``skopeo`` and ``podman`` are taken
 from the PATH. What is missing is left out, and said so. Everything listens on loopback and ends with the script.
 """
 
@@ -119,13 +120,22 @@ def serving(trials: Trials, argv: Sequence[object], port: int, env: dict[str, st
 def registry(trials: Trials, name: str) -> Iterator[str | None]:
     """One of the registries, empty, on loopback; None when it is not here."""
     program = trials.find(
-        {"distribution 3": "registry", "docker-registry 2.8": "docker-registry", "zot 2.1": "zot"}[name]
+        {
+            "distribution 3": "registry",
+            "docker-registry 2.8": "docker-registry",
+            "zot 2.1": "zot",
+            "ggcr 0.22": "ggcr-registry",
+        }[name]
     )
     if program is None:
         trials.note(name, "present", "no: left out")
         yield None
         return
     port = free_port()
+    if name.startswith("ggcr"):
+        with serving(trials, [program, f"127.0.0.1:{port}"], port) as host:
+            yield host
+        return
     root = trials.scratch / f"registry-{port}"
     config = trials.scratch / f"registry-{port}.conf"
     if name.startswith("zot"):
@@ -335,7 +345,7 @@ def try_tools(trials: Trials, name: str, host: str, env: dict[str, str]) -> None
     tool(
         "oras",
         "copy from our store",
-        ["copy", "--from-oci-layout", "--to-plain-http", f"{store}:compat:1", f"{host}/vms/oraslayout:1"],
+        ["copy", "--from-oci-layout", "--to-plain-http", f"{store}@{ours}", f"{host}/vms/oraslayout:1"],
         "vms/oraslayout",
     )
     tool("crane", "manifest", ["manifest", "--insecure", ref])
@@ -450,10 +460,21 @@ def try_cosign(trials: Trials, name: str, host: str) -> None:
 
     verify("verify, unsigned", check, ref)
     sign = ["sign", "--key", keys / "cosign.key", "--use-signing-config=false", "--tlog-upload=false", "-y", *offline]
-    for what, more in (("bundle (default)", []), ("classic", ["--new-bundle-format=false"])):
+    classic = ["--new-bundle-format=false"]
+    env["COSIGN_EXPERIMENTAL"] = "1"
+    for what, more, again in (
+        ("bundle (default)", [], []),
+        ("classic", classic, classic),
+        ("OCI 1.1 referrer", [*classic, "--registry-referrers-mode=oci-1-1"], [*classic, "--experimental-oci11"]),
+    ):
         code, words = trials.run([cosign, *sign, *more, ref], env=env)
         trials.note(f"cosign ({name})", f"sign, {what}", "ok" if code == 0 else f"exit {code}: {words}")
-        verify(f"verify, {what}", [*check, *(["--new-bundle-format=false"] if more else [])], ref)
+        verify(f"verify, {what}", [*check, *again], ref)
+    found = http("GET", f"http://{host}/v2/vms/compat/referrers/{digest}")
+    if found.status != 200:
+        found = http("GET", f"http://{host}/v2/vms/compat/manifests/{digest.replace(':', '-')}", Accept=OCI_INDEX)
+    types = [m.get("artifactType", "?") for m in json.loads(found.body).get("manifests", [])]
+    trials.note(f"cosign ({name})", "referrers", ", ".join(types) or "none")
     tags = json.loads(http("GET", f"http://{host}/v2/vms/compat/tags/list").body).get("tags")
     trials.note(f"cosign ({name})", "tags beside ours", ", ".join(t[:14] + t[71:] for t in tags if t != "1") or "none")
     other = trials.scratch / f"other-{name[:3]}"
@@ -495,7 +516,7 @@ def main() -> int:
         (trials.scratch / "home").mkdir()
         versions(trials)
         env = make_artifact(trials)
-        for name in ("docker-registry 2.8", "distribution 3", "zot 2.1"):
+        for name in ("docker-registry 2.8", "distribution 3", "zot 2.1", "ggcr 0.22"):
             with registry(trials, name) as host:
                 if host is None:
                     continue
