@@ -6,6 +6,7 @@ Source: ``spec/rfc/ramsnap-v1.md``, section 7.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Final
 
 from ovms.errors import SnapshotIncompatible
 from ovms.spec.digest import Digest
@@ -15,7 +16,7 @@ from ovms.vmm.model import Accel, Machine
 from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
-_NETWORK: str = "user"
+_NETWORK: Final = "user"
 
 
 def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, extra_disks: tuple[Digest, ...]) -> Header:
@@ -94,9 +95,9 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         return f"it was taken under {header.accel.upper()!a:.40}, and this VM runs under {accel.upper()}"
     if header.parent is not None:
         return "it is a diff on another snapshot, which this version does not put together"
-    machine_has = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
+    mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
     disk = header.device("virtio-blk")
-    if machine_has is None or header.devices != _devices(machine_has, None if disk is None else disk.size):
+    if mac is None or header.devices != _devices(mac, None if disk is None else disk.size):
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"

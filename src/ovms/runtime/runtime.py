@@ -7,7 +7,6 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Final
 
 from ovms import fsutil
@@ -25,6 +24,7 @@ from ovms.runtime.instances import Instances, Status
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
+from ovms.spec.choices import RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.states import Call, State, after
 from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
@@ -36,17 +36,6 @@ DEFAULT_VCPUS: Final = 1
 RUNTIMES: Final = ("qemu",)
 #: Seconds that a guest gets to power down before it is ended.
 STOP_GRACE: Final = 30.0
-
-
-class RestorePolicy(StrEnum):
-    """What to do with a RAM snapshot: ``spec/rfc/ramsnap-v1.md``, section 7."""
-
-    #: Restore it where this host can; else boot, and say why.
-    AUTO = "auto"
-    #: Restore it, or fail.
-    REQUIRE = "require"
-    #: Leave it aside.
-    NEVER = "never"
 
 
 @dataclass(frozen=True)

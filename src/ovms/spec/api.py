@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
 from ovms.spec import limits, sizes, strictjson
+from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.document import Reader, kind_of, shown
 
 JSON: Final = "application/json"
@@ -157,21 +158,6 @@ _OFFSET_MAX: Final = 2**63 - 1
 _PORTS_MAX: Final = 1024
 
 
-class Restore(StrEnum):
-    """The restore policy: ``spec/rfc/ramsnap-v1.md``, section 7."""
-
-    AUTO = "auto"
-    REQUIRE = "require"
-    NEVER = "never"
-
-
-class Accel(StrEnum):
-    """The accelerator class."""
-
-    KVM = "kvm"
-    TCG = "tcg"
-
-
 class Protocol(StrEnum):
     """The protocol of a port."""
 
@@ -198,7 +184,7 @@ class Overrides:
     name: str | None = None
     ports: tuple[Port, ...] = ()
     accel: Accel | None = None
-    restore: Restore = Restore.AUTO
+    restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
     bootstrap: Mapping[str, Any] | None = None
 
@@ -405,7 +391,7 @@ def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:
         name=item.string("name", check=_check_name),
         ports=tuple(_port(port) for port in item.children("ports", _PORTS_MAX)),
         accel=item.choice("accel", Accel),
-        restore=item.choice("restore", Restore, rule="RUN-9") or Restore.AUTO,
+        restore=item.choice("restore", RestorePolicy, rule="RUN-9") or RestorePolicy.AUTO,
         remove_on_exit=item.boolean("remove_on_exit", False),
         bootstrap=None if bootstrap is None else bootstrap.value,
     )

@@ -14,13 +14,7 @@ from typing import Any, ClassVar, Self
 from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import limits
-
-
-class Accel(StrEnum):
-    """Who runs the guest's instructions: the processor (KVM), or a translator (TCG)."""
-
-    KVM = "kvm"
-    TCG = "tcg"
+from ovms.spec.choices import Accel as Accel
 
 
 @dataclass(frozen=True)

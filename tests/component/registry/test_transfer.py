@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from support.registry import Registry
 
-from ovms.artifact import model
+from ovms.artifact import model, resolve
 from ovms.artifact.resolve import find
 from ovms.errors import (
     BlobNotFound,
     DigestMismatch,
     DiskFull,
+    ManifestInvalid,
     OvmsError,
     ReferenceNotFound,
     RegistryDenied,
@@ -295,3 +296,23 @@ def test_no_error_of_others_comes_out_of_a_pull_into_a_store_that_breaks(
     with pytest.raises(OvmsError) as caught:
         transfer.pull(other, client, ref)
     assert caught.value.code == "disk-full"
+
+
+@pytest.mark.spec("GEN-3", "OCI-6")
+def test_manifests_that_disagree_cost_no_bulk_and_get_no_name(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference
+) -> None:
+    artifact = make(layout, str(ref))
+    document = json.loads(layout.read(artifact.image.config.digest, "x", max_size=1 << 20))
+    document["kernel"]["ref"] = "http://127.0.0.1:1/kernel"
+    raw = json.dumps(document).encode()
+    layout.add_bytes(raw)
+    image = build_manifest(
+        artifact_type=mediatypes.MANIFEST, config=Descriptor.of(mediatypes.MANIFEST, raw), layers=artifact.image.layers
+    )
+    layout.add_bytes(image.raw)
+    transfer.push(layout, client, ref, image.digest)
+    with pytest.raises(ManifestInvalid, match="does not fit"):
+        resolve.pull(other, lambda _: client, str(ref))
+    assert list(other.entries()) == []
+    assert other.size(of_bytes(DISK)) is None

@@ -20,8 +20,9 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
 from ovms.runtime.record import Record
-from ovms.runtime.runtime import RestorePolicy, RunOptions, Runtime
+from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec import ramsnap
+from ovms.spec.choices import RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import PartKind
 from ovms.spec.ramheader import Device

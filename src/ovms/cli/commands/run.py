@@ -78,8 +78,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.runtime import ports
-    from ovms.runtime.runtime import RestorePolicy, RunOptions
-    from ovms.vmm.model import Accel
+    from ovms.runtime.runtime import RunOptions
+    from ovms.spec.choices import Accel, RestorePolicy
 
     runtime = context.runtime
     options = RunOptions(
