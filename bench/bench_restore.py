@@ -23,7 +23,7 @@ from ovms.oci.registry import RegistryClient
 from ovms.runtime import snapshots
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime
-from ovms.vmm.model import Accel
+from ovms.spec.choices import Accel
 
 ROUNDS = 15
 BOOT = RunOptions(memory=guests.MEMORY, accel=Accel.TCG)

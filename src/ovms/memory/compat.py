@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ovms.errors import SnapshotIncompatible
+from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
-from ovms.vmm.model import Accel, Machine
+from ovms.vmm.model import Machine
 from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").

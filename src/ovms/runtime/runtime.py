@@ -24,10 +24,10 @@ from ovms.runtime.instances import Instances, Status
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
-from ovms.spec.choices import RestorePolicy
+from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.states import Call, State, after
-from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig
+from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.vmm import QemuVmm
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import limits
-from ovms.spec.choices import Accel as Accel
+from ovms.spec.choices import Accel
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ovms.process import ProcessId
-from ovms.vmm.model import Accel, AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
+from ovms.spec.choices import Accel
+from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
 
 
 class Control(Protocol):

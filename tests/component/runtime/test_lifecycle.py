@@ -19,8 +19,9 @@ from ovms.errors import InstanceNotFound, NameTaken, PortInUse, StateConflict, T
 from ovms.runtime import ports
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.spec.choices import Accel
 from ovms.spec.states import State
-from ovms.vmm.model import Accel, Ending
+from ovms.vmm.model import Ending
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 

@@ -22,12 +22,11 @@ from ovms.runtime import snapshots
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec import ramsnap
-from ovms.spec.choices import RestorePolicy
+from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import PartKind
 from ovms.spec.ramheader import Device
 from ovms.spec.states import State
-from ovms.vmm.model import Accel
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 RESTORE = RunOptions(accel=Accel.TCG)

@@ -8,7 +8,7 @@ import pytest
 from support import guests
 
 from ovms.errors import AccelUnavailable
-from ovms.vmm.model import Accel
+from ovms.spec.choices import Accel
 from ovms.vmm.qemu import accel, binary
 
 PACKAGE = Path(accel.__file__).parent

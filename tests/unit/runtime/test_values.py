@@ -16,8 +16,9 @@ from ovms.process import ProcessId
 from ovms.runtime import names, ports, record
 from ovms.runtime.root import Root
 from ovms.spec import strictjson
+from ovms.spec.choices import Accel
 from ovms.spec.digest import of_bytes
-from ovms.vmm.model import Accel, Machine, PortForward
+from ovms.vmm.model import Machine, PortForward
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.KVM, "host", ("sse", "avx"), 1 << 29, 2, "52:54:00:00:00:01", 1 << 30)
 RECORD = record.Record(

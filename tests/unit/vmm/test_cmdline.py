@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ovms.disk.layers import Layer
+from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Accel, Machine, PortForward, Restore, VmConfig, VmFiles
+from ovms.vmm.model import Machine, PortForward, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import cmdline
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)

@@ -15,7 +15,8 @@ from typing import Final
 
 from ovms import process
 from ovms.errors import AccelUnavailable, OvmsError
-from ovms.vmm.model import Accel, AccelChoice
+from ovms.spec.choices import Accel
+from ovms.vmm.model import AccelChoice
 from ovms.vmm.qemu.binary import Cache, QemuBinary, stamp_of
 
 KVM_DEVICE: Final = Path("/dev/kvm")

@@ -15,7 +15,8 @@ from ovms import fsutil, process
 from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
 from ovms.process import ProcessId
 from ovms.spec import strictjson
-from ovms.vmm.model import Accel, AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
+from ovms.spec.choices import Accel
+from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline
 from ovms.vmm.qemu.control import QemuControl
