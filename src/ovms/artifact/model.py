@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ovms.errors import ManifestInvalid, Problem, Unsupported
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, fits_host
 from ovms.oci.layout import Layout
 from ovms.spec import limits, manifest, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest
@@ -25,7 +25,6 @@ _TYPES: Final = {
 }
 _TITLES: Final = {PartKind.KERNEL: "kernel", PartKind.INITRD: "initrd", PartKind.BOOTSTRAP: "bootstrap.json"}
 
-_PLATFORM: Final = {"os": "linux", "architecture": "amd64"}
 _NOT_OURS: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 
 
@@ -80,17 +79,12 @@ def check_documents(layout: Layout, image: ImageManifest) -> manifest.Manifest:
 def choose(layout: Layout, index: ImageIndex) -> ImageManifest:
     """The manifest of *index* that this machine runs, among those that are in the store."""
     for descriptor in index.manifests:
-        if not _fits(descriptor) or layout.size(descriptor.digest) is None:
+        if not fits_host(descriptor) or layout.size(descriptor.digest) is None:
             continue
         image = layout.manifest(descriptor.digest)
         if isinstance(image, ImageManifest) and _claims_manifest(image):
             return image
     raise Unsupported("the index holds no OVMS artifact for this machine", hint=_NOT_OURS)
-
-
-def _fits(descriptor: Descriptor) -> bool:
-    platform = descriptor.platform
-    return platform is None or all(platform.get(key) == value for key, value in _PLATFORM.items())
 
 
 def _claims_manifest(image: ImageManifest) -> bool:

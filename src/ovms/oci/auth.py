@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Authenticator:
         self._fetch = fetch
         self._challenge: Challenge | None = None
         self._tokens: dict[str, tuple[str, float]] = {}
+        self._lock = threading.Lock()
 
     def header(self, scope: str, credential: Callable[[], Credential | None]) -> str | None:
         """What to send with a request of this *scope*; None before the registry has asked for anything.
@@ -78,16 +80,17 @@ class Authenticator:
         Raises:
             RegistryDenied, RegistryProtocol: the token service refuses, or is none that we trust.
         """
-        if self._challenge is None:
-            return None
-        if self._challenge.scheme == "basic":
-            found = credential()
-            return None if found is None or found.identity else _basic(found)
-        token, expires = self._tokens.get(scope, ("", 0.0))
-        if time.monotonic() >= expires:
-            token, lifetime = self._request_token(self._challenge, scope, credential())
-            self._tokens[scope] = (token, time.monotonic() + lifetime)
-        return f"Bearer {token}"
+        with self._lock:  # four transfers that begin together need one token
+            if self._challenge is None:
+                return None
+            if self._challenge.scheme == "basic":
+                found = credential()
+                return None if found is None or found.identity else _basic(found)
+            token, expires = self._tokens.get(scope, ("", 0.0))
+            if time.monotonic() >= expires:
+                token, lifetime = self._request_token(self._challenge, scope, credential())
+                self._tokens[scope] = (token, time.monotonic() + lifetime)
+            return f"Bearer {token}"
 
     def challenged(self, headers: list[str], scope: str) -> bool:
         """Takes note of a 401. Whether another try makes sense: whether there is a challenge that we can answer."""
@@ -97,8 +100,9 @@ class Authenticator:
                     challenge.scheme == "bearer" and "realm" in challenge.parameters
                 )
                 if usable:
-                    self._challenge = challenge
-                    self._tokens.pop(scope, None)
+                    with self._lock:
+                        self._challenge = challenge
+                        self._tokens.pop(scope, None)
                     return True
         return False
 
@@ -112,7 +116,10 @@ class Authenticator:
             status, body = self._fetch("POST", realm, headers, urlencode(form).encode(), _TOKEN_ANSWER_MAX)
         else:
             headers = {} if credential is None else {"Authorization": _basic(credential)}
-            joined = f"{realm}{'&' if '?' in realm else '?'}{urlencode({k: v for k, v in query.items() if v})}"
+            # a mount needs two scopes, which every service takes as two parameters
+            pairs = [("service", query["service"])] if query["service"] else []
+            pairs += [("scope", one) for one in scope.split(" ")]
+            joined = f"{realm}{'&' if '?' in realm else '?'}{urlencode(pairs)}"
             status, body = self._fetch("GET", joined, headers, None, _TOKEN_ANSWER_MAX)
         if status in (400, 401, 403):
             raise denied(self._host, scope, has_credential=credential is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import threading
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, Self
@@ -101,12 +102,13 @@ class Answer:
 
 
 class Transport:
-    """Connections, kept open and used again. Not for several threads at once."""
+    """Connections, kept open and used again; several threads may use them at once."""
 
     def __init__(self, *, connect_timeout: float = CONNECT_TIMEOUT, read_timeout: float = READ_TIMEOUT) -> None:
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._pool: urllib3.PoolManager | None = None
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Closes the connections that are kept."""
@@ -117,10 +119,11 @@ class Transport:
     def _manager(self) -> urllib3.PoolManager:
         import urllib3
 
-        if self._pool is None:
-            timeout = urllib3.Timeout(connect=self._connect_timeout, read=self._read_timeout)
-            self._pool = urllib3.PoolManager(retries=False, timeout=timeout, maxsize=4, blocksize=BUFFER)
-        return self._pool
+        with self._lock:
+            if self._pool is None:
+                timeout = urllib3.Timeout(connect=self._connect_timeout, read=self._read_timeout)
+                self._pool = urllib3.PoolManager(retries=False, timeout=timeout, maxsize=8, blocksize=BUFFER)
+            return self._pool
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None = None

@@ -8,6 +8,7 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── index.lock               flock, exclusive, around every read-modify-write of index.json
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
+    ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
 
@@ -113,10 +114,11 @@ class Layout:
         self.blob_dir = root / "blobs" / "sha256"
         self.derived_dir = root / "ovms.blobs"
         self.staging_root = root / "ovms.tmp"
+        self.partial_dir = root / "ovms.partial"
         marker = root / "oci-layout"
         new = self._check_version(marker)
         # also in a layout that another tool made
-        for directory in (self.blob_dir, self.derived_dir, self.staging_root):
+        for directory in (self.blob_dir, self.derived_dir, self.staging_root, self.partial_dir):
             directory.mkdir(parents=True, exist_ok=True)
         if new:
             self._create(marker)

@@ -5,28 +5,32 @@ Source: the OCI distribution specification 1.1.
 
 from __future__ import annotations
 
+import email.utils
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Final, Protocol, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from ovms.errors import (
     BlobNotFound,
     DigestMismatch,
     JsonInvalid,
     ReferenceNotFound,
+    RegistryDenied,
     RegistryError,
     RegistryProtocol,
 )
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
-from ovms.oci.descriptor import Descriptor
+from ovms.oci.descriptor import Descriptor, ImageIndex, parse_manifest
 from ovms.oci.http import BUFFER, CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Refused, Transport, next_url, shown
 from ovms.oci.reference import Reference
 from ovms.spec import limits, mediatypes, strictjson
-from ovms.spec.digest import Digest, is_digest, of_bytes
+from ovms.spec.digest import Digest, hex_of, is_digest, of_bytes
 
 T = TypeVar("T")
 
@@ -39,6 +43,20 @@ _WAIT_MAX: Final = 30.0
 _BUSY: Final = frozenset({429, 500, 502, 503, 504})
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
+
+
+#: Opens the content of a blob at an offset, to give so many bytes.
+Body = Callable[[int, int], "IO[bytes]"]
+
+#: Blobs above this are uploaded in chunks: what has arrived need not be sent again.
+CHUNKED_FROM: Final = 128 * limits.MIB
+CHUNK: Final = 64 * limits.MIB
+#: Answers to a first chunk by registries that take none, or none of that size.
+_NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
+
+
+class _NoChunks(Exception):
+    """The registry takes no chunked upload."""
 
 
 class Busy(RegistryError):
@@ -57,7 +75,7 @@ class CredentialSource(Protocol):
 
 
 class RegistryClient:
-    """One registry. Connections are kept open until :meth:`close`. Not for several threads at once."""
+    """One registry. Connections are kept open until :meth:`close`. Several threads may use it at once."""
 
     def __init__(
         self,
@@ -77,6 +95,7 @@ class RegistryClient:
         self._auth = auth.Authenticator(host, plain_http=plain, fetch=self._fetch)
         self._backoff = backoff
         self._known: dict[str, Credential | None] = {}
+        self._chunk_size = CHUNK
 
     def __enter__(self) -> Self:
         return self
@@ -150,31 +169,48 @@ class RegistryClient:
             self._expect(answer, 200, f"the blob {digest}", repository)
             return True
 
-    def read_blob(self, repository: str, descriptor: Descriptor) -> Iterator[bytes]:
-        """A blob's bytes, as they come: exactly as many as the descriptor says, not yet checked against its digest.
+    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
+        """A blob's bytes from *offset* on, as they come: as many as the descriptor says, not yet checked.
 
-        One attempt: the caller starts over with :meth:`retrying`.
+        One attempt: the caller goes on where it broke off.
 
         Raises:
             BlobNotFound: the registry does not have it.
             DigestMismatch: it is of another size.
+            Broken, Busy: another try may go better.
         """
-        with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull") as answer:
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
             if answer.status == 404:
                 raise BlobNotFound(
                     f"the registry {self.host} has lost the blob {descriptor.digest} of {repository}",
                     hint="push the artifact again",
                     digest=descriptor.digest,
                 )
-            self._expect(answer, 200, f"the blob {descriptor.digest}", repository)
-            length, received = answer.length(), 0
-            if length is not None and length != descriptor.size:
-                raise self._wrong_size(descriptor, length)
+            if offset and answer.status == 416:
+                # some announce the whole blob's length with it: the body can't be read
+                raise self._wrong_size(descriptor, offset)
+            resumed = bool(offset) and answer.status == 206
+            if not resumed:
+                self._expect(answer, 200, f"the blob {descriptor.digest}", repository)
+            elif not (answer.header("content-range") or "").startswith(f"bytes {offset}-"):
+                raise RegistryProtocol(f"{self.host} answers with another part of a blob than was asked for")
+            # a registry that knows no ranges sends it all: what is here is skipped
+            received, skip = (offset, 0) if resumed else (0, offset)
+            length = answer.length()
+            if length is not None and length != descriptor.size - received:
+                raise self._wrong_size(descriptor, received + length)
             for data in answer.chunks():
                 received += len(data)
                 if received > descriptor.size:
                     raise self._wrong_size(descriptor, received)
-                yield data
+                if skip >= len(data):
+                    skip -= len(data)
+                    continue
+                yield data[skip:] if skip else data
+                skip = 0
+            if received < descriptor.size:
+                raise Broken(f"the registry {self.host} closes the connection too early", hint="try again")
 
     def _wrong_size(self, descriptor: Descriptor, size: int) -> DigestMismatch:
         return DigestMismatch(
@@ -184,19 +220,127 @@ class RegistryClient:
             got=size,
         )
 
-    def push_blob(self, repository: str, descriptor: Descriptor, body: Callable[[], IO[bytes]]) -> None:
-        """Uploads a blob in one request. *body* opens the content anew for each attempt."""
-        self.retrying(lambda: self._push_blob(repository, descriptor, body))
+    def mount_blob(self, repository: str, digest: Digest, source: str) -> bool:
+        """Whether the registry takes the blob over from the repository *source* without a transfer."""
+        path = f"{repository}/blobs/uploads/?{urlencode({'mount': digest, 'from': source})}"
+        actions = f"pull,push repository:{source}:pull"
+        try:
+            with self._request("POST", path, repository, actions, {}, lambda: b"") as answer:
+                return answer.status == 201
+        except RegistryDenied:
+            return False
 
-    def _push_blob(self, repository: str, descriptor: Descriptor, body: Callable[[], IO[bytes]]) -> None:
-        what = f"the blob {descriptor.digest}"
+    def push_blob(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+        """Uploads a blob: in one request, or, a large one, in chunks that need not be sent again.
+
+        *body* opens the content anew, at an offset, for each attempt.
+
+        Raises:
+            RegistryError: and its kinds: as the registry met us.
+        """
+        if descriptor.size > CHUNKED_FROM and self._chunk_size:
+            try:
+                self._push_chunked(repository, descriptor, body)
+                return
+            except _NoChunks:
+                self._chunk_size = 0
+        self.retrying(lambda: self._push_whole(repository, descriptor, body))
+
+    def _begin_upload(self, repository: str, what: str) -> str:
         with self._request("POST", f"{repository}/blobs/uploads/", repository, "pull,push", {}, lambda: b"") as answer:
             self._expect(answer, 202, what, repository)
-            location = next_url(answer.url, answer.header("location"))
-        url = f"{location}{'&' if '?' in location else '?'}digest={quote(descriptor.digest, safe='')}"
+            return next_url(answer.url, answer.header("location"))
+
+    def _push_whole(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+        what = f"the blob {descriptor.digest}"
+        url = _with_digest(self._begin_upload(repository, what), descriptor.digest)
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)}
-        with self._request("PUT", url, repository, "pull,push", headers, body) as answer:
+        with self._request("PUT", url, repository, "pull,push", headers, lambda: body(0, descriptor.size)) as answer:
             self._expect(answer, 201, what, repository)
+
+    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+        # What a finished chunk has brought stays: after a failure the registry is asked how far it is.
+        what = f"the blob {descriptor.digest}"
+        url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
+        failures = 0
+        while at < descriptor.size:
+            size = min(self._chunk_size, descriptor.size - at)
+            try:
+                url = self._push_chunk(repository, url, at, size, body, what)
+            except (Broken, Refused, Busy) as exc:
+                failures += 1
+                if failures == ATTEMPTS_MAX:
+                    raise
+                time.sleep(self.pause(exc, failures))
+                found = self._upload_state(repository, url)
+                if found is None:
+                    url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
+                else:
+                    url, at = found[0], min(found[1], at + size)
+                continue
+            at += size
+            failures = 0
+        final = _with_digest(url, descriptor.digest)
+        with self._request("PUT", final, repository, "pull,push", {"Content-Length": "0"}, lambda: b"") as answer:
+            self._expect(answer, 201, what, repository)
+
+    def _push_chunk(self, repository: str, url: str, at: int, size: int, body: Body, what: str) -> str:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(size),
+            "Content-Range": f"{at}-{at + size - 1}",
+        }
+        with self._request("PATCH", url, repository, "pull,push", headers, lambda: body(at, size)) as answer:
+            if at == 0 and answer.status in _NO_CHUNKS:
+                raise _NoChunks
+            self._expect(answer, 202, what, repository)
+            return next_url(answer.url, answer.header("location"))
+
+    def _upload_state(self, repository: str, url: str) -> tuple[str, int] | None:
+        """Where an upload goes on, and how many bytes have arrived; None when the registry has forgotten it."""
+        try:
+            with self._request("GET", url, repository, "pull,push") as answer:
+                match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.header("range") or "")
+                if answer.status != 204 or match is None:
+                    return None
+                location = answer.header("location")
+                # "0-0" is what some say of an upload without a byte
+                end = int(match[1])
+                return (next_url(answer.url, location) if location else url), end + 1 if end else 0
+        except (Broken, Refused, Busy):
+            return None
+
+    # --- referrers ---------------------------------------------------------------------------------------------
+
+    def referrers(self, repository: str, digest: Digest) -> list[Descriptor]:
+        """What names the manifest *digest* as its subject: by the API, and by the fallback tag, each once.
+
+        Raises:
+            RegistryError: and its kinds: as the registry met us.
+        """
+        found: dict[Digest, Descriptor] = {}
+        for raw in (self._referrers_api(repository, digest), self.fallback_index(repository, digest)):
+            for descriptor in _descriptors(raw):
+                found.setdefault(descriptor.digest, descriptor)
+        return list(found.values())
+
+    def _referrers_api(self, repository: str, digest: Digest) -> bytes | None:
+        def attempt() -> bytes | None:
+            path = f"{repository}/referrers/{digest}"
+            with self._request("GET", path, repository, "pull", {"Accept": mediatypes.OCI_INDEX}) as answer:
+                if answer.status in (400, 404, 405, 501):  # what registries without it say
+                    return None
+                self._expect(answer, 200, f"the referrers of {digest}", repository)
+                return answer.read(limits.OCI_MANIFEST_MAX)
+
+        return self.retrying(attempt)
+
+    def fallback_index(self, repository: str, digest: Digest) -> bytes | None:
+        """The index under the fallback tag of *digest*; None where there is none."""
+        try:
+            return self.get_manifest(Reference(self.host, repository, f"sha256-{hex_of(digest)}"))[0]
+        except ReferenceNotFound:
+            return None
 
     # --- requests ----------------------------------------------------------------------------------------------
 
@@ -208,11 +352,15 @@ class RegistryClient:
             except (Broken, Refused, Busy) as exc:
                 if number == ATTEMPTS_MAX:
                     raise
-                wait = self._backoff * 2 ** (number - 1) * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
-                if isinstance(exc, Busy) and exc.wait is not None:
-                    wait = min(exc.wait, _WAIT_MAX)
+                wait = self.pause(exc, number)
             time.sleep(wait)
         raise AssertionError
+
+    def pause(self, exc: RegistryError, failures: int) -> float:
+        """How many seconds to wait after the *failures*-th failure in a row."""
+        if isinstance(exc, Busy) and exc.wait is not None:
+            return min(exc.wait, _WAIT_MAX)
+        return self._backoff * 2.0 ** (failures - 1) * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
 
     def _request(
         self,
@@ -275,8 +423,34 @@ class RegistryClient:
 
     def _busy(self, answer: Answer, what: str) -> Busy:
         after = answer.header("retry-after") or ""
-        wait = float(after) if after.isdigit() and len(after) < 6 else None
+        wait = _seconds(after)
         return Busy(f"the registry {self.host} answers with {answer.status} to a request for {what}", wait)
+
+
+def _seconds(after: str) -> float | None:
+    """What a Retry-After says: seconds, or a date."""
+    if after.isdigit() and len(after) < 6:
+        return float(after)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None
+
+
+def _with_digest(url: str, digest: Digest) -> str:
+    return f"{url}{'&' if '?' in url else '?'}digest={quote(digest, safe='')}"
+
+
+def _descriptors(raw: bytes | None) -> Iterator[Descriptor]:
+    # A registry's list of strangers' manifests: what is malformed in it is left out.
+    if raw is None:
+        return
+    try:
+        index = parse_manifest(raw, "the referrers")
+    except (JsonInvalid, RegistryProtocol):
+        return
+    if isinstance(index, ImageIndex):
+        yield from index.manifests
 
 
 def _error_text(answer: Answer) -> str:

@@ -278,4 +278,4 @@ def test_an_upload_is_not_sent_where_no_address_is(server: Server, layout: Layou
     with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(RegistryProtocol):
         from ovms.oci.descriptor import Descriptor
 
-        client.push_blob("x", Descriptor("a/b", digest, 4), lambda: layout.path(digest).open("rb"))
+        client.push_blob("x", Descriptor("a/b", digest, 4), lambda _offset, _size: layout.path(digest).open("rb"))

@@ -121,9 +121,9 @@ def test_what_is_here_is_not_fetched_again(
     fetched: list[Digest] = []
     original = client.read_blob
 
-    def noted(repository: str, descriptor: Descriptor) -> Iterator[bytes]:
+    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
         fetched.append(descriptor.digest)
-        return original(repository, descriptor)
+        return original(repository, descriptor, offset)
 
     monkeypatch.setattr(client, "read_blob", noted)
     transfer.pull(other, client, replace(ref, tag="2"))

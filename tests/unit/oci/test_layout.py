@@ -241,6 +241,7 @@ def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
         "oci-layout",
         "ovms.blobs",
         "ovms.lock",
+        "ovms.partial",
         "ovms.tmp",
     ]
 
