@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import hashlib
 import json
@@ -237,18 +238,20 @@ def near_valid(draw: st.DrawFn) -> Any:
 def test_schema_and_model_agree(document: Any) -> None:
     beyond = {rule for case in INDEX["cases"] if not case["valid"] and case["schema"] for rule in case["rules"]}
     problems: list[Problem] = []
+    config = None
     try:
         config = parse(document)
     except ManifestInvalid as exc:
         problems = exc.problems
     except JsonInvalid:  # too deep for us, say
         return
+    if config is None:
+        assert problems
+        assert all(problem.path.startswith("$") for problem in problems)
+        assert not VALIDATOR.is_valid(document) or {problem.rule for problem in problems} <= beyond
     else:
         VALIDATOR.validate(document)
         assert bootstrap.parse(bootstrap.document_bytes(config)) == config
-        return
-    assert not VALIDATOR.is_valid(document) or {problem.rule for problem in problems} <= beyond
-    assert all(problem.path.startswith("$") for problem in problems)
 
 
 @given(VALID)
@@ -259,23 +262,21 @@ def test_valid_documents_round_trip(document: dict[str, Any]) -> None:
 
 @given(st.binary(max_size=60))
 def test_any_bytes(data: bytes) -> None:
-    try:
+    with contextlib.suppress(JsonInvalid, ManifestInvalid):
         bootstrap.parse(data)
-    except (JsonInvalid, ManifestInvalid) as exc:
-        json.dumps(exc.to_json())
 
 
-@given(st.fixed_dictionaries({"config": st.dictionaries(st.sampled_from(
-    ["Env", "Cmd", "Entrypoint", "User", "WorkingDir", "StopSignal", "ExposedPorts", "Labels"]), JSON)}) | JSON)  # fmt: skip
+IMAGE_FIELDS = ["Env", "Cmd", "Entrypoint", "User", "WorkingDir", "StopSignal", "ExposedPorts", "Labels"]
+
+
+@given(st.fixed_dictionaries({"config": st.dictionaries(st.sampled_from(IMAGE_FIELDS), JSON)}) | JSON)
 @settings(max_examples=300)
 def test_any_image_config(document: Any) -> None:
-    try:
+    config = BootstrapConfig()
+    with contextlib.suppress(ManifestInvalid, Unsupported):
         config = bootstrap.from_image_config(document)
-    except (ManifestInvalid, Unsupported) as exc:
-        json.dumps(exc.to_json())
-    else:
-        VALIDATOR.validate(bootstrap.to_json(config))
-        assert bootstrap.parse(bootstrap.document_bytes(config)) == config
+    VALIDATOR.validate(bootstrap.to_json(config))
+    assert bootstrap.parse(bootstrap.document_bytes(config)) == config
 
 
 @given(VALID, VALID)
@@ -489,19 +490,15 @@ HOSTILE = st.text(
 @given(values=st.lists(HOSTILE, max_size=4), arguments=st.lists(HOSTILE, max_size=4), last=HOSTILE)
 @settings(max_examples=60, deadline=None)
 def test_the_script_with_any_text(values: list[str], arguments: list[str], last: str, directory: Path) -> None:
-    workdir = f"{directory}/d/{last.replace('/', '')[:20]}"
-    env = {f"V{i}": value for i, value in enumerate(values)} | {"PATH": str(directory)}
     # BOOT-1: a path holds no control characters
-    workdir = re.sub(r"[\x00-\x1f\x7f]", "", workdir)
-    if workdir.endswith(("/..", "/.")):
-        workdir = str(directory)
-    ran = run(
-        parse({"env": [f"{k}={v}" for k, v in env.items()], "cmd": ["probe", *arguments], "workdir": workdir}),
-        directory,
-    )
+    name = re.sub(r"[\x00-\x1f\x7f/]", "", last)
+    workdir = f"{directory}/d/+{name}"
+    env = {f"V{i}": value for i, value in enumerate(values)} | {"PATH": str(directory)}
+    variables = [f"{name}={value}" for name, value in env.items()]
+    ran = run(parse({"env": variables, "cmd": ["probe", *arguments], "workdir": workdir}), directory)
     assert ran.arguments == arguments
     assert {k: v for k, v in ran.env.items() if k != "HOME"} == env
-    assert ran.cwd == workdir.rstrip("/")
+    assert ran.cwd == workdir
 
 
 @given(HOSTILE)
@@ -547,7 +544,13 @@ def test_exit_statuses(directory: Path) -> None:
         (["-x"], 127),
         (["--help"], 127),
     ):
-        done = execute(parse({"cmd": cmd}), directory / "none")
+        done = subprocess.run(
+            ["/bin/sh", "-s", "run"],
+            input=bootstrap.workload_script(parse({"cmd": cmd})).encode(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
         assert (done.returncode, done.stdout) == (status, b""), cmd
 
 
