@@ -115,7 +115,11 @@ def _invalid(problems: list[Problem], what: str) -> ManifestInvalid:
 
 
 def _check_env(value: str) -> str | None:
-    return None if _ENV.fullmatch(value) else f"must be of the form NAME=value, not {shown(value)}"
+    if _ENV.fullmatch(value):
+        return None
+    # what follows the name may be a secret, and so may be all of an entry without one (BOOT-52)
+    name, equals, _ = value.partition("=")
+    return "must be of the form NAME=value" + (f", and {shown(name)} is no such name" if equals else "")
 
 
 def _check_workdir(value: str) -> str | None:
