@@ -5,16 +5,20 @@ It is no stand-in for a registry (those tests use real ones): it makes the fault
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+#: Bytes between two calls of a server's ``pace``.
+PIECE = 16384
 
 #: What a fault does with one request: True when it has answered.
 Fault = Callable[["Handler", bytes], bool]
@@ -43,20 +47,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_range(self, data: bytes, *, cut: int | None = None, honour: bool = True) -> None:
         """*data*, from where the Range header says; *cut* bytes of it, then the connection ends."""
-        start = 0
-        match = re.fullmatch(r"bytes=([0-9]+)-", self.headers.get("Range", ""))
-        if match and honour:
-            start = int(match[1])
+        start, end = 0, len(data)
+        match = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", self.headers.get("Range", ""))
+        if match and honour and self.server.ranges:
+            start, end = int(match[1]), min(end, int(match[2] or end) + 1)
             if start >= len(data):
                 self.reply(416)
                 return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        partial = (start, end) != (0, len(data))
+        self.send_response(206 if partial else 200)
+        if partial:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
-        part = data[start:] if cut is None else data[start : start + cut]
-        self.wfile.write(part)
+        part = data[start:end] if cut is None else data[start : min(end, start + cut)]
+        with self.server.counted():
+            for at in range(0, len(part), PIECE) if self.server.pace else (0,):
+                piece = part[at : at + PIECE] if self.server.pace else part
+                if self.server.pace:
+                    self.server.pace(len(piece))
+                self.wfile.write(piece)
         self.server.sent += len(part)
         if cut is not None:
             self.wfile.flush()
@@ -149,6 +159,10 @@ class Server(ThreadingHTTPServer):
         self.faults: list[tuple[str, str, Fault]] = []
         self.seen: list[tuple[str, str, str | None]] = []
         self.sent = 0
+        #: Whether ranges are honoured; what is called before each piece of a body; how many bodies were sent at once.
+        self.ranges = True
+        self.pace: Callable[[int], None] | None = None
+        self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.host = f"127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -164,6 +178,17 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         self.shutdown()
         self.server_close()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.at_once -= 1
 
     def asked(self, method: str, pattern: str) -> list[str | None]:
         """The Range headers of the requests that fit."""

@@ -9,7 +9,7 @@ import email.utils
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Final, Protocol, Self, TypeVar
@@ -28,6 +28,7 @@ from ovms.oci import auth
 from ovms.oci.credentials import Credential
 from ovms.oci.descriptor import Descriptor, ImageIndex, parse_manifest
 from ovms.oci.http import BUFFER, CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Refused, Transport, next_url, shown
+from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of, is_digest, of_bytes
@@ -169,7 +170,7 @@ class RegistryClient:
             self._expect(answer, 200, f"the blob {digest}", repository)
             return True
 
-    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
+    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Generator[bytes, None, None]:
         """A blob's bytes from *offset* on, as they come: as many as the descriptor says, not yet checked.
 
         One attempt: the caller goes on where it broke off.
@@ -211,6 +212,31 @@ class RegistryClient:
                 skip = 0
             if received < descriptor.size:
                 raise Broken(f"the registry {self.host} closes the connection too early", hint="try again")
+
+    def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
+        """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.
+
+        Raises:
+            NoRanges: the registry sends whole blobs only, or another part than was asked for.
+            Broken, Busy: another try may go better.
+            RegistryError: and its kinds: as the registry met us.
+        """
+        headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
+        with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
+            if answer.status != 206:
+                self._expect(answer, 200, f"the blob {descriptor.digest}", repository)
+                raise NoRanges
+            span = f"bytes {offset}-{offset + size - 1}/"
+            if not (answer.header("content-range") or "").startswith(span) or answer.length() not in (size, None):
+                raise NoRanges
+            data = bytearray()
+            for piece in answer.chunks():
+                data += piece
+                if len(data) > size:
+                    raise NoRanges
+        if len(data) < size:
+            raise Broken(f"the registry {self.host} closes the connection too early", hint="try again")
+        return bytes(data)
 
     def _wrong_size(self, descriptor: Descriptor, size: int) -> DigestMismatch:
         return DigestMismatch(

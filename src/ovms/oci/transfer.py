@@ -15,7 +15,7 @@ from typing import IO, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
-from ovms.oci import partial, workers
+from ovms.oci import partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, fits_host, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
@@ -136,6 +136,9 @@ class _Download:
         self._client = client
         self._repository = repository
         self._progress = progress
+        self._unfinished = 0
+        self._several = True
+        self._lock = threading.Lock()
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
         """Fetches those of *blobs* that are *missing*, several at once, the largest first."""
@@ -144,10 +147,24 @@ class _Download:
                 with self._progress.task(_label(blob), blob.size) as task:
                     task.note("exists already")
         wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
+        self._unfinished = len(wanted)
         workers.run_all([self._job(blob) for blob in wanted])
+
+    def _spare(self) -> int:
+        # connections that no blob is waiting for, shared out among those at work
+        if not self._several:
+            return 0
+        return max(0, workers.PARALLEL - self._unfinished) // max(1, self._unfinished)
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def fetch(stopped: Callable[[], bool]) -> None:
+            try:
+                fetch_one(stopped)
+            finally:
+                with self._lock:
+                    self._unfinished -= 1
+
+        def fetch_one(stopped: Callable[[], bool]) -> None:
             if blob.size <= _SMALL:
                 with self._progress.task(_label(blob), blob.size) as task:
                     self._fetch_small(blob, task)
@@ -200,11 +217,40 @@ class _Download:
                 task.advance(-began)
 
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
-        for data in self._client.read_blob(self._repository, blob, receiver.size):
+        judge = ranges.Judge(spare=self._spare)
+
+        def take(data: bytes) -> None:
             receiver.write(data)
             task.advance(len(data))
             if stopped():
                 raise _Stopped("the transfer was broken off")
+
+        try:
+            with contextlib.closing(self._client.read_blob(self._repository, blob, receiver.size)) as stream:
+                for data in stream:
+                    take(data)
+                    judge.received(len(data), blob.size - receiver.size)
+        except ranges.Slow:
+            pass
+        else:
+            return
+        try:
+            for data in self._ranges(blob, receiver.size, judge.rate, stopped):
+                take(data)
+        except (ranges.NoRanges, ranges.NoGain):
+            self._several = False
+            self._receive(blob, receiver, task, stopped)
+
+    def _ranges(self, blob: Descriptor, start: int, rate: float, stopped: Callable[[], bool]) -> Iterator[bytes]:
+        def fetch_range(offset: int, size: int) -> bytes:
+            def attempt() -> bytes:
+                if stopped():
+                    raise _Stopped("the transfer was broken off")
+                return self._client.read_range(self._repository, blob, offset, size)
+
+            return self._client.retrying(attempt)
+
+        return ranges.fetch(start, blob.size, 1 + self._spare(), fetch_range, rate=rate)
 
 
 # --- upload ----------------------------------------------------------------------------------------------------------
