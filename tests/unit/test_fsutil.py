@@ -276,6 +276,33 @@ def test_copy_sparse_keeps_holes_and_makes_new_ones(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_blocks * 512 < MIB
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 200_000)), max_size=6),
+    st.integers(0, 70_000),
+    st.integers(1, 300_000),
+)
+def test_pwrite_sparse_writes_what_it_is_given(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[bool, int]], start: int, piece: int
+) -> None:
+    content = b"".join((b"x" if filled else b"\0") * length for filled, length in runs)
+    path = tmp_path_factory.mktemp("sparse") / "out"
+    with path.open("wb") as target:
+        os.ftruncate(target.fileno(), start)
+        for at in range(0, len(content), piece):
+            fsutil.pwrite_sparse(target.fileno(), content[at : at + piece], start + at)
+            assert os.fstat(target.fileno()).st_size == start + min(at + piece, len(content))
+    assert path.read_bytes() == bytes(start) + content
+
+
+def test_pwrite_sparse_leaves_blocks_of_zeroes_out(tmp_path: Path) -> None:
+    content = (b"x" * fsutil.HOLE + bytes(3 * fsutil.HOLE)) * 8
+    with (tmp_path / "out").open("wb") as target:
+        for at in range(0, len(content), 10_000):  # pieces of a network, which know nothing of blocks
+            fsutil.pwrite_sparse(target.fileno(), content[at : at + 10_000], at)
+        assert os.fstat(target.fileno()).st_blocks * 512 <= len(content) // 2
+    assert (tmp_path / "out").read_bytes() == content
+
+
 def test_a_file_that_shrinks_while_it_is_copied(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.write_bytes(os.urandom(MIB))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -82,6 +83,16 @@ def ago(timestamp: str | None, now: datetime | None = None) -> str:
         if count >= 1:
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return "less than a second"
+
+
+def duration(seconds: float) -> str:
+    """``9 s``, ``3 min 20 s``, ``2 h 5 min``: two units at most."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def short(digest: str) -> str:

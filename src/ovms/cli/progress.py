@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 import sys
 import threading
 import time
 from types import TracebackType
-from typing import Final, Self, TextIO
+from typing import Any, Final, Self, TextIO
 
 from ovms.cli import output
 from ovms.progress import NULL, Progress, Task
@@ -18,6 +19,10 @@ MODES: Final = ("auto", "bar", "json", "none")
 _INTERVAL: Final = 0.1
 _LABEL: Final = 24
 _BAR: Final = 24
+#: Seconds over which a rate is measured, and for which it has to be known before a time is foretold.
+_WINDOW: Final = 5.0
+_SETTLED: Final = 1.0
+_LEFT_MAX: Final = 100 * 3600.0
 
 
 def make(mode: str) -> Progress:
@@ -38,6 +43,21 @@ class _Task:
         self.total = total
         self.done = 0
         self.text = ""
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()
+
+    def rate(self, now: float) -> float | None:
+        """Bytes a second of late; None while that can't be told. To be asked now and then: it takes a sample."""
+        samples = self._samples
+        samples.append((now, self.done))
+        while now - samples[0][0] > _WINDOW and len(samples) > 2:
+            samples.popleft()
+        seconds = now - samples[0][0]
+        return (self.done - samples[0][1]) / seconds if seconds >= _SETTLED else None
+
+    def left(self, rate: float | None) -> float | None:
+        """Seconds to go at this rate; None where that can't be told, or is days."""
+        seconds = max(0, self.total - self.done) / rate if rate and self.total else None
+        return None if seconds is None or seconds > _LEFT_MAX else seconds
 
     def __enter__(self) -> Self:
         self.owner.begin(self)
@@ -56,6 +76,7 @@ class _Task:
 
     def note(self, text: str) -> None:
         self.text = text
+        self._samples.clear()  # what "resumed" stands for did not come just now
 
 
 class _Bars:
@@ -109,15 +130,24 @@ class _Bars:
             done = min(task.done, task.total)
             filled = _BAR * done // task.total
             bar = ("=" * filled + ">")[:_BAR].ljust(_BAR)
-            line = f"{label} [{bar}] {output.size(done)} / {output.size(task.total)}"
+            line = f"{label} [{bar}] {output.size(done)} / {output.size(task.total)}{self._speed(task)}"
         else:
-            line = f"{label} {output.size(task.done)}"
+            line = f"{label} {output.size(task.done)}{self._speed(task)}"
         # a line that wraps could not be erased again
         return line[: max(20, shutil.get_terminal_size().columns - 1)]
 
+    def _speed(self, task: _Task) -> str:
+        rate = task.rate(time.monotonic())
+        left = task.left(rate)
+        speed = "" if rate is None else f"  {output.size(int(rate))}/s"
+        return speed if left is None else f"{speed}  {output.duration(left)} left"
+
 
 class _JsonLines:
-    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?}``."""
+    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?, "rate"?, "left_s"?}``.
+
+    Bytes, bytes a second, seconds.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -139,10 +169,14 @@ class _JsonLines:
         self._last.pop(id(task), None)
 
     def _write(self, task: _Task, state: str) -> None:
-        value = {"task": task.label, "done": task.done, "total": task.total, "state": state}
+        value: dict[str, Any] = {"task": task.label, "done": task.done, "total": task.total, "state": state}
         if task.text:
             value["note"] = task.text
         with self._lock:
+            if (rate := task.rate(time.monotonic())) is not None and state == "going":
+                value["rate"] = round(rate)
+                if (left := task.left(rate)) is not None:
+                    value["left_s"] = round(left, 1)
             self._last[id(task)] = time.monotonic()
             self._stream.write(json.dumps(value) + "\n")
             self._stream.flush()

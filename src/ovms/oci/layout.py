@@ -70,17 +70,12 @@ class BlobWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends *data*. Raises :class:`~ovms.errors.DiskFull` when the file system has no room."""
-        view = memoryview(data)
-        self._hasher.update(view)
-        while view:
-            piece = view[: fsutil.COPY_BUFFER]
-            if len(piece) < 4096 or not fsutil.is_zero(piece):
-                try:
-                    fsutil.pwrite_all(self._fd, piece, self.size)
-                except OSError as exc:
-                    raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
-            self.size += len(piece)
-            view = view[len(piece) :]
+        self._hasher.update(data)
+        try:
+            fsutil.pwrite_sparse(self._fd, data, self.size)
+        except OSError as exc:
+            raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
+        self.size += len(data)
 
     def commit(self, *, expected: Descriptor | None = None, durable: bool = True) -> Digest:
         """Checks the content against *expected*, makes it durable and visible, and returns its digest.

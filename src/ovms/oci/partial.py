@@ -29,7 +29,6 @@ from ovms.spec.digest import from_hasher, hex_of
 
 #: Seconds for which a partial file is worth keeping.
 KEPT: Final = 7 * 24 * 3600.0
-_ZERO_RUN: Final = 4096
 #: Bytes after which the kernel is asked to begin to write: the fsync at the end has little left to wait for then.
 _FLUSH_EVERY: Final = 16 << 20
 
@@ -72,13 +71,10 @@ class Partial:
             DiskFull: the file system has no room; what came before stays.
         """
         self._hasher.update(data)
-        if len(data) < _ZERO_RUN or not fsutil.is_zero(data):
-            try:
-                fsutil.pwrite_all(self._fd, data, self.size)
-            except OSError as exc:
-                raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
-        else:
-            os.ftruncate(self._fd, self.size + len(data))
+        try:
+            fsutil.pwrite_sparse(self._fd, data, self.size)
+        except OSError as exc:
+            raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
         self.size += len(data)
         if self.size - self._flushed >= _FLUSH_EVERY:
             # Linux begins to write what is dirty in the range, and does not wait for it.

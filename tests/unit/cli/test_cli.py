@@ -139,6 +139,35 @@ def test_bars_stay_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(line) < 40 and "\x1b" not in line for line in lines)
 
 
+def test_bars_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("ovms.cli.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = io.StringIO()
+    with progress._Bars(stream).task("disk", 1000 << 20) as task:
+        task.advance(500 << 20)
+        task.note("resumed")  # these are no rate
+        for _ in range(5):
+            clock[0] += 0.5
+            task.advance(20 << 20)
+        lines = stream.getvalue().splitlines()
+        assert lines[-1].endswith("600 MiB / 1000 MiB  40.0 MiB/s  10 s left")
+        assert "left" not in lines[1], "nothing is foretold from nothing"
+        clock[0] += 100.0
+        task.advance(1)
+        clock[0] += 1.0
+        task.advance(1)
+        assert stream.getvalue().splitlines()[-1].endswith("  1 B/s"), "a stall shows"
+    assert "left" not in stream.getvalue().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (0.2, "1 s"), (59.5, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert output.duration(seconds) == text
+
+
 def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="x"), progress.make("json").task("disk", 10) as task:
         task.advance(4)
