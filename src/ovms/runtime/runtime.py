@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
@@ -16,19 +18,23 @@ from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
-from ovms.memory import compat, snapshot
+from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
+from ovms.runtime import jail
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
+from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.states import Call, State, after
+from ovms.vmm import watch
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
+from ovms.vmm.qemu.binary import Cache
 from ovms.vmm.qemu.vmm import QemuVmm
 
 DEFAULT_MEMORY: Final = 512 * limits.MIB
@@ -50,6 +56,7 @@ class RunOptions:
     restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
     runtime: str = "qemu"
+    security: SecurityOptions = field(default_factory=SecurityOptions)
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,17 @@ class _Plan:
     machine: Machine
     accel_reason: str | None
     layers: tuple[Layer, ...]
-    restore: Restore | None
+    restore: _Snapshot | None
     not_restored: str | None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What is restored: the snapshot's blob, its unpacked memory, and its device state."""
+
+    digest: Digest
+    image: Path
+    state: bytes
 
 
 class Runtime:
@@ -125,14 +141,33 @@ class Runtime:
                 ports=ports,
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
-                ram_image=None if plan.restore is None else plan.restore.ram,
+                ram_image=None if plan.restore is None else plan.restore.image,
+                jail=jail.plan(
+                    instance_id,
+                    plan.machine,
+                    options.security,
+                    cache=Cache(self.root.cache / "host.json"),
+                    own_network=False,
+                    taken=self.instances.users(),
+                ),
             )
 
-        with self.instances.create(make, artifact.manifest.name, options.name) as record:
-            config = self._config(artifact, record, plan)
+        with (
+            self.instances.create(make, artifact.manifest.name, options.name) as record,
+            self._memory(plan.restore) as restore,
+        ):
+            config = self._config(artifact, record, plan, restore)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
+
+    @contextlib.contextmanager
+    def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
+        if snapshot is None:
+            yield None
+            return
+        with template.opened(snapshot.image, snapshot.digest, self.instances.watchers()) as ram:
+            yield Restore(ram, snapshot.state)
 
     def _launch(self, vmm: Vmm, config: VmConfig, record: Record) -> Record:
         files = self.instances.files(record)
@@ -140,11 +175,14 @@ class Runtime:
             began = time.monotonic()
             running = vmm.start(config, files)
             took = round((time.monotonic() - began) * 1000, 1)
-            return self.instances.save(replace(record, process=running, started=_now(), start_ms=took))
+            return self.instances.save(
+                replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
+            )
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
-            if (left := vmm.find_process(files)) is not None:
-                left.kill()
+            if (left := watch.find(files)) is not None:
+                left.vmm.kill()
+                left.watcher.wait(5.0)
             raise
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
@@ -170,7 +208,7 @@ class Runtime:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
-                return _Plan(compat.machine_of(header), reason, layers, Restore(image, control.state), None)
+                return _Plan(compat.machine_of(header), reason, layers, _Snapshot(digest, image, control.state), None)
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
                     f"the RAM snapshot cannot be restored: {not_restored}",
@@ -190,7 +228,7 @@ class Runtime:
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
-    def _config(self, artifact: Artifact, record: Record, plan: _Plan) -> VmConfig:
+    def _config(self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
         return VmConfig(
@@ -203,7 +241,8 @@ class Runtime:
             layers=plan.layers,
             overlay=directory / record.overlays[0] if record.overlays else None,
             ports=record.ports,
-            restore=plan.restore,
+            restore=restore,
+            jail=record.jail,
         )
 
     # --- stop and remove ---------------------------------------------------------------------------------------
@@ -233,6 +272,8 @@ class Runtime:
             control.quit()
         if not running.wait(2.0):
             running.kill()
+        if record.watcher is not None:
+            watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
 
     def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
         """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.

@@ -255,11 +255,10 @@ def test_both_ways_to_find_written_pages_agree(runtime: Runtime, running: Record
     clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
     console(runtime, clone).ping()
     assert clone.process is not None
-    assert clone.ram_image is not None
     pid = clone.process.pid
     with runtime.instances.control(clone) as control:
         control.pause()
-        address = capture.find_mapping(pid, clone.ram_image, MEMORY)
+        address = capture.find_mapping(pid, control.ram().file, MEMORY)
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
         try:
             slow = set(_pages(capture.read_pagemap(fd, address, MEMORY)))
