@@ -42,9 +42,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_range(self, data: bytes, *, cut: int | None = None, honour: bool = True) -> None:
-        """*data*, from where the Range header says; *cut* bytes of it, then the connection ends."""
+        """*data*, from where the Range header says to the end; *cut* bytes of it, then the connection ends."""
         start = 0
-        match = re.fullmatch(r"bytes=([0-9]+)-", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=([0-9]+)-[0-9]*", self.headers.get("Range", ""))
         if match and honour:
             start = int(match[1])
             if start >= len(data):
