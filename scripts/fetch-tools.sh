@@ -12,7 +12,7 @@
 #   tools/docker-registry        the registry            -> docker-registry_VERSION/
 #   tools/busybox                busybox, static         -> busybox-static_VERSION/
 #   tools/kernel/                vmlinuz, version, modules/NN-NAME.ko in the order of loading, -> linux_VERSION/
-#   tools/oras, crane, cosign    built by Go             -> NAME_VERSION/
+#   tools/oras, crane, cosign, cosign-2      built by Go -> NAME_VERSION/
 #   tools/referrers-registry     a registry with the referrers API, of tests/support/ -> referrers-registry_CHECKSUM/
 #   tools/.checked-*             newer than apt's lists: nothing to look up
 # Every version has a directory of its own, which appears whole or not at all.
@@ -30,7 +30,7 @@ case "$what" in
     all) wanted='docker-registry busybox kernel' ;;
     registry) wanted='docker-registry' ;;
     interop) built='oras crane referrers-registry' ;;
-    cosign) built='cosign' ;;
+    cosign) built='cosign cosign-2' ;;
     *) die "usage: ${0##*/} [all | registry | interop | cosign]" ;;
 esac
 
@@ -46,6 +46,7 @@ go_package() {
         oras) echo oras.land/oras/cmd/oras@v1.3.6 ;;
         crane) sed -n 's|^.*\(github.com/google/go-containerregistry\) \(v[^ ]*\).*$|\1/cmd/crane@\2|p' "$server/go.mod" ;;
         cosign) echo github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3 ;;
+        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5 ;;
         referrers-registry) echo "$1@$(cat "$server/main.go" "$server/go.mod" "$server/go.sum" | sha256sum | head -c 12)" ;;
     esac
 }
@@ -219,7 +220,8 @@ build_go() (
         cd "$server" || exit 1
         package=.
     fi
-    timeout 900 go install -trimpath -ldflags='-s -w' "$package"
+    timeout 900 go install -trimpath -ldflags='-s -w' "$package" || exit 1
+    [ -e "$GOBIN/$1" ] || mv "$GOBIN"/* "$GOBIN/$1"
 )
 
 find_kernel() {
