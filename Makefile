@@ -40,6 +40,10 @@ setup-python: setup-system
 setup-tools: setup-system
 	@scripts/fetch-tools.sh
 
+.PHONY: setup-interop
+setup-interop: setup ## build other people's tools for the tests, with Go (left out where there is none)
+	@scripts/fetch-tools.sh interop
+
 .PHONY: demo
 demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
 	@$(BIN)/python demo/demo.py
@@ -49,7 +53,7 @@ test: setup lint ## the quick tests (under 5 minutes)
 	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
 
 .PHONY: test-all
-test-all: setup-demo lint ## all tests, with real Linux guests
+test-all: setup-demo setup-interop lint ## all tests, with real Linux guests
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 
@@ -71,6 +75,7 @@ spec-coverage: setup-python ## which tests and vectors cite which rule of the sp
 bench: ## all benchmarks
 	@for name in $$(cd bench && ls bench_*.py | sed 's/^bench_//; s/\.py$$//; s/_/-/g'); do $(MAKE) --no-print-directory bench-$$name; done
 
+bench-distribution: setup-interop
 .PHONY: bench-%
 bench-%: setup
 	@$(BIN)/python bench/bench_$(subst -,_,$*).py

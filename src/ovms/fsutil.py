@@ -23,6 +23,7 @@ COPY_BUFFER = 256 * 1024
 
 #: Room left on a file system beyond what a copy needs, in bytes: a full disk harms more than ovms.
 SPACE_RESERVE = 16 * 1024 * 1024
+_FEW_INODES = 64
 
 #: Holes are made of whole blocks of this size, in bytes: smaller ones make more requests than they save disk.
 HOLE = 64 * 1024
@@ -152,7 +153,29 @@ def disk_full(exc: OSError, what: str, path: Path) -> DiskFull | None:
     """The :class:`DiskFull` that an ``ENOSPC`` or ``EDQUOT`` stands for, or None for any other error."""
     if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFull(f"{what}: the file system of {path} is full", hint="free some space and try again", path=str(path))
+    if exc.errno == errno.ENOSPC and _out_of_inodes(path):
+        room, hint = "can hold no more files", "remove some files ('df -i' counts them), and try again"
+    else:
+        room, hint = "is full", "free some space and try again"
+    return DiskFull(f"{what}: the file system of {path} {room}", hint=hint, path=str(path))
+
+
+def _out_of_inodes(path: Path) -> bool:
+    try:
+        info = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
+    except (OSError, StopIteration):
+        return False
+    # no f_files: a file system that counts none. Who failed may have cleaned up a few before he asks
+    return info.f_files > 0 and info.f_favail < _FEW_INODES
+
+
+@contextlib.contextmanager
+def noticing_full_disk(what: str, path: Path) -> Iterator[None]:
+    """Raises :class:`DiskFull` for an ``ENOSPC`` or ``EDQUOT`` of any step within; a lock file may be the first."""
+    try:
+        yield
+    except OSError as exc:
+        raise (disk_full(exc, what, path) or exc) from exc
 
 
 def reflink(source_fd: int, target_fd: int) -> bool:
@@ -347,7 +370,11 @@ def staging_dir(parent: Path) -> Iterator[Path]:
     while True:
         path = parent / secrets.token_hex(8)
         path.mkdir(mode=0o700)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:  # the file system is full
+            path.rmdir()
+            raise
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (path / ".lock").exists():  # a sweeper may have come between mkdir and flock
             break

@@ -118,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OvmsError as exc:
         return _fail(exc, as_json)
     except OSError as exc:
-        place = f"{exc.filename}: " if exc.filename else ""
-        return _fail(HostError(f"{place}{exc.strerror or exc}"), as_json)
+        return _fail(_host_error(exc), as_json)
     except Exception as exc:  # noqa: BLE001 - no traceback reaches a user
         return _bug(exc)
 
@@ -137,6 +136,18 @@ def _run(arguments: list[str]) -> int:
     from ovms.cli.context import Context
 
     return int(module.run(args, Context(options.root, options.progress)))
+
+
+def _host_error(exc: OSError) -> OvmsError:
+    if not exc.filename:
+        return HostError(exc.strerror or str(exc))
+    from pathlib import Path
+
+    from ovms import fsutil
+
+    place = str(exc.filename)
+    full = fsutil.disk_full(exc, place, Path(place).parent)
+    return full or HostError(f"{place}: {exc.strerror or exc}")
 
 
 def _suggestion(name: str) -> str:

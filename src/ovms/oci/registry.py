@@ -180,7 +180,8 @@ class RegistryClient:
             DigestMismatch: it is of another size.
             Broken, Busy: another try may go better.
         """
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        # with its end: go-containerregistry refuses a range without one
+        headers = {"Range": f"bytes={offset}-{descriptor.size - 1}"} if offset else {}
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
             if answer.status == 404:
                 raise BlobNotFound(

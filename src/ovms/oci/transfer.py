@@ -60,7 +60,7 @@ def pull(
         DiskFull: said before the first blob is fetched.
         RegistryError: and its kinds: as the registry met us.
     """
-    with layout.using():
+    with fsutil.noticing_full_disk(f"pulling {reference}", layout.root), layout.using():
         raw, top = client.get_manifest(reference)
         manifest = parse_manifest(raw, f"the manifest of {reference}")
         raws = [raw]

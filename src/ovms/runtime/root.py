@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ovms import fsutil
 from ovms.errors import HostError
 from ovms.oci.layout import Layout
 
@@ -57,10 +58,11 @@ class Root:
         """The local store, made when there is none yet.
 
         Raises:
-            HostError: it can't be made or read.
+            HostError, DiskFull: it can't be made or read.
         """
         try:
-            return Layout(self.path / "store")
+            with fsutil.noticing_full_disk("making the store", self.path):
+                return Layout(self.path / "store")
         except OSError as exc:
             raise HostError(
                 f"the store in {self.path} cannot be used: {exc.strerror}",
@@ -71,7 +73,8 @@ class Root:
     def prepare(self) -> None:
         """Makes the directories. Only their owner may look inside: consoles and memories of VMs are private."""
         try:
-            self.instances.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with fsutil.noticing_full_disk("making the directories of ovms", self.path):
+                self.instances.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not os.access(self.instances, os.W_OK):
                 raise PermissionError(13, os.strerror(13))
         except OSError as exc:

@@ -219,7 +219,13 @@ def test_a_bug_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device", "/x"), 9), (BrokenPipeError(), 0)],
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(5, "Input/output error", "/x"), 9),
+        (OSError(5, "Input/output error"), 9),
+        (OSError(28, "No space left on device", "/x"), 8),
+        (BrokenPipeError(), 0),
+    ],
 )
 def test_what_ends_a_command_otherwise(
     raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
