@@ -67,6 +67,19 @@ def load(layout: Layout, digest: Digest, platform: Platform | None = None) -> Ar
     return Artifact(image, check_documents(layout, image, platform))
 
 
+def load_any(layout: Layout, digest: Digest) -> Artifact:
+    """Like :func:`load`, to be looked at: of an index that has nothing here for this host, the first that is here."""
+    try:
+        return load(layout, digest)
+    except (ReferenceNotFound, Unsupported):
+        index = layout.manifest(digest)
+        for descriptor in index.manifests if isinstance(index, ImageIndex) else ():
+            image = layout.manifest(descriptor.digest) if layout.size(descriptor.digest) is not None else None
+            if isinstance(image, ImageManifest) and is_artifact(image):
+                return Artifact(image, check_documents(layout, image))
+        raise
+
+
 def check_documents(layout: Layout, image: ImageManifest, platform: Platform | None = None) -> manifest.Manifest:
     """The OVMS manifest of *image*, which is in the store. Raises like :func:`load`."""
     where = ovms_descriptor(image)
