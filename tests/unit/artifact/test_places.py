@@ -497,6 +497,7 @@ def test_an_index_keeps_its_digest_and_one_platform_is_taken(
     assert pull(Layout(other.root.parent / "fourth"), f"{kind}:y", platform=ARM64).artifact == arm
 
 
+@pytest.mark.spec("OCI-26")
 def test_what_stands_alone_must_be_of_the_platform(layout: Layout, other: Layout, built: Artifact, here: Path) -> None:
     push(layout, "web:1", "oci:d")
     with pytest.raises(Unsupported, match="web is for linux/amd64, not for linux/arm64"):
@@ -597,7 +598,7 @@ BROKEN: dict[str, tuple[Break, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.spec("OCI-21", "OCI-22")
+@pytest.mark.spec("OCI-21", "OCI-22", "OCI-28")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("broken", "code", "text"), BROKEN.values(), ids=BROKEN.keys())
 def test_layouts_that_are_wrong(
@@ -650,6 +651,7 @@ def _directory(path: Path) -> None:
     path.mkdir()
 
 
+@pytest.mark.spec("OCI-28")
 @pytest.mark.parametrize("name", ["oci-layout", "index.json", "manifest", "kernel", "blobs", "blobs/sha256"])
 @pytest.mark.parametrize("change", ["link", "fifo", "socket", "directory"])
 def test_only_regular_files_of_the_directory_itself_count(

@@ -43,7 +43,7 @@ def test_what_is_no_platform(text: str) -> None:
         Platform.parse(text)
 
 
-@pytest.mark.spec("OCI-16", "OCI-17")
+@pytest.mark.spec("OCI-16", "OCI-17", "OCI-26")
 def test_an_index_is_chosen_from() -> None:
     amd, arm = descriptor("amd", AMD64), descriptor("arm", ARM64)
     v6, v7 = (descriptor(v, {"os": "linux", "architecture": "arm", "variant": v}) for v in ("v6", "v7"))

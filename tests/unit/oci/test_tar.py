@@ -44,6 +44,7 @@ def refused(file: Path, data: bytes) -> InputError:
     return caught.value
 
 
+@pytest.mark.spec("OCI-27")
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_what_others_write(file: Path, format: Literal[0, 1, 2], prefix: str) -> None:
@@ -146,6 +147,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.spec("OCI-27")
 @pytest.mark.parametrize(("data", "problem"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_archives(file: Path, data: bytes, problem: str) -> None:
     error = refused(file, data)

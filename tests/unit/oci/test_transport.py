@@ -15,6 +15,7 @@ DIGEST = of_bytes(b"x")
 OCI, ARCHIVE = Kind.DIRECTORY, Kind.ARCHIVE
 
 
+@pytest.mark.spec("REF-4")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
