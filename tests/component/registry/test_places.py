@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.artifacts import write_inputs, write_manifest
 from support.cli import Ovm
-from support.registry import Registry
+from support.registry import REPOSITORY, Registry
 
 from ovms.artifact import resolve
 from ovms.artifact.build import Builder
@@ -83,6 +83,31 @@ def test_we_read_what_skopeo_writes(ovm: Ovm, other: Ovm, digest: str, registry:
     assert same_blobs(ovm.root / "store/blobs/sha256", other.root / "store/blobs/sha256")
     assert {e["name"] for e in other.ok("ls", "--json").json} == {name, "web:2"}
     assert other.ok("validate", f"{directory}:{name}").out == f"{name}: artifact: valid\n"
+
+
+def run_oras(home: Path, *arguments: object) -> bytes:
+    cached = REPOSITORY / ".cache" / "tools" / "oras"
+    program = cached if cached.exists() else shutil.which("oras")
+    if program is None:
+        pytest.skip("there is no oras, which 'make setup' does not install")
+    env = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    return subprocess.run([program, *map(str, arguments)], env=env, check=True, capture_output=True, timeout=60).stdout
+
+
+def test_oras_and_we_read_each_other(ovm: Ovm, other: Ovm, digest: str, registry: Registry, tmp_path: Path) -> None:
+    layout, archive, name = tmp_path / "layout", tmp_path / "web.tar", f"{registry.host}/places/oras:1"
+    ovm.ok("push", "web:1", f"oci-archive:{archive}:v1")
+    ovm.ok("push", "web:1", f"oci:{layout}:v1")
+    ovm.ok("push", "web:1", name)
+    raw = ovm.ok("inspect", "--raw", "web:1").out.encode()
+    for path in (layout, archive):
+        assert run_oras(tmp_path, "manifest", "fetch", "--oci-layout", f"{path}:v1") == raw
+    copy, backup = tmp_path / "copy", tmp_path / "backup.tar"
+    run_oras(tmp_path, "cp", "--from-oci-layout", f"{archive}:v1", "--to-oci-layout", f"{copy}:v2")
+    run_oras(tmp_path, "backup", "--plain-http", "--output", backup, name)
+    for place, tag in ((f"oci:{copy}:v2", "a:1"), (f"oci-archive:{backup}", "b:1")):
+        assert other.ok("pull", place, "-t", tag).out.strip() == f"{tag}@{digest}"
+    assert same_blobs(ovm.root / "store/blobs/sha256", other.root / "store/blobs/sha256")
 
 
 def test_the_command_line_says_what_is_wrong(ovm: Ovm, digest: str, tmp_path: Path) -> None:

@@ -380,6 +380,34 @@ def test_killed_at_any_time(layout: Layout, other: Layout, built: Artifact, plac
         assert pull(other, f"{place}:web:1").artifact.digest == built.digest
 
 
+@pytest.mark.parametrize("place", ["oci:d", "oci-archive:a"])
+def test_an_import_that_is_killed_at_any_time(layout: Layout, built: Artifact, place: str, tmp_path: Path) -> None:
+    push(layout, "web:1", place)
+    script = (
+        "import sys, pathlib; from ovms.artifact import resolve; from ovms.oci.layout import Layout\n"
+        "print(flush=True)\n"
+        "for i in range(1000): resolve.pull(Layout(pathlib.Path(f'{sys.argv[1]}{i}')), None, sys.argv[2])"
+    )
+    for run, delay in enumerate((0.005, 0.02, 0.05)):
+        root = tmp_path / f"run{run}-"
+        process = subprocess.Popen([sys.executable, "-c", script, str(root), place], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.read(1)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        process.stdout.close()
+        for path in tmp_path.glob(f"{root.name}*"):
+            store = Layout(path)
+            if store.entries():
+                assert resolve.find(store, "web:1").artifact == built
+                assert all(store.has(blob) for blob in built.image.blobs)
+            assert all(of_bytes(blob.read_bytes())[7:] == blob.name for blob in store.blob_dir.iterdir())
+            assert pull(store, place).artifact == built
+            store.collect(set)
+            assert list(store.staging_root.iterdir()) == []
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
