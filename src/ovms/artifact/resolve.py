@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ovms.artifact.model import Artifact, check_documents, load
-from ovms.errors import InputError, ReferenceNotFound
+from ovms.errors import InputError, ReferenceInvalid, ReferenceNotFound
 from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
@@ -69,7 +69,15 @@ def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
     whole = f"sha256:{text.removeprefix('sha256:')}"
     if is_digest(whole):
         return (None, Digest(whole)) if layout.size(Digest(whole)) is not None else None
-    reference = Reference.parse(text)
+    try:
+        reference = Reference.parse(text)
+    except ReferenceInvalid:
+        if transport.parse_place(text) is None:
+            raise
+        raise InputError(
+            f"{text[:120]!a} is a place on disk, where a name is needed",
+            hint="'ovm pull' copies what is there into the store",
+        ) from None
     descriptor = layout.find(str(reference))
     if descriptor is not None:
         return str(reference), descriptor.digest

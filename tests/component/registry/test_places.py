@@ -117,6 +117,9 @@ def test_the_command_line_says_what_is_wrong(ovm: Ovm, digest: str, tmp_path: Pa
     for arguments, code, said in (
         (("pull", f"{directory}:c"), 4, "it holds 'a', 'b'"),
         (("pull", directory), 3, "-t NAME:TAG"),
+        (("inspect", f"{directory}:a"), 3, "copies what is there"),
+        (("push", f"{directory}:a", "oci:x"), 3, "where a name is needed"),
+        (("rmi", f"{directory}:a"), 3, "where a name is needed"),
         (("pull", "oci:none"), 3, "check the path"),
         (("pull", directory, "-t", "oci:1"), 3, "place on disk"),
         (("tag", "web:1", "oci:1"), 3, "place on disk"),
