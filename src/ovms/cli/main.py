@@ -22,8 +22,8 @@ from ovms.errors import HostError, OvmsError, UsageError
 #: Command → what it does, in the order of the help text. Each is a module of ``ovms.cli.commands``.
 COMMANDS: Final = {
     "build": "Build an artifact from a manifest",
-    "pull": "Fetch an artifact from a registry",
-    "push": "Upload an artifact to its registry",
+    "pull": "Fetch an artifact from a registry or a file",
+    "push": "Upload an artifact to a registry, or write it to a file",
     "ls": "List the artifacts in the local store",
     "inspect": "Show what an artifact or an instance is made of",
     "validate": "Check a file or an artifact against the specification",

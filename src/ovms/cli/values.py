@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from typing import TYPE_CHECKING
 
 from ovms.spec import limits, sizes
+
+if TYPE_CHECKING:
+    from ovms.oci.platform import Platform
 
 
 def memory(text: str) -> int:
@@ -35,6 +39,17 @@ def seconds(text: str) -> float:
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number of seconds (0 to 86400)")
     return value
+
+
+def platform(text: str) -> Platform:
+    """A platform, ``OS/ARCH[/VARIANT]``."""
+    from ovms.errors import InputError
+    from ovms.oci.platform import Platform
+
+    try:
+        return Platform.parse(text)
+    except InputError as exc:
+        raise argparse.ArgumentTypeError(f"{exc.message}; {exc.hint}") from None
 
 
 def count(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from ovms.errors import RegistryProtocol
 from ovms.spec import limits, mediatypes, strictjson
@@ -60,18 +60,6 @@ class Descriptor:
         if self.platform is not None:
             answer["platform"] = dict(self.platform)
         return answer
-
-
-#: This host, in Go's names, which OCI has for platforms.
-HOST_PLATFORM: Final = "linux/amd64"
-
-
-def fits_host(descriptor: Descriptor, platform: str | None = None) -> bool:
-    """Whether a manifest of an index is for *platform* (``os/architecture``; None: this host's); one that says none is."""
-    if descriptor.platform is None:
-        return True
-    system, _, architecture = (platform or HOST_PLATFORM).partition("/")
-    return descriptor.platform.get("os") == system and descriptor.platform.get("architecture") == architecture
 
 
 def annotations_of(value: Mapping[str, Any], where: str) -> dict[str, str]:

@@ -77,6 +77,13 @@ class BlobWriter:
             raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
         self.size += len(data)
 
+    def clone(self, fd: int, advance: Callable[[int], None] | None = None) -> bool:
+        """Takes over the whole of an open file by reflink, before anything else; False where the file system can't."""
+        if not fsutil.reflink(fd, self._fd):
+            return False
+        self.size = fsutil.hash_file(self._fd, self._hasher, advance=advance)
+        return True
+
     def commit(self, *, expected: Descriptor | None = None, durable: bool = True) -> Digest:
         """Checks the content against *expected*, makes it durable and visible, and returns its digest.
 

@@ -16,16 +16,16 @@ from typing import IO, Final
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
 from ovms.oci import partial, ranges, workers
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, fits_host, parse_manifest
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
+from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
 from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
 from ovms.progress import NULL, Progress, Task
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of
 
-_CONTAINER_HINT: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
@@ -46,12 +46,12 @@ def pull(
     *,
     check: Callable[[ImageManifest], object] | None = None,
     name: str | None = None,
-    platform: str | None = None,
+    platform: Platform | None = None,
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
     *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
-    bulk is fetched. *platform* (``linux/amd64``) is the one to take of an index; None: this host's.
+    bulk is fetched. *platform* is the one to take of an index; None: this host's.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
@@ -70,7 +70,7 @@ def pull(
             raws.append(raw)
         else:
             top = manifest.descriptor()
-        _check(manifest, reference)
+        check_image(manifest, reference)
         missing = [blob for blob in manifest.blobs if not layout.has(blob)]
         needed = sum(blob.size - partial.have(layout, blob) for blob in missing)
         fsutil.require_space(layout.root, needed, f"pulling {reference}")
@@ -88,20 +88,9 @@ def pull(
 
 
 def _choose(
-    client: RegistryClient, reference: Reference, index: ImageIndex, platform: str | None
+    client: RegistryClient, reference: Reference, index: ImageIndex, platform: Platform | None
 ) -> tuple[bytes, ImageManifest]:
-    fitting = [
-        d
-        for d in index.manifests
-        if d.media_type == mediatypes.OCI_MANIFEST
-        and d.artifact_type in (None, mediatypes.MANIFEST)
-        and fits_host(d, platform)
-    ]
-    # One that says that it is an OVMS artifact before one that says nothing: an index may hold both kinds.
-    fitting.sort(key=lambda d: (d.artifact_type != mediatypes.MANIFEST, d.platform is None))
-    if not fitting:
-        raise Unsupported(f"{reference} holds nothing for {platform or 'linux/amd64'}", hint=_CONTAINER_HINT)
-    chosen = fitting[0]
+    chosen = fitting(index, platform, reference)[0]
     raw, _ = client.get_manifest(reference.with_digest(chosen.digest))
     manifest = parse_manifest(raw, f"the manifest {chosen.digest}")
     if isinstance(manifest, ImageIndex):
@@ -109,18 +98,24 @@ def _choose(
     return raw, manifest
 
 
-def _check(manifest: ImageManifest, reference: Reference) -> None:
-    types = {manifest.artifact_type, manifest.config.media_type, *(layer.media_type for layer in manifest.layers)}
-    if mediatypes.MANIFEST not in types:
+def check_image(manifest: ImageManifest, reference: object) -> None:
+    """Whether *manifest* can be an OVMS artifact at all, before its blobs are there.
+
+    Raises:
+        Unsupported: it is something else.
+        RegistryProtocol: a blob is larger than any of ours may be.
+    """
+    if not is_artifact(manifest):
         raise Unsupported(
-            f"{reference} is no OVMS artifact: its config is {manifest.config.media_type!a}", hint=_CONTAINER_HINT
+            f"{reference} is no OVMS artifact: its config is {manifest.config.media_type!a}", hint=CONTAINER_HINT
         )
     for blob in manifest.blobs:
         if blob.size > (limits.MANIFEST_MAX if blob.media_type == mediatypes.MANIFEST else limits.DISK_LAYER_MAX):
             raise RegistryProtocol(f"{reference}: a blob of {blob.size} bytes is out of range")
 
 
-def _label(blob: Descriptor) -> str:
+def label(blob: Descriptor) -> str:
+    """What progress calls a blob."""
     title = blob.annotations.get(mediatypes.TITLE_ANNOTATION)
     if title is None:
         title = "config" if blob.media_type == mediatypes.MANIFEST else "blob"
@@ -144,7 +139,7 @@ class _Download:
         """Fetches those of *blobs* that are *missing*, several at once, the largest first."""
         for blob in blobs:
             if blob not in missing:
-                with self._progress.task(_label(blob), blob.size) as task:
+                with self._progress.task(label(blob), blob.size) as task:
                     task.note("exists already")
         wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
         self._unfinished = len(wanted)
@@ -166,11 +161,11 @@ class _Download:
 
         def fetch_one(stopped: Callable[[], bool]) -> None:
             if blob.size <= _SMALL:
-                with self._progress.task(_label(blob), blob.size) as task:
+                with self._progress.task(label(blob), blob.size) as task:
                     self._fetch_small(blob, task)
                 return
             with (
-                self._progress.task(_label(blob), blob.size) as task,
+                self._progress.task(label(blob), blob.size) as task,
                 partial.receiving(self._layout, blob, stopped) as receiver,
             ):
                 if receiver is None:
@@ -305,7 +300,7 @@ class _Upload:
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def send(stopped: Callable[[], bool]) -> None:
-            with self._progress.task(_label(blob), blob.size) as task:
+            with self._progress.task(label(blob), blob.size) as task:
                 if self._client.has_blob(self._repository, blob.digest):
                     task.note("exists already")
                 elif (source := self._source(blob.digest)) and self._client.mount_blob(

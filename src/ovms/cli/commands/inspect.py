@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("name", metavar="REF|INSTANCE", help="an artifact's name or digest, or an instance")
     parser.add_argument("--raw", action="store_true", help="the artifact's OCI manifest, byte for byte")
+    parser.add_argument(
+        "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
+    )
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -39,7 +42,7 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
     from ovms.artifact.resolve import find
     from ovms.spec import strictjson
 
-    found = find(context.layout, args.name)
+    found = find(context.layout, args.name, args.platform)
     image = found.artifact.image
     if args.raw:
         sys.stdout.buffer.write(image.raw)

@@ -41,13 +41,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
-    from ovms.artifact.model import load
+    from ovms.artifact.model import load_any
     from ovms.errors import OvmsError
     from ovms.spec.digest import Digest
 
     answer: dict[str, Any] = {"name": name, "digest": digest, "size": None, "created": None, "ram_snapshot": False}
     try:
-        artifact = load(context.layout, Digest(digest))
+        artifact = load_any(context.layout, Digest(digest))
     except OvmsError as exc:
         # one damaged artifact must not hide the others
         return {**answer, "problem": exc.code}

@@ -24,7 +24,9 @@ GRACE = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("reference", metavar="REF", help="an artifact's name or digest")
+    parser.add_argument(
+        "reference", metavar="REF", help="an artifact's name or digest, oci:DIR[:TAG], or oci-archive:FILE[:TAG]"
+    )
     parser.add_argument("-d", "--detach", action="store_true", help="run in the background, and print the ID")
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="send stdin to the console also when it is no terminal"
@@ -54,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
+    parser.add_argument(
+        "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
+    )
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
     parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
 
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
+    from ovms.oci.platform import check_runnable
     from ovms.runtime import ports
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
@@ -93,8 +99,16 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         runtime=args.runtime,
     )
     runtime.vmm(args.runtime)
+    check_runnable(args.platform)
     with runtime.layout.using():
-        found = resolve(runtime.layout, context.connect, args.reference, policy=args.pull, progress=context.progress)
+        found = resolve(
+            runtime.layout,
+            context.connect,
+            args.reference,
+            policy=args.pull,
+            progress=context.progress,
+            platform=args.platform,
+        )
         started = runtime.start(found, options, context.progress)
     record = started.record
     if record.accel_reason is not None:

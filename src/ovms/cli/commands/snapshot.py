@@ -24,11 +24,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.resolve import push
     from ovms.oci.reference import Reference
+    from ovms.oci.transport import new_name
     from ovms.runtime import snapshots
 
     name = Reference.parse(args.tag)
     if name.digest is not None:
         raise UsageError(f"{name}: a new name has no digest", hint="leave out what follows '@'")
+    name = new_name(args.tag)
     runtime = context.runtime
     taken = snapshots.take(runtime, runtime.instances.find(args.instance), name, context.progress)
     pushed = name.registry is not None and not args.no_push

@@ -20,10 +20,12 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.resolve import find
     from ovms.oci.reference import Reference
+    from ovms.oci.transport import new_name
 
     target = Reference.parse(args.target)
     if target.digest is not None:
         raise UsageError(f"{target}: a new name has no digest", hint="leave out what follows '@'")
+    target = new_name(args.target)
     with context.layout.using():
         artifact = find(context.layout, args.source).artifact
         context.layout.set_name(str(target), artifact.image.descriptor())

@@ -1,8 +1,8 @@
 """Check a manifest, a part or a whole artifact against the specification, and name every problem with its rule.
 
 WHAT is a file (a manifest in JSON or YAML, a bootstrap config, a RAM snapshot, a qcow2 or raw disk, a kernel), the
-directory of an unpacked artifact, or an artifact's name or digest. Of an artifact every byte is checked; one that is not
-in the local store is pulled.
+directory of an unpacked artifact, or an artifact's name or digest, oci:DIR[:TAG] or oci-archive:FILE[:TAG]. Of an artifact
+every byte is checked; one that is not in the local store is pulled, or copied there.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def _report(args: argparse.Namespace, context: Context) -> Report:
     from ovms.artifact.resolve import lookup, resolve
     from ovms.artifact.validate import Kind, Report, validate_artifact, validate_path
     from ovms.errors import JsonInvalid, ManifestInvalid, Unsupported
+    from ovms.oci.transport import parse_place
 
     path = Path(args.what)
     # like 'docker build': what begins like a path is one, and a file that is there is meant
     if args.type is not None or args.what.startswith((".", "/")) or path.exists():
         return validate_path(path, None if args.type is None else Kind(args.type), context.progress)
     with context.layout.using():
-        known = None if args.pull == "always" else lookup(context.layout, args.what)
+        on_disk = parse_place(args.what) is not None
+        known = None if on_disk or args.pull == "always" else lookup(context.layout, args.what)
         if known is None:
             try:
                 found = resolve(context.layout, context.connect, args.what, policy=args.pull, progress=context.progress)
