@@ -138,17 +138,24 @@ def push(layout: Layout, connect: Connect, text: str, progress: Progress = NULL)
     """
     from ovms.oci import transfer
 
+    reference = pushable(text)
+    assert reference.registry is not None
+    with layout.using():
+        found = find(layout, text)
+        descriptor = _find_descriptor(layout, reference) or found.artifact.image.descriptor()
+        transfer.push(layout, connect(reference.registry), reference, descriptor.digest, progress)
+        return descriptor
+
+
+def pushable(text: str) -> Reference:
+    """A reference with a registry. Raises :class:`InputError` where it has none."""
     reference = Reference.parse(text)
     if reference.registry is None:
         raise InputError(
             f"{reference} names no registry to push to",
             hint=f"tag it first: 'ovm tag {reference} registry.example/{reference}'",
         )
-    with layout.using():
-        found = find(layout, text)
-        descriptor = _find_descriptor(layout, reference) or found.artifact.image.descriptor()
-        transfer.push(layout, connect(reference.registry), reference, descriptor.digest, progress)
-        return descriptor
+    return reference
 
 
 def resolve(
