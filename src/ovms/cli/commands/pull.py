@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ovms.cli import output
 from ovms.cli.context import Context
@@ -12,6 +13,11 @@ from ovms.cli.exitcodes import Exit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("reference", metavar="REF", help="HOST[:PORT]/NAME[:TAG][@DIGEST]")
+    parser.add_argument(
+        "--referrers",
+        action="store_true",
+        help="also what belongs to it (signatures, SBOMs), but no snapshots: 'ovm referrers --local' shows it",
+    )
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -20,8 +26,25 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
     found = pull(context.layout, context.connect, args.reference, context.progress)
     artifact = found.artifact
+    value: dict[str, Any] = {"name": found.name, "digest": artifact.digest, "size": artifact.size}
+    if args.referrers:
+        value["referrers"] = _pull_referrers(args.reference, context)
     if args.json:
-        output.answer_json({"name": found.name, "digest": artifact.digest, "size": artifact.size})
+        output.answer_json(value)
     else:
         output.answer(f"{found.name}@{artifact.digest}" if "@" not in found.name else found.name)
     return Exit.OK
+
+
+def _pull_referrers(text: str, context: Context) -> list[str]:
+    from ovms.artifact import attach, resolve
+
+    reference = resolve.pushable(text)
+    top = attach.local_descriptor(context.layout, text)
+    client = context.connect(reference.registry or "")
+    fetched, left_out = attach.pull_referrers(
+        context.layout, client, reference.repository, top.digest, context.progress
+    )
+    if left_out:
+        output.say(f"{left_out} of the referrers were not fetched; 'ovm referrers {reference}' lists all of them")
+    return [referrer.digest for referrer in fetched]
