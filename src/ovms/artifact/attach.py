@@ -18,7 +18,15 @@ from typing import BinaryIO, Final
 
 from ovms import fsutil
 from ovms.artifact.resolve import Connect, find, lookup, pushable
-from ovms.errors import InputError, JsonInvalid, ReferenceNotFound, RegistryProtocol, UsageError
+from ovms.errors import (
+    BlobNotFound,
+    InputError,
+    IntegrityError,
+    JsonInvalid,
+    ReferenceNotFound,
+    RegistryProtocol,
+    UsageError,
+)
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, parse_manifest, with_subject
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -240,10 +248,10 @@ def pull_referrers(
     Snapshots, and whatever else is an OVMS artifact, are left where they are: those are pulled by name.
 
     Returns the descriptors of what is here now, and how many were left out: indexes, what is no manifest that names
-    this subject, and what is beyond :data:`PULLED_BYTES_MAX`.
+    this subject, what is damaged or incomplete in the registry, and what is beyond :data:`PULLED_BYTES_MAX`.
 
     Raises:
-        BlobNotFound, DigestMismatch, DiskFull: as for a pull.
+        DiskFull: said before the blobs of a referrer are fetched.
         RegistryError: and its kinds: as the registry met us.
     """
     from ovms.oci import transfer
@@ -262,8 +270,12 @@ def pull_referrers(
             if image is None or size + total > PULLED_BYTES_MAX:
                 left_out += 1
                 continue
+            try:
+                transfer.fetch(layout, client, repository, image, progress)
+            except (BlobNotFound, IntegrityError):
+                left_out += 1  # a stranger's damaged artifact must not keep the others away
+                continue
             size += total
-            transfer.fetch(layout, client, repository, image, progress)
             layout.add_nameless(image.descriptor())
             fetched[image.digest] = image.as_referrer()
             pending += [(image.digest, child) for child in node.children]
@@ -277,7 +289,7 @@ def _referrer(client: RegistryClient, repository: str, descriptor: Descriptor, s
     try:
         raw, _ = client.get_manifest(Reference(client.host, repository, None, descriptor.digest))
         image = parse_manifest(raw, f"the referrer {descriptor.digest}")
-    except (ReferenceNotFound, RegistryProtocol, JsonInvalid):
+    except (ReferenceNotFound, RegistryProtocol, JsonInvalid, IntegrityError):
         return None
     fits = isinstance(image, ImageManifest) and image.subject is not None and image.subject.digest == subject
     return image if fits and isinstance(image, ImageManifest) else None

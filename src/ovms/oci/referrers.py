@@ -12,6 +12,9 @@ adds its entry once more where it is gone, until it has stayed. All entries stay
 is lost when another client writes without looking again, or writes after a pause (suspended, or behind a
 proxy that repeats a request) longer than ours: its manifest is still there, and pushing it again lists it again.
 
+docker-registry 2.8 on a file system answers with 404 or 400 for what another client is just writing; such an answer is not
+believed at once.
+
 Sources: the OCI distribution specification 1.1, "Listing Referrers" and "Pushing Manifests with Subject".
 """
 
@@ -23,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ovms.errors import JsonInvalid, OvmsError, ReferenceNotFound, RegistryProtocol
+from ovms.errors import IntegrityError, JsonInvalid, OvmsError, ReferenceNotFound, RegistryProtocol
 from ovms.oci.descriptor import Descriptor, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
@@ -144,7 +147,7 @@ class _Found:
         reference = Reference(self._client.host, self._repository, None, descriptor.digest)
         try:
             entry = parse_manifest(self._client.get_manifest(reference)[0], "a referrer").as_referrer()
-        except (ReferenceNotFound, RegistryProtocol, JsonInvalid):
+        except (ReferenceNotFound, RegistryProtocol, JsonInvalid, IntegrityError):
             return descriptor
         return replace(
             descriptor,

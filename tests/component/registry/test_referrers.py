@@ -304,7 +304,7 @@ def test_the_fallback_index_says_what_the_api_would(
         assert len(json.loads(done.stdout)["manifests"]) == 2
 
 
-@pytest.mark.spec("OCI-20")
+@pytest.mark.spec("OCI-25")
 @pytest.mark.parametrize("media_type", [mediatypes.OCI_MANIFEST, DOCKER])
 def test_a_tag_that_holds_something_else_is_left_alone(
     layout: Layout,
@@ -372,6 +372,7 @@ def mine(number: int = 0) -> Descriptor:
     return Descriptor.from_json(entry(number), "mine")
 
 
+@pytest.mark.spec("OCI-25")
 def test_entries_of_others_stay_as_they_are(server: Server, weak: RegistryClient) -> None:
     theirs = [STRANGE, "no object", entry(1, platform={"os": "linux"}, urls=["https://x.example"])]
     server.manifests[TAG] = index(*theirs, annotations={"kept": "yes"}, unknown=[1])
@@ -406,6 +407,7 @@ def taken_away(handler: Handler, body: bytes) -> bool:
     return True
 
 
+@pytest.mark.spec("OCI-25")
 def test_an_entry_that_another_client_takes_away_is_added_again(server: Server, weak: RegistryClient) -> None:
     server.faults = [("PUT", TAG, taken_away)] * 3
     referrers.add(weak, "x", mine(), SUBJECT)
@@ -413,6 +415,7 @@ def test_an_entry_that_another_client_takes_away_is_added_again(server: Server, 
     assert len(server.asked("GET", TAG)) == 3 + 1 + 3  # where others write, it has to be seen several times
 
 
+@pytest.mark.spec("OCI-25")
 def test_a_failed_upload_is_not_repeated_over_what_others_wrote(server: Server, weak: RegistryClient) -> None:
     def late(handler: Handler, body: bytes) -> bool:
         handler.server.manifests[TAG] = index(entry(7))
@@ -594,18 +597,25 @@ def test_a_type_that_the_list_does_not_say_is_looked_up(server: Server, weak: Re
 
 def test_what_does_not_name_its_subject_is_not_fetched(server: Server, weak: RegistryClient, layout: Layout) -> None:
     stranger = build_manifest(artifact_type=SBOM, config=Descriptor.of(mediatypes.OCI_EMPTY, b"{}"), layers=())
+    gone = build_manifest(
+        artifact_type=SBOM,
+        config=Descriptor("application/x", of_bytes(b"gone"), 4),
+        layers=(),
+        subject=Descriptor(mediatypes.OCI_MANIFEST, SUBJECT, 1),
+    )
     huge = build_manifest(
         artifact_type=SBOM,
         config=Descriptor("application/x", of_bytes(b"huge"), attach.PULLED_BYTES_MAX + 1),
         layers=(),
         subject=Descriptor(mediatypes.OCI_MANIFEST, SUBJECT, 1),
     )
-    for image in (stranger, huge):
+    for image in (stranger, gone, huge):
         server.manifests[image.digest] = image.raw
-    server.manifests[TAG] = index(stranger.as_referrer().to_json(), huge.as_referrer().to_json(), entry(1))
-    assert attach.pull_referrers(layout, weak, "x", SUBJECT) == ([], 3)
+    listed = [image.as_referrer().to_json() for image in (stranger, gone, huge)]
+    server.manifests[TAG] = index(*listed, entry(1))
+    assert attach.pull_referrers(layout, weak, "x", SUBJECT) == ([], 4)
     assert layout.entries() == []
-    assert server.asked("GET", "/blobs/") == []
+    assert server.asked("GET", f"/blobs/{of_bytes(b'huge')}") == []
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

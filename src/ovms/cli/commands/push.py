@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--subject",
         metavar="SUBJECT",
         help="what it belongs to: a digest, or a reference of the same repository, which has to be there. This changes "
-        "the manifest, so the artifact gets another digest, for which REF stands here, too",
+        "the manifest, so the artifact gets another digest, for which REF stands here, too; what was attached to it before "
+        "belongs to the old one",
     )
     parser.add_argument(
         "--referrers",
