@@ -27,10 +27,10 @@ from ovms.errors import (
     RegistryProtocol,
     UsageError,
 )
-from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, parse_manifest, with_subject
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, parse_manifest, with_subject
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
-from ovms.oci.referrers import lister, local_lister, tree
+from ovms.oci.referrers import lister, local_lister, roots, tree
 from ovms.oci.registry import RegistryClient
 from ovms.progress import NULL, Progress
 from ovms.spec import limits, mediatypes
@@ -97,7 +97,7 @@ def attach_remote(
 
     with ExitStack() as stack:
         file = stack.enter_context(_open(attachment))
-        subject = remote_descriptor(client, reference)
+        subject = remote_manifest(client, reference).descriptor()
         hasher = hashlib.sha256()
         with progress.task("reading", os.fstat(file.fileno()).st_size) as task:
             size = fsutil.hash_file(file.fileno(), hasher, advance=task.advance)
@@ -121,7 +121,7 @@ def attach_local(
         DiskFull: said before the first byte is copied.
     """
     with layout.using(), _open(attachment) as file:
-        subject = local_descriptor(layout, text)
+        subject = local_manifest(layout, text).descriptor()
         with progress.task("reading", os.fstat(file.fileno()).st_size) as task:
             digest, size, _ = layout.add_file(file.fileno(), "the file", advance=task.advance)
         image = attachment.manifest(digest, size, subject)
@@ -135,21 +135,20 @@ def _open(attachment: Attachment) -> BinaryIO:
     return fsutil.open_input(attachment.path, "the file to attach", max_size=limits.DISK_LAYER_MAX)
 
 
-def remote_descriptor(client: RegistryClient, reference: Reference) -> Descriptor:
-    """The descriptor of an artifact in a registry, as a ``subject`` names it.
+def remote_manifest(client: RegistryClient, reference: Reference) -> ImageManifest | ImageIndex:
+    """The manifest or index of an artifact in a registry.
 
     Raises:
         ReferenceNotFound: the registry has none of that name.
         RegistryError: and its kinds: as the registry met us; or it is neither an OCI manifest nor an index.
     """
     raw, _ = client.get_manifest(reference)
-    # the registry's Content-Type is not asked: a subject's type is in its own bytes
-    found = parse_manifest(raw, f"the manifest of {reference}").descriptor()
-    return Descriptor(found.media_type, found.digest, found.size)
+    # the registry's Content-Type is not asked: a manifest's type is in its own bytes
+    return parse_manifest(raw, f"the manifest of {reference}")
 
 
-def local_descriptor(layout: Layout, text: str) -> Descriptor:
-    """The descriptor of an artifact in the local store, as a ``subject`` names it.
+def local_manifest(layout: Layout, text: str) -> ImageManifest | ImageIndex:
+    """The manifest or index of an artifact in the local store.
 
     Raises:
         ReferenceNotFound: nothing of that name here.
@@ -159,8 +158,7 @@ def local_descriptor(layout: Layout, text: str) -> Descriptor:
         raise ReferenceNotFound(
             f"there is no artifact {text[:120]!a} in the local store", hint="'ovm ls' lists what is there"
         )
-    found = layout.manifest(known[1]).descriptor()
-    return Descriptor(found.media_type, found.digest, found.size)
+    return layout.manifest(known[1])
 
 
 # --- to and from a registry ------------------------------------------------------------------------------------------
@@ -191,9 +189,9 @@ def push_with_subject(
     where = _subject_reference(reference, subject_text)
     with layout.using():
         find(layout, text)  # raises where it is no OVMS artifact
-        old = local_descriptor(layout, text)
+        old = local_manifest(layout, text)
         client = connect(reference.registry)
-        manifest = with_subject(layout.manifest(old.digest), remote_descriptor(client, where))
+        manifest = with_subject(old, remote_manifest(client, where).descriptor())
         layout.add_bytes(manifest.raw)
         transfer.push(layout, client, reference, manifest.digest, progress)
         layout.set_name(str(reference), manifest.descriptor())
@@ -229,7 +227,7 @@ def push_referrers(
     with layout.using():
         named = {entry.descriptor.digest for entry in layout.entries() if entry.name}
         listed = local_lister(layout)
-        pending = [digest]
+        pending = _roots(layout, digest)
         while pending:
             for found in listed(pending.pop(), None).descriptors:
                 if found.digest not in pushed and found.digest not in named:
@@ -257,15 +255,15 @@ def pull_referrers(
     from ovms.oci import transfer
 
     with layout.using():
-        nodes, complete = tree(digest, lister(client, repository))
+        nodes, complete = tree(_roots(layout, digest), lister(client, repository))
         left_out, size = int(not complete), 0
         fetched: dict[Digest, Descriptor] = {}
-        pending = [(digest, node) for node in nodes]
+        pending = nodes
         while pending:
-            subject, node = pending.pop()
+            node = pending.pop()
             if node.repeated or node.descriptor.artifact_type == mediatypes.MANIFEST:
                 continue
-            image = _referrer(client, repository, node.descriptor, subject)
+            image = _referrer(client, repository, node.descriptor, node.subject)
             total = 0 if image is None else sum(blob.size for blob in image.blobs)
             if image is None or size + total > PULLED_BYTES_MAX:
                 left_out += 1
@@ -278,8 +276,13 @@ def pull_referrers(
             size += total
             layout.add_nameless(image.descriptor())
             fetched[image.digest] = image.as_referrer()
-            pending += [(image.digest, child) for child in node.children]
+            pending += node.children
         return list(fetched.values()), left_out
+
+
+def _roots(layout: Layout, digest: Digest) -> list[Digest]:
+    # of an index, the manifests that are here
+    return [root for root in roots(layout.manifest(digest)) if layout.size(root) is not None]
 
 
 def _referrer(client: RegistryClient, repository: str, descriptor: Descriptor, subject: Digest) -> ImageManifest | None:

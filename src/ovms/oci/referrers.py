@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ovms.errors import IntegrityError, JsonInvalid, OvmsError, ReferenceNotFound, RegistryProtocol
-from ovms.oci.descriptor import Descriptor, parse_manifest
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -45,6 +45,8 @@ LOOKUPS_MAX: Final = 64
 #: Levels of a tree, and artifacts in all of it.
 DEPTH_MAX: Final = 8
 TREE_MAX: Final = 1000
+#: Manifests of an index whose referrers are looked for.
+ROOTS_MAX: Final = 32
 
 #: What may stand under a fallback tag, and must be seen there so that it is not written over.
 _ANYTHING: Final = ", ".join(
@@ -329,36 +331,47 @@ def local_lister(layout: Layout) -> Lister:
 
 @dataclass
 class Node:
-    """A referrer and its own referrers. *repeated*: it stands in the tree already, where its referrers are shown."""
+    """A referrer of *subject*, and its own referrers. *repeated*: it stands in the tree already, with its referrers."""
 
     descriptor: Descriptor
+    subject: Digest
     children: list[Node] = field(default_factory=list)
     repeated: bool = False
 
 
-def tree(
-    root: Digest, listed: Lister, *, artifact_type: str | None = None, depth: int = DEPTH_MAX
-) -> tuple[list[Node], bool]:
-    """The referrers of *root*, theirs, and so on for *depth* levels; and whether nothing was cut off by a limit.
+def roots(manifest: ImageManifest | ImageIndex) -> list[Digest]:
+    """Whose referrers belong to *manifest*: its own, and those of the manifests of an index.
 
-    *artifact_type* chooses among the referrers of *root* alone: the signature of an SBOM is found below the SBOM.
+    A VM runs one of an index's manifests, and a snapshot of it names that one.
+    """
+    inner = manifest.manifests if isinstance(manifest, ImageIndex) else ()
+    digests = [manifest.digest, *(d.digest for d in inner if d.media_type == mediatypes.OCI_MANIFEST)]
+    return list(dict.fromkeys(digests))[:ROOTS_MAX]
+
+
+def tree(
+    subjects: Sequence[Digest], listed: Lister, *, artifact_type: str | None = None, depth: int = DEPTH_MAX
+) -> tuple[list[Node], bool]:
+    """The referrers of *subjects*, theirs, and so on for *depth* levels; and whether nothing was cut off by a limit.
+
+    *artifact_type* chooses among the referrers of *subjects* alone: the signature of an SBOM is found below the SBOM.
     Level by level, so that what a limit cuts off is what is furthest away.
     """
     tops: list[Node] = []
     complete = True
-    seen = {root}
+    seen = set(subjects)
     count = 0
-    level: list[tuple[Digest, list[Node]]] = [(root, tops)]
+    level: list[tuple[Digest, list[Node]]] = [(subject, tops) for subject in subjects]
     for number in range(min(depth, DEPTH_MAX)):
         deeper: list[tuple[Digest, list[Node]]] = []
-        for digest, nodes in level:
-            listing = listed(digest, None if number else artifact_type)
+        for subject, nodes in level:
+            listing = listed(subject, None if number else artifact_type)
             complete = complete and listing.complete
             for descriptor in listing.descriptors:
                 if count == TREE_MAX:
                     return tops, False
                 count += 1
-                node = Node(descriptor, repeated=descriptor.digest in seen)
+                node = Node(descriptor, subject, repeated=descriptor.digest in seen)
                 nodes.append(node)
                 if not node.repeated:
                     seen.add(descriptor.digest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +33,8 @@ SBOM = "application/spdx+json"
 SIGNATURE = "application/vnd.example.signature"
 DOCKER = "application/vnd.docker.distribution.manifest.v2+json"
 WRITERS = 8
+#: Where the registry makes no difference.
+ONE = pytest.mark.parametrize("any_registry", ["docker-registry"], indirect=True)
 #: What a stranger's entry may look like.
 STRANGE = {"mediaType": "application/x", "digest": "sha512:abc", "size": -1, "weird": {"kept": [1, 2.5, None]}}
 
@@ -125,7 +126,7 @@ def test_what_is_attached_is_found(
     second = attach_to(layout, client, ref, sbom, SIGNATURE)
     deeper = attach_to(layout, client, ref.with_digest(first.digest), sbom, SIGNATURE, about="the sbom")
     assert sorted(layout.root.rglob("*")) == before  # nothing of it is kept here
-    nodes, complete = tree(base.digest, lister(client, ref.repository))
+    nodes, complete = tree([base.digest], lister(client, ref.repository))
     assert complete
     assert {node.descriptor.digest for node in nodes} == {first.digest, second.digest}
     (sbom_node,) = [node for node in nodes if node.descriptor.digest == first.digest]
@@ -182,7 +183,7 @@ def test_referrers_go_and_come_with_the_artifact(
     assert ({d.digest for d in fetched}, left_out) == ({first.digest, deeper.digest}, 0)
     assert other.size(snapshot.digest) is None
     other.collect(set)
-    nodes, _ = tree(image.digest, referrers.local_lister(other))
+    nodes, _ = tree([image.digest], referrers.local_lister(other))
     assert [n.descriptor.digest for n in nodes] == [first.digest]
     assert [n.descriptor.digest for n in nodes[0].children] == [deeper.digest]
     blob = other.manifest(first.digest)
@@ -204,6 +205,24 @@ def test_an_index_can_refer_to_an_artifact(
     transfer.push(layout, client, replace(ref, tag="index"), digest)
     (found,) = fetch(client, ref.repository, base.digest).descriptors
     assert (found.digest, found.media_type, found.artifact_type) == (digest, mediatypes.OCI_INDEX, SIGNATURE)
+
+
+def test_what_refers_to_a_manifest_of_an_index(
+    ovm: Ovm, client: RegistryClient, ref: Reference, base: ImageManifest, sbom: Path
+) -> None:
+    whole = replace(ref, tag="whole")
+    raw = strictjson.canonical(
+        {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [base.descriptor().to_json()]}
+    )
+    client.put_manifest(ref.repository, "whole", raw, mediatypes.OCI_INDEX)
+    inner = ovm.ok("attach", sbom, ref, "--type", SBOM).out.strip()
+    outer = ovm.ok("attach", sbom, whole, "--type", SBOM).out.strip()
+    found = {node["digest"]: node["subject"] for node in ovm.ok("referrers", whole, "--json").json["referrers"]}
+    assert found == {outer: of_bytes(raw), inner: base.digest}
+    assert f"(of {base.digest} in the index)" in ovm.ok("referrers", whole).out
+    pulled = ovm.ok("pull", whole, "--referrers", "--json").json
+    assert set(pulled["referrers"]) == {inner, outer}
+    assert len(ovm.ok("referrers", whole, "--local", "--json").json["referrers"]) == 2
 
 
 @pytest.mark.spec("OCI-19", "OCI-20")
@@ -252,12 +271,20 @@ def test_oras_and_we_find_each_others_referrers(
     assert ours.digest in digests(found)
 
 
+@ONE
 def test_oras_finds_what_is_attached_in_the_store(layout: Layout, ref: Reference, sbom: Path) -> None:
     add(layout, ref)
     added, _ = attach.attach_local(layout, str(ref), Attachment(sbom, SBOM, SBOM, {}))
     digest = layout.find(str(ref)).digest  # type: ignore[union-attr]
     theirs = json.loads(oras("discover", "--oci-layout", "--format", "json", f"{layout.root}@{digest}"))
     assert [r["digest"] for r in theirs.get("referrers") or theirs["manifests"]] == [added.digest]
+
+
+def test_skopeo_reads_a_store_with_nameless_entries(layout: Layout, sbom: Path) -> None:
+    image = add(layout, "web:1")
+    attach.attach_local(layout, "web:1", Attachment(sbom, SBOM, SBOM, {}))
+    command = [find_tool("skopeo"), "inspect", "--raw", f"oci:{layout.root}:web:1"]
+    assert subprocess.run(command, check=True, capture_output=True, timeout=60).stdout == image.raw
 
 
 # --- the fallback tag ------------------------------------------------------------------------------------------------
@@ -296,12 +323,14 @@ def test_the_fallback_index_says_what_the_api_would(
     assert first == added.to_json()
     assert first["annotations"].keys() == {mediatypes.CREATED_ANNOTATION}
     assert second["artifactType"] == "application/x"  # that of the config, where the manifest has none
-    if shutil.which("skopeo"):
-        name = f"docker://{ref.name}:{fallback_tag(base.digest)}"
-        done = subprocess.run(
-            ["skopeo", "inspect", "--raw", "--tls-verify=false", name], check=True, capture_output=True, timeout=60
-        )
-        assert len(json.loads(done.stdout)["manifests"]) == 2
+    name = f"docker://{ref.name}:{fallback_tag(base.digest)}"
+    done = subprocess.run(
+        [find_tool("skopeo"), "inspect", "--raw", "--tls-verify=false", name],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert json.loads(done.stdout)["manifests"] == [first, second]
 
 
 @pytest.mark.spec("OCI-25")
@@ -596,25 +625,34 @@ def test_a_type_that_the_list_does_not_say_is_looked_up(server: Server, weak: Re
 
 
 def test_what_does_not_name_its_subject_is_not_fetched(server: Server, weak: RegistryClient, layout: Layout) -> None:
+    base = add(layout, "web:1")
+    subject = base.descriptor()
     stranger = build_manifest(artifact_type=SBOM, config=Descriptor.of(mediatypes.OCI_EMPTY, b"{}"), layers=())
+    another = build_manifest(
+        artifact_type=SBOM,
+        config=Descriptor.of(mediatypes.OCI_EMPTY, b"{}"),
+        layers=(),
+        subject=Descriptor(mediatypes.OCI_MANIFEST, of_bytes(b"another"), 1),
+    )
+    server.blobs[another.config.digest] = b"{}"
     gone = build_manifest(
         artifact_type=SBOM,
         config=Descriptor("application/x", of_bytes(b"gone"), 4),
         layers=(),
-        subject=Descriptor(mediatypes.OCI_MANIFEST, SUBJECT, 1),
+        subject=subject,
     )
     huge = build_manifest(
         artifact_type=SBOM,
         config=Descriptor("application/x", of_bytes(b"huge"), attach.PULLED_BYTES_MAX + 1),
         layers=(),
-        subject=Descriptor(mediatypes.OCI_MANIFEST, SUBJECT, 1),
+        subject=subject,
     )
-    for image in (stranger, gone, huge):
+    for image in (stranger, another, gone, huge):
         server.manifests[image.digest] = image.raw
-    listed = [image.as_referrer().to_json() for image in (stranger, gone, huge)]
-    server.manifests[TAG] = index(*listed, entry(1))
-    assert attach.pull_referrers(layout, weak, "x", SUBJECT) == ([], 4)
-    assert layout.entries() == []
+    listed = [image.as_referrer().to_json() for image in (stranger, another, gone, huge)]
+    server.manifests[fallback_tag(base.digest)] = index(*listed, entry(1))
+    assert attach.pull_referrers(layout, weak, "x", base.digest) == ([], 5)
+    assert [e.name for e in layout.entries()] == ["web:1"]
     assert server.asked("GET", f"/blobs/{of_bytes(b'huge')}") == []
 
 
@@ -627,6 +665,7 @@ def ovm(tmp_path: Path) -> Ovm:
     return Ovm(tmp_path / "root", tmp_path / "home")
 
 
+@ONE
 def test_the_tree_of_a_registry(
     ovm: Ovm, layout: Layout, client: RegistryClient, ref: Reference, base: ImageManifest, sbom: Path
 ) -> None:
@@ -666,6 +705,7 @@ def test_hostile_words_do_not_reach_the_terminal(ovm: Ovm, server: Server, tmp_p
     assert "\x1b" not in ovm.ok("referrers", f"{server.host}/x:1", "--json").out
 
 
+@ONE
 def test_attach_and_push_what_is_local(ovm: Ovm, client: RegistryClient, ref: Reference, sbom: Path) -> None:
     store = Layout(ovm.root / "store")
     image = add(store, ref)

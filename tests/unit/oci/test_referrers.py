@@ -11,7 +11,7 @@ from ovms.artifact import attach
 from ovms.artifact.attach import Attachment
 from ovms.errors import FileProblem, InputError, ReferenceNotFound
 from ovms.oci import referrers
-from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
+from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, parse_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.referrers import Listing, Node, tree
 from ovms.spec import mediatypes
@@ -47,25 +47,25 @@ def shape(nodes: list[Node]) -> list[object]:
 
 
 def test_a_tree_has_referrers_of_referrers() -> None:
-    nodes, complete = tree(named(1), lister({1: [2, 3], 2: [4], 4: [5]}))
+    nodes, complete = tree([named(1)], lister({1: [2, 3], 2: [4], 4: [5]}))
     assert (shape(nodes), complete) == ([(2, [(4, [(5, [])])]), (3, [])], True)
 
 
 def test_what_was_shown_is_not_followed_again() -> None:
     # no honest registry can have a loop, whose digests would have to hold each other
-    nodes, _ = tree(named(1), lister({1: [2, 3, 1], 2: [3, 4], 4: [2]}))
+    nodes, _ = tree([named(1)], lister({1: [2, 3, 1], 2: [3, 4], 4: [2]}))
     assert shape(nodes) == [(2, [(3, "again"), (4, [(2, "again")])]), (3, []), (1, "again")]
 
 
 def test_a_type_chooses_among_the_first_level_alone() -> None:
     asked: list[str | None] = []
-    tree(named(1), lister({1: [2], 2: [3]}, asked), artifact_type=SBOM)
+    tree([named(1)], lister({1: [2], 2: [3]}, asked), artifact_type=SBOM)
     assert asked == [SBOM, None, None]
 
 
 @pytest.mark.parametrize(("depth", "levels"), [(1, 1), (3, 3), (8, 8), (100, 8)])
 def test_a_tree_is_as_deep_as_it_may_be(depth: int, levels: int) -> None:
-    nodes, _ = tree(named(1), lister({n: [n + 1] for n in range(1, 50)}), depth=depth)
+    nodes, _ = tree([named(1)], lister({n: [n + 1] for n in range(1, 50)}), depth=depth)
     found = 0
     while nodes:
         found += 1
@@ -75,14 +75,28 @@ def test_a_tree_is_as_deep_as_it_may_be(depth: int, levels: int) -> None:
 
 def test_a_tree_without_end_is_cut_off() -> None:
     asked: list[str | None] = []
-    nodes, complete = tree(named(1), lister({n: range(n * 40, n * 40 + 40) for n in range(1, 2000)}, asked))  # type: ignore[misc]
+    nodes, complete = tree([named(1)], lister({n: range(n * 40, n * 40 + 40) for n in range(1, 2000)}, asked))  # type: ignore[misc]
     assert not complete
     assert len(asked) <= 26  # a request each
     assert len(nodes) == 40
 
 
 def test_a_list_that_was_cut_off_makes_the_tree_incomplete() -> None:
-    assert not tree(named(1), lambda digest, artifact_type: Listing((), complete=False))[1]
+    assert not tree([named(1)], lambda digest, artifact_type: Listing((), complete=False))[1]
+
+
+def test_the_manifests_of_an_index_have_referrers_too() -> None:
+    value = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_INDEX,
+        "manifests": [describe(n).to_json() for n in (1, 1, *range(2, 100))],
+    }
+    index = parse_manifest(json.dumps(value).encode(), "x")
+    found = referrers.roots(index)
+    assert found[:3] == [index.digest, named(1), named(2)]
+    assert len(found) == len(set(found)) == referrers.ROOTS_MAX
+    nodes, _ = tree(found, lister({2: [200]}))
+    assert [(node.subject, node.descriptor.size) for node in nodes] == [(named(2), 200)]
 
 
 # --- attaching in the store ----------------------------------------------------------------------------------------
@@ -142,11 +156,11 @@ def test_local_referrers_are_found_named_or_not(layout: Layout, sbom: Path) -> N
     snapshot = add(layout, "web:warm", b"snapshot", subject=base.descriptor())
     deeper = attach_to(layout, added.digest, sbom, about="the sbom")
     layout.path(add(layout, "broken:1", b"broken").digest).unlink()
-    nodes, _ = tree(base.digest, referrers.local_lister(layout))
+    nodes, _ = tree([base.digest], referrers.local_lister(layout))
     assert [node.descriptor.digest for node in nodes] == [added.digest, snapshot.digest]
     assert [node.descriptor.digest for node in nodes[0].children] == [deeper.digest]
     assert nodes[0].children[0].descriptor.annotations["about"] == "the sbom"
-    nodes, _ = tree(base.digest, referrers.local_lister(layout), artifact_type=SBOM)
+    nodes, _ = tree([base.digest], referrers.local_lister(layout), artifact_type=SBOM)
     assert [node.descriptor.digest for node in nodes] == [added.digest]
 
 

@@ -40,7 +40,7 @@ def _pull_referrers(text: str, context: Context) -> list[str]:
     from ovms.artifact import attach, resolve
 
     reference = resolve.pushable(text)
-    top = attach.local_descriptor(context.layout, text)
+    top = attach.local_manifest(context.layout, text)
     client = context.connect(reference.registry or "")
     fetched, left_out = attach.pull_referrers(
         context.layout, client, reference.repository, top.digest, context.progress

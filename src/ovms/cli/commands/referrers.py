@@ -1,6 +1,7 @@
 """Show what refers to an artifact (signatures, SBOMs, snapshots), and what refers to that, as a tree.
 
-A name with a registry in it is looked up there, a local name in the local store.
+A name with a registry in it is looked up there, a local name in the local store. Of an index, what refers to one of its
+manifests is shown, too.
 """
 
 from __future__ import annotations
@@ -32,34 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.artifact.attach import local_descriptor, remote_descriptor
+    from ovms.artifact.attach import local_manifest, remote_manifest
     from ovms.oci import referrers
     from ovms.oci.reference import Reference
 
     reference = Reference.parse(args.reference)
     if reference.registry is None or args.local:
-        digest = local_descriptor(context.layout, args.reference).digest
+        manifest = local_manifest(context.layout, args.reference)
         listed = referrers.local_lister(context.layout)
     else:
         client = context.connect(reference.registry)
-        digest = remote_descriptor(client, reference).digest
+        manifest = remote_manifest(client, reference)
         listed = referrers.lister(client, reference.repository)
     depth = args.depth or referrers.DEPTH_MAX
-    nodes, complete = referrers.tree(digest, listed, artifact_type=args.type, depth=depth)
+    nodes, complete = referrers.tree(referrers.roots(manifest), listed, artifact_type=args.type, depth=depth)
     if not complete:
         output.say("there are more referrers than are shown")
     if args.json:
         output.answer_json(
             {
                 "name": args.reference,
-                "digest": digest,
+                "digest": manifest.digest,
                 "complete": complete,
                 "referrers": [_to_json(node) for node in nodes],
             }
         )
     else:
-        output.answer(args.reference if "sha256:" in args.reference else f"{args.reference}@{digest}")
-        _print(nodes, "")
+        output.answer(args.reference if "sha256:" in args.reference else f"{args.reference}@{manifest.digest}")
+        _print(nodes, "", manifest.digest)
     return Exit.OK
 
 
@@ -76,6 +77,7 @@ def _to_json(node: Node) -> dict[str, Any]:
         "media_type": found.media_type,
         "artifact_type": found.artifact_type,
         "size": found.size,
+        "subject": node.subject,
         "created": _created(node),
         "annotations": dict(found.annotations),
     }
@@ -84,7 +86,7 @@ def _to_json(node: Node) -> dict[str, Any]:
     return {**value, "referrers": [_to_json(child) for child in node.children]}
 
 
-def _print(nodes: list[Node], indent: str) -> None:
+def _print(nodes: list[Node], indent: str, subject: str) -> None:
     from ovms.spec import mediatypes
 
     for i, node in enumerate(nodes):
@@ -95,6 +97,8 @@ def _print(nodes: list[Node], indent: str) -> None:
         if created is not None:
             age = output.ago(created)
             facts.append(f"{age} ago" if age != "?" else "?")
+        if node.subject != subject:
+            facts.append(f"(of {node.subject} in the index)")
         if node.repeated:
             facts.append("(see above)")
         output.answer(f"{indent}{'└──' if last else '├──'} {'  '.join(facts)}")
@@ -102,7 +106,7 @@ def _print(nodes: list[Node], indent: str) -> None:
         shown = [(k, v) for k, v in sorted(found.annotations.items()) if k != mediatypes.CREATED_ANNOTATION]
         for key, text in shown[:_ANNOTATIONS_SHOWN] if not node.repeated else ():
             output.answer(f"{deeper}{'│' if node.children else ' '}   {_cut(key)}: {_cut(text)}")
-        _print(node.children, deeper)
+        _print(node.children, deeper, found.digest)
 
 
 def _cut(text: str) -> str:
