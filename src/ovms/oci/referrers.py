@@ -60,6 +60,8 @@ _ANYTHING: Final = ", ".join(
 )
 #: Looks at a fallback index that others write to, too.
 _TRIES: Final = 60
+#: Seconds after which no further look begins.
+_TIME_MAX: Final = 120.0
 #: Seconds before an entry that was written is looked for: at least so many, and so many times what reading and writing
 #: took.
 _SETTLE: Final = 0.2
@@ -234,7 +236,10 @@ def add(client: RegistryClient, repository: str, entry: Descriptor, subject: Dig
     """
     state = _Adding(client, repository, entry, subject)
     failures = 0
-    for _ in range(_TRIES):
+    end = time.monotonic() + _TIME_MAX
+    for number in range(_TRIES):
+        if number and time.monotonic() > end:
+            break
         try:
             if state.step():
                 return
@@ -245,6 +250,8 @@ def add(client: RegistryClient, repository: str, entry: Descriptor, subject: Dig
             if failures == 5:
                 raise
             time.sleep(client.pause(exc, failures))
+    if state.confirmed:
+        return  # there when last looked for, though others still write
     raise RegistryProtocol(
         f"{client.host} does not keep {entry.digest} among the referrers of {subject}: other clients write them, too",
         hint="the artifact itself was pushed; push it again later to have it listed",
@@ -262,7 +269,7 @@ class _Adding:
         self._written: list[Any] | None = None
         self._disturbed = False
         self._there = False
-        self._confirmed = 0
+        self.confirmed = 0
         self._settle = _SETTLE
 
     def step(self) -> bool:
@@ -272,17 +279,18 @@ class _Adding:
         if index is None and self._there:
             # docker-registry says so, too, in the moment in which another client writes the tag
             self._there = False
+            time.sleep(self._settle)
             return False
         self._there = index is not None
         entries = [] if index is None else index["manifests"]
         if self._written not in (None, entries):
             self._disturbed = True
         if any(isinstance(e, dict) and e.get("digest") == self._entry.digest for e in entries):
-            self._confirmed += 1
-            if self._written is None or self._confirmed >= (_CONFIRMATIONS if self._disturbed else 1):
+            self.confirmed += 1
+            if self._written is None or self.confirmed >= (_CONFIRMATIONS if self._disturbed else 1):
                 return True
         else:
-            self._confirmed = 0
+            self.confirmed = 0
             # Noted before the attempt: one that fails may have been carried out all the same.
             self._written = [*entries, self._entry.to_json()]
             self._write(index, self._written)

@@ -283,7 +283,7 @@ def test_oras_finds_what_is_attached_in_the_store(layout: Layout, ref: Reference
 def test_skopeo_reads_a_store_with_nameless_entries(layout: Layout, sbom: Path) -> None:
     image = add(layout, "web:1")
     attach.attach_local(layout, "web:1", Attachment(sbom, SBOM, SBOM, {}))
-    command = [find_tool("skopeo"), "inspect", "--raw", f"oci:{layout.root}:web:1"]
+    command = [str(find_tool("skopeo")), "inspect", "--raw", f"oci:{layout.root}:web:1"]
     assert subprocess.run(command, check=True, capture_output=True, timeout=60).stdout == image.raw
 
 
@@ -325,7 +325,7 @@ def test_the_fallback_index_says_what_the_api_would(
     assert second["artifactType"] == "application/x"  # that of the config, where the manifest has none
     name = f"docker://{ref.name}:{fallback_tag(base.digest)}"
     done = subprocess.run(
-        [find_tool("skopeo"), "inspect", "--raw", "--tls-verify=false", name],
+        [str(find_tool("skopeo")), "inspect", "--raw", "--tls-verify=false", name],
         check=True,
         capture_output=True,
         timeout=60,
@@ -497,6 +497,14 @@ def test_a_registry_that_keeps_nothing_ends_in_an_error(server: Server, weak: Re
         referrers.add(weak, "x", mine(), SUBJECT)
     assert "push it again" in (caught.value.hint or "")
     assert len(server.asked("PUT", TAG)) <= 60
+
+
+def test_others_without_end_end_in_time(server: Server, weak: RegistryClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(referrers, "_TIME_MAX", 0.0)
+    server.faults = [("PUT", TAG, faulty.status(201))] * 1000
+    with pytest.raises(RegistryProtocol, match="does not keep"):
+        referrers.add(weak, "x", mine(), SUBJECT)
+    assert len(server.asked("PUT", TAG)) == 1
 
 
 def test_a_registry_that_fails_ends_in_its_error(server: Server, weak: RegistryClient) -> None:
