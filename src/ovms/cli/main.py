@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "inspect": "Show what an artifact or an instance is made of",
     "validate": "Check a file or an artifact against the specification",
     "tag": "Give an artifact another name",
+    "attach": "Attach a file to an artifact: a signature, an SBOM",
+    "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
     "rmi": "Remove artifacts from the local store",
     "run": "Start a VM from an artifact",
     "ps": "List instances",

@@ -57,3 +57,10 @@ def count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number")
     return int(text)
+
+
+def depth(text: str) -> int:
+    """Levels of a tree of referrers."""
+    if text not in map(str, range(1, 9)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is no depth (1 to 8)")
+    return int(text)

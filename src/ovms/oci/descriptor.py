@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ovms.errors import RegistryProtocol
@@ -100,6 +100,11 @@ class ImageManifest:
         """What an index says of this manifest."""
         return Descriptor(mediatypes.OCI_MANIFEST, self.digest, len(self.raw), artifact_type=self.artifact_type)
 
+    def as_referrer(self) -> Descriptor:
+        """What a list of referrers says of this manifest: its type and its annotations, too."""
+        artifact_type = self.artifact_type or self.config.media_type
+        return replace(self.descriptor(), artifact_type=artifact_type, annotations=self.annotations)
+
 
 @dataclass(frozen=True)
 class ImageIndex:
@@ -108,6 +113,21 @@ class ImageIndex:
     raw: bytes
     manifests: tuple[Descriptor, ...]
     annotations: Mapping[str, str]
+    artifact_type: str | None = None
+    subject: Descriptor | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the original bytes."""
+        return of_bytes(self.raw)
+
+    def descriptor(self) -> Descriptor:
+        """What an index says of this index."""
+        return Descriptor(mediatypes.OCI_INDEX, self.digest, len(self.raw), artifact_type=self.artifact_type)
+
+    def as_referrer(self) -> Descriptor:
+        """What a list of referrers says of this index: its annotations, too."""
+        return replace(self.descriptor(), annotations=self.annotations)
 
 
 def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
@@ -123,6 +143,12 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     if value.get("schemaVersion") != 2:
         raise RegistryProtocol(f"{where}.schemaVersion is not 2")
     media_type = value.get("mediaType")
+    artifact_type = value.get("artifactType")
+    if artifact_type is not None and not isinstance(artifact_type, str):
+        raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
+    subject = None
+    if value.get("subject") is not None:
+        subject = Descriptor.from_json(value["subject"], f"{where}.subject")
     if media_type == mediatypes.OCI_INDEX or (media_type is None and "manifests" in value):
         manifests = value.get("manifests")
         if not isinstance(manifests, list) or "config" in value:
@@ -131,6 +157,8 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
             raw,
             tuple(Descriptor.from_json(m, f"{where}.manifests[{i}]") for i, m in enumerate(manifests)),
             annotations_of(value, where),
+            artifact_type,
+            subject,
         )
     if media_type not in (mediatypes.OCI_MANIFEST, None) or "manifests" in value:
         raise RegistryProtocol(
@@ -140,16 +168,12 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     layers = value.get("layers")
     if not isinstance(layers, list) or len(layers) > limits.OCI_LAYERS_MAX:
         raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}")
-    artifact_type = value.get("artifactType")
-    if artifact_type is not None and not isinstance(artifact_type, str):
-        raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
-    subject = value.get("subject")
     return ImageManifest(
         raw,
         artifact_type,
         Descriptor.from_json(value.get("config"), f"{where}.config"),
         tuple(Descriptor.from_json(layer, f"{where}.layers[{i}]") for i, layer in enumerate(layers)),
-        None if subject is None else Descriptor.from_json(subject, f"{where}.subject"),
+        subject,
         annotations_of(value, where),
     )
 
@@ -176,3 +200,10 @@ def build_manifest(
         value["annotations"] = dict(annotations)
     raw = strictjson.canonical(value)
     return ImageManifest(raw, artifact_type, config, layers, subject, annotations or {})
+
+
+def with_subject(manifest: ImageManifest | ImageIndex, subject: Descriptor) -> ImageManifest | ImageIndex:
+    """The same manifest with another ``subject``; whatever else stands in it stays."""
+    value = strictjson.parse(manifest.raw, "the manifest", max_size=limits.OCI_MANIFEST_MAX)
+    value["subject"] = Descriptor(subject.media_type, subject.digest, subject.size).to_json()
+    return parse_manifest(strictjson.canonical(value), "the manifest")

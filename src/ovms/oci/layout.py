@@ -12,6 +12,9 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
 
+An entry of index.json without a name whose manifest has a ``subject`` is a *referrer* (a signature, an SBOM), kept as
+``oras`` keeps it: the collector leaves it as long as its subject is there, and takes it away with that.
+
 A writer holds ``ovms.lock`` shared from its first blob until the name in ``index.json`` (or the instance's record) that
 keeps the blobs alive, so the collector never takes what is not named *yet*.
 """
@@ -23,7 +26,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -364,11 +367,27 @@ class Layout:
             index["manifests"] = [m for m in index["manifests"] if _name_of(m) != name] + [item]
             self._write_index(index)
 
-    def remove_name(self, name: str) -> bool:
-        """Takes *name* away; the blobs stay until :meth:`collect`. False when there was no such name."""
+    def add_nameless(self, descriptor: Descriptor) -> None:
+        """Lists *descriptor* without a name, unless it is listed so."""
+        item = descriptor.to_json()
         with self._index_lock():
             index = self._read_index()
-            kept = [m for m in index["manifests"] if _name_of(m) != name]
+            if not any(_is_nameless(m, descriptor.digest) for m in index["manifests"]):
+                index["manifests"].append(item)
+                self._write_index(index)
+
+    def remove_name(self, name: str) -> bool:
+        """Takes *name* away; the blobs stay until :meth:`collect`. False when there was no such name."""
+        return self._remove(lambda item: _name_of(item) == name)
+
+    def remove_nameless(self, digests: Collection[Digest]) -> bool:
+        """Takes the entries without a name of these digests away. False when there were none."""
+        return self._remove(lambda item: any(_is_nameless(item, digest) for digest in digests))
+
+    def _remove(self, unwanted: Callable[[Any], bool]) -> bool:
+        with self._index_lock():
+            index = self._read_index()
+            kept = [m for m in index["manifests"] if not unwanted(m)]
             if len(kept) == len(index["manifests"]):
                 return False
             index["manifests"] = kept
@@ -405,10 +424,37 @@ class Layout:
                 answer.update(blob.digest for blob in manifest.blobs)
         return answer
 
+    def live(self, keep: set[Digest]) -> tuple[set[Digest], set[Digest]]:
+        """All that *keep* and the index reach; and the nameless referrers whose subjects are not among it."""
+        roots = set(keep)
+        referrers: dict[Digest, Digest] = {}
+        for entry in self.entries():
+            subject = None if entry.name else self._subject(entry.descriptor.digest)
+            if subject is None:
+                roots.add(entry.descriptor.digest)
+            else:
+                referrers[entry.descriptor.digest] = subject
+        live: set[Digest] = set()
+        for digest in roots:
+            live |= self.reachable(digest)
+        # referrers have referrers
+        while found := [digest for digest, subject in referrers.items() if subject in live]:
+            for digest in found:
+                live |= self.reachable(digest)
+                del referrers[digest]
+        return live, set(referrers)
+
+    def _subject(self, digest: Digest) -> Digest | None:
+        try:
+            subject = self.manifest(digest).subject
+        except OvmsError:  # nobody knows whose it is: it stays
+            return None
+        return None if subject is None else subject.digest
+
     # --- clean-up ----------------------------------------------------------------------------------------------
 
     def collect(self, keep: Callable[[], set[Digest]]) -> int | None:
-        """Removes the blobs that neither a name nor *keep* reaches, and stale work.
+        """Removes the blobs that neither a name nor *keep* reaches (see :meth:`live`), and stale work.
 
         *keep* gives the digests of manifests that are in use without a name; it is asked under the lock, when nobody
         can begin to use another.
@@ -421,9 +467,9 @@ class Layout:
                 fsutil.sweep_staging(self.staging_root)
                 with self._index_lock():
                     fsutil.sweep_temporaries(self.root / "index.json")
-                live: set[Digest] = set()
-                for digest in keep() | {entry.descriptor.digest for entry in self.entries()}:
-                    live |= self.reachable(digest)
+                live, orphans = self.live(keep())
+                if orphans:
+                    self.remove_nameless(orphans)
                 names = {hex_of(digest) for digest in live}
                 freed = 0
                 for directory in (self.blob_dir, self.derived_dir):
@@ -439,6 +485,10 @@ def _name_of(item: Any) -> str:
     if isinstance(item, dict) and isinstance(item.get("annotations"), dict):
         return str(item["annotations"].get(mediatypes.REF_NAME_ANNOTATION, ""))
     return ""
+
+
+def _is_nameless(item: Any, digest: Digest) -> bool:
+    return not _name_of(item) and isinstance(item, dict) and item.get("digest") == digest
 
 
 def _allocated(fd: int) -> int:

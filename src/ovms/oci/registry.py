@@ -9,7 +9,8 @@ import email.utils
 import random
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Final, Protocol, Self, TypeVar
@@ -26,12 +27,24 @@ from ovms.errors import (
 )
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
-from ovms.oci.descriptor import Descriptor, ImageIndex, parse_manifest
-from ovms.oci.http import BUFFER, CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Refused, Transport, next_url, shown
+from ovms.oci.descriptor import Descriptor
+from ovms.oci.http import (
+    BUFFER,
+    CONNECT_TIMEOUT,
+    READ_TIMEOUT,
+    Answer,
+    Broken,
+    Refused,
+    Transport,
+    host_of,
+    next_url,
+    origin,
+    shown,
+)
 from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
 from ovms.spec import limits, mediatypes, strictjson
-from ovms.spec.digest import Digest, hex_of, is_digest, of_bytes
+from ovms.spec.digest import Digest, is_digest, of_bytes
 
 T = TypeVar("T")
 
@@ -42,6 +55,8 @@ _BACKOFF: Final = 0.2
 _WAIT_MAX: Final = 30.0
 #: Statuses after which another try may go better.
 _BUSY: Final = frozenset({429, 500, 502, 503, 504})
+#: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
+_BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
 
@@ -54,6 +69,20 @@ CHUNKED_FROM: Final = 128 * limits.MIB
 CHUNK: Final = 64 * limits.MIB
 #: Answers to a first chunk by registries that take none, or none of that size.
 _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
+
+
+#: Answers by registries without the referrers API.
+_NO_REFERRERS: Final = frozenset({400, 404, 405, 501})
+#: ``Link: <url>; rel="next"``: which parameters stand before ``rel`` does not matter.
+_NEXT: Final = re.compile(r'<([^<>]{1,4096})>\s*(?:;[^<>,;]{1,300}){0,4};\s*rel="?next"?')
+
+
+@dataclass(frozen=True)
+class ReferrersPage:
+    """An answer of the referrers API, not looked into, and where the list goes on."""
+
+    raw: bytes
+    next: str | None
 
 
 class _NoChunks(Exception):
@@ -112,19 +141,20 @@ class RegistryClient:
 
     # --- manifests ---------------------------------------------------------------------------------------------
 
-    def get_manifest(self, reference: Reference) -> tuple[bytes, Descriptor]:
-        """A manifest or index, and its descriptor.
+    def get_manifest(self, reference: Reference, *, accept: str = _MANIFEST_TYPES) -> tuple[bytes, Descriptor]:
+        """A manifest or index, and its descriptor. For what is of no type in *accept*, some registries say that
+        there is nothing.
 
         Raises:
             ReferenceNotFound: the registry has none of that name.
             DigestMismatch: it is not the one that the reference's digest promises.
             RegistryError: and its kinds: as the registry met us.
         """
-        return self.retrying(lambda: self._get_manifest(reference))
+        return self.retrying(lambda: self._get_manifest(reference, accept))
 
-    def _get_manifest(self, reference: Reference) -> tuple[bytes, Descriptor]:
+    def _get_manifest(self, reference: Reference, accept: str) -> tuple[bytes, Descriptor]:
         path = f"{reference.repository}/manifests/{reference.target}"
-        with self._request("GET", path, reference.repository, "pull", {"Accept": _MANIFEST_TYPES}) as answer:
+        with self._request("GET", path, reference.repository, "pull", {"Accept": accept}) as answer:
             if answer.status == 404:
                 raise ReferenceNotFound(
                     f"the registry {self.host} has no artifact {reference}",
@@ -146,9 +176,16 @@ class RegistryClient:
             )
         return raw, Descriptor(shown(media_type), digest, len(raw))
 
-    def put_manifest(self, repository: str, target: str, raw: bytes, media_type: str) -> bool:
-        """Uploads a manifest under a tag or its digest. Whether the registry takes care of its ``subject``."""
-        return self.retrying(lambda: self._put_manifest(repository, target, raw, media_type))
+    def put_manifest(self, repository: str, target: str, raw: bytes, media_type: str, *, retry: bool = True) -> bool:
+        """Uploads a manifest under a tag or its digest. Whether the registry takes care of its ``subject``.
+
+        Without *retry*: one attempt, for what may be out of date a moment later.
+        """
+
+        def attempt() -> bool:
+            return self._put_manifest(repository, target, raw, media_type)
+
+        return self.retrying(attempt) if retry else attempt()
 
     def _put_manifest(self, repository: str, target: str, raw: bytes, media_type: str) -> bool:
         path = f"{repository}/manifests/{target}"
@@ -339,35 +376,38 @@ class RegistryClient:
 
     # --- referrers ---------------------------------------------------------------------------------------------
 
-    def referrers(self, repository: str, digest: Digest) -> list[Descriptor]:
-        """What names the manifest *digest* as its subject: by the API, and by the fallback tag, each once.
+    def referrers_page(
+        self, repository: str, digest: Digest, *, artifact_type: str | None = None, url: str | None = None
+    ) -> ReferrersPage | None:
+        """A page of what names *digest* as its subject: the first, or that at *url*. None: there is no such API.
+
+        *artifact_type* is a wish: not every registry filters.
 
         Raises:
-            RegistryError: and its kinds: as the registry met us.
+            RegistryError: and its kinds: as the registry met us; the next page would be another server's.
         """
-        found: dict[Digest, Descriptor] = {}
-        for raw in (self._referrers_api(repository, digest), self.fallback_index(repository, digest)):
-            for descriptor in _descriptors(raw):
-                found.setdefault(descriptor.digest, descriptor)
-        return list(found.values())
+        path = f"{repository}/referrers/{digest}"
+        if artifact_type is not None:
+            path += f"?{urlencode({'artifactType': artifact_type})}"
 
-    def _referrers_api(self, repository: str, digest: Digest) -> bytes | None:
-        def attempt() -> bytes | None:
-            path = f"{repository}/referrers/{digest}"
-            with self._request("GET", path, repository, "pull", {"Accept": mediatypes.OCI_INDEX}) as answer:
-                if answer.status in (400, 404, 405, 501):  # what registries without it say
+        def attempt() -> ReferrersPage | None:
+            headers = {"Accept": mediatypes.OCI_INDEX}
+            with self._request("GET", url or path, repository, "pull", headers) as answer:
+                if answer.status in _NO_REFERRERS:
                     return None
                 self._expect(answer, 200, f"the referrers of {digest}", repository)
-                return answer.read(limits.OCI_MANIFEST_MAX)
+                return ReferrersPage(answer.read(limits.OCI_MANIFEST_MAX), self._next_page(answer))
 
         return self.retrying(attempt)
 
-    def fallback_index(self, repository: str, digest: Digest) -> bytes | None:
-        """The index under the fallback tag of *digest*; None where there is none."""
-        try:
-            return self.get_manifest(Reference(self.host, repository, f"sha256-{hex_of(digest)}"))[0]
-        except ReferenceNotFound:
+    def _next_page(self, answer: Answer) -> str | None:
+        match = _NEXT.search(", ".join(answer.headers("link")))
+        if match is None:
             return None
+        target = next_url(answer.url, match[1])
+        if origin(target) != origin(self._base):
+            raise RegistryProtocol(f"{self.host} continues its list at another server, {host_of(target)}")
+        return target
 
     # --- requests ----------------------------------------------------------------------------------------------
 
@@ -440,6 +480,8 @@ class RegistryClient:
         if answer.status in _BUSY:
             raise self._busy(answer, what)
         said = _error_text(answer)
+        if _BLOB_UNKNOWN in said:
+            raise Busy(f"the registry {self.host} has not all blobs for {what}: {said}", None)
         if answer.status in (401, 403):
             known = self._known.get(repository) is not None
             raise auth.denied(self.host, f"repository:{repository}:", has_credential=known, said=said)
@@ -468,18 +510,6 @@ def _with_digest(url: str, digest: Digest) -> str:
     return f"{url}{'&' if '?' in url else '?'}digest={quote(digest, safe='')}"
 
 
-def _descriptors(raw: bytes | None) -> Iterator[Descriptor]:
-    # A registry's list of strangers' manifests: what is malformed in it is left out.
-    if raw is None:
-        return
-    try:
-        index = parse_manifest(raw, "the referrers")
-    except (JsonInvalid, RegistryProtocol):
-        return
-    if isinstance(index, ImageIndex):
-        yield from index.manifests
-
-
 def _error_text(answer: Answer) -> str:
     # {"errors": [{"code", "message", "detail"}]}
     try:
@@ -490,4 +520,4 @@ def _error_text(answer: Answer) -> str:
         return ""
 
 
-__all__ = ["BUFFER", "Busy", "CredentialSource", "RegistryClient"]
+__all__ = ["BUFFER", "Busy", "CredentialSource", "ReferrersPage", "RegistryClient"]

@@ -9,13 +9,13 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
-from ovms.oci import partial, ranges, workers
+from ovms.oci import partial, ranges, referrers, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
@@ -23,15 +23,13 @@ from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
 from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
 from ovms.progress import NULL, Progress, Task
-from ovms.spec import limits, mediatypes, strictjson
+from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
-#: Tries to get one's entry into a fallback index that others write to, too.
-_REFERRER_TRIES: Final = 8
 
 
 class _Stopped(OvmsError):
@@ -85,6 +83,17 @@ def pull(
             layout.add_bytes(raw)
         layout.set_name(name or str(reference), top)
         return top
+
+
+def fetch(
+    layout: Layout, client: RegistryClient, repository: str, image: ImageManifest, progress: Progress = NULL
+) -> None:
+    """Fetches a manifest's blobs, and keeps it with them; no name stands for it yet. Raises like :func:`pull`."""
+    missing = [blob for blob in image.blobs if not layout.has(blob)]
+    fsutil.require_space(layout.root, sum(blob.size for blob in missing), f"pulling {image.digest}")
+    _Download(layout, client, repository, progress).blobs(list(image.blobs), missing)
+    layout.sync()
+    layout.add_bytes(image.raw)
 
 
 def _choose(
@@ -252,7 +261,11 @@ class _Download:
 
 
 def push(
-    layout: Layout, client: RegistryClient, reference: Reference, digest: Digest, progress: Progress = NULL
+    layout: Layout,
+    client: RegistryClient,
+    reference: Reference,
+    digest: Digest,
+    progress: Progress = NULL,
 ) -> None:
     """Uploads the artifact *digest* as *reference*: what the registry lacks of its blobs, then its manifest.
 
@@ -269,34 +282,66 @@ def push(
                     image = layout.manifest(child.digest)
                     if isinstance(image, ImageManifest):
                         upload.image(image, child.digest)
-            media_type = mediatypes.OCI_INDEX
-            client.put_manifest(reference.repository, reference.tag or digest, manifest.raw, media_type)
         else:
-            upload.image(manifest, reference.tag or digest)
+            upload.blobs(manifest)
+        upload.manifest(manifest, reference.tag or digest)
+
+
+def push_files(
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    image: ImageManifest,
+    files: Mapping[Digest, Path],
+    progress: Progress = NULL,
+) -> None:
+    """Uploads an artifact whose blobs are *files*, and under no tag: nothing of it comes into the store.
+
+    Raises:
+        RegistryError: and its kinds: as the registry met us; among them that a file was changed meanwhile.
+    """
+    _Upload(layout, client, repository, progress, files).image(image, image.digest)
 
 
 class _Upload:
-    def __init__(self, layout: Layout, client: RegistryClient, repository: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        client: RegistryClient,
+        repository: str,
+        progress: Progress,
+        files: Mapping[Digest, Path] | None = None,
+    ) -> None:
         self._layout = layout
         self._client = client
         self._repository = repository
         self._progress = progress
+        self._files = files or {}
         self._elsewhere: dict[Digest, str] | None = None
         self._lock = threading.Lock()
 
     def image(self, image: ImageManifest, target: str) -> None:
         """Every blob, several at once; then the manifest."""
+        self.blobs(image)
+        self.manifest(image, target)
+
+    def blobs(self, image: ImageManifest) -> None:
+        """Every blob, several at once."""
         for blob in image.blobs:
-            if not self._layout.has(blob):
+            if blob.digest not in self._files and not self._layout.has(blob):
                 raise BlobNotFound(
                     f"the store has lost the blob {blob.digest}",
                     hint="build or pull the artifact again",
                     digest=blob.digest,
                 )
         workers.run_all([self._job(blob) for blob in sorted(image.blobs, key=lambda blob: -blob.size)])
-        handled = self._client.put_manifest(self._repository, target, image.raw, mediatypes.OCI_MANIFEST)
-        if image.subject is not None and not handled:
-            _add_referrer(self._client, self._repository, image, image.subject)
+
+    def manifest(self, manifest: ImageManifest | ImageIndex, target: str) -> None:
+        """The manifest, and what lets it be found by its subject."""
+        entry = manifest.as_referrer()
+        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
+        if manifest.subject is not None and not handled:
+            referrers.add(self._client, self._repository, entry, manifest.subject.digest)
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def send(stopped: Callable[[], bool]) -> None:
@@ -308,7 +353,8 @@ class _Upload:
                 ):
                     task.note(f"mounted from {source}")
                 else:
-                    body = _Body(self._layout.path(blob.digest), task, stopped)
+                    path = self._files.get(blob.digest) or self._layout.path(blob.digest)
+                    body = _Body(path, task, stopped)
                     with contextlib.closing(body):
                         self._client.push_blob(self._repository, blob, body.open)
 
@@ -383,43 +429,3 @@ class _Reader:
 
     def close(self) -> None:
         self._file.close()
-
-
-# --- referrers -------------------------------------------------------------------------------------------------------
-
-
-def _add_referrer(client: RegistryClient, repository: str, image: ImageManifest, subject: Descriptor) -> None:
-    """The tag fallback of the distribution specification, for a registry without a referrers API.
-
-    The specification has no way to replace a tag only if nobody else did meanwhile. So the index is read again after it
-    was written, and written again when another client's entry took ours away: the last of several to finish keeps all.
-    """
-    tag = f"sha256-{hex_of(subject.digest)}"
-    entry = image.descriptor().to_json()
-    if image.annotations:
-        entry["annotations"] = dict(image.annotations)
-    for attempt in range(_REFERRER_TRIES):
-        entries = _entries(client.fallback_index(repository, subject.digest), subject.digest)
-        if any(isinstance(e, dict) and e.get("digest") == image.digest for e in entries):
-            return
-        if attempt:
-            time.sleep(client.pause(Broken("another client writes, too"), min(attempt, 4)))
-        index = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [*entries, entry]}
-        client.put_manifest(repository, tag, strictjson.canonical(index), mediatypes.OCI_INDEX)
-    raise RegistryProtocol(
-        f"{client.host} does not keep the referrers of {subject.digest}: other clients write them, too",
-        hint="try again",
-    )
-
-
-def _entries(raw: bytes | None, digest: Digest) -> list[object]:
-    from ovms.errors import JsonInvalid
-
-    if raw is None:
-        return []
-    try:
-        value = strictjson.parse(raw, f"the referrers of {digest}", max_size=limits.OCI_MANIFEST_MAX)
-    except JsonInvalid:
-        return []
-    entries = value.get("manifests") if isinstance(value, dict) else None
-    return entries if isinstance(entries, list) else []

@@ -8,6 +8,7 @@ from ovms.cli import output
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import InUse, ReferenceNotFound
+from ovms.spec.digest import Digest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +44,14 @@ def _remove(context: Context, text: str, *, force: bool) -> list[str]:
             instances=users,
         )
     for name in names:
-        context.layout.remove_name(name)
-    return names
+        if name:
+            context.layout.remove_name(name)
+        else:
+            context.layout.remove_nameless({digest})
+    return [name or digest for name in names]
 
 
-def _names(context: Context, text: str) -> tuple[list[str], str]:
+def _names(context: Context, text: str) -> tuple[list[str], Digest]:
     from ovms.artifact.resolve import lookup
 
     entry = lookup(context.layout, text)
