@@ -40,6 +40,9 @@ COMMANDS: Final = {
     "version": "Show the versions of ovms and of what it uses",
 }
 
+#: What ovms runs itself.
+INTERNAL: Final = frozenset({"ended"})
+
 DEBUG_VARIABLE: Final = "OVMS_DEBUG"
 
 
@@ -130,7 +133,7 @@ def _run(arguments: list[str]) -> int:
     if not options.command:
         raise UsageError("no command", hint="'ovm --help' lists them")
     name, *rest = options.command
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in INTERNAL:
         raise UsageError(f"there is no command {name[:40]!a}", hint=_suggestion(name))
     parser, module = command_parser(name)
     args = parser.parse_args(rest)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +46,18 @@ class Status:
     state: State
     ending: Ending | None = None
     exit: Exit | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the VM ended otherwise than by its guest's or its user's will."""
+        return self.state is State.ERROR or (self.ending is Ending.PANICKED and not self.record.stop_requested)
+
+    @property
+    def ran_s(self) -> float | None:
+        """For how many seconds a VM ran that is no more; None where nobody saw its end."""
+        if self.exit is None or self.record.started is None:
+            return None
+        return self.exit.time_ns / 1e9 - datetime.fromisoformat(self.record.started).timestamp()
 
 
 class Instances:
@@ -236,6 +249,7 @@ class Instances:
 
     def recover(self) -> None:
         """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
+        cgroups.sweep({directory.name for directory in self._root.instances.iterdir()})
         for directory in list(self._root.instances.iterdir()):
             if directory.name.startswith(".") or not directory.is_dir():
                 continue

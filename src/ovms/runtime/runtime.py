@@ -21,15 +21,16 @@ from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsuppo
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import jail
+from ovms.runtime import cgroups, jail, restart
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
-from ovms.runtime.record import Record, overlay_name
+from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
+from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
@@ -57,6 +58,7 @@ class RunOptions:
     remove_on_exit: bool = False
     runtime: str = "qemu"
     security: SecurityOptions = field(default_factory=SecurityOptions)
+    restart: Restart | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Runtime:
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
                 ram_image=None if plan.restore is None else plan.restore.image,
+                restart=options.restart,
                 jail=jail.plan(
                     instance_id,
                     plan.machine,
@@ -156,7 +159,7 @@ class Runtime:
             self.instances.create(make, artifact.manifest.name, options.name) as record,
             self._memory(plan.restore) as restore,
         ):
-            config = self._config(artifact, record, plan, restore)
+            config = self._config(artifact, record, plan.layers, restore)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
@@ -228,21 +231,49 @@ class Runtime:
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
-    def _config(self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None) -> VmConfig:
+    def start_again(self, record: Record) -> Record:
+        """Boots an instance anew whose VM is no more, on the disk that the one before has left; its memory is lost.
+
+        Raises:
+            StateConflict: its VM lives.
+            PortInUse, VmmError, …: as for :meth:`start`; the instance stays as it is.
+        """
+        with self.layout.using(), self.instances.locked(record) as newest:
+            if self.instances.status(newest).state.alive:
+                raise StateConflict(f"the instance {newest.name} runs already", instance=newest.name)
+            artifact = self.artifact(newest)
+            layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
+            directory = self.instances.directory(newest.id)
+            written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]
+            chain = open_chain([*layers, *written])
+            port_forwards.settle(newest.ports)
+            count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
+            # noted first: an attempt that kills us counts
+            again = self.instances.save(
+                replace(newest, ram_image=None, restart=count, stop_requested=False, pausing=False, oom_killed=False)
+            )
+            cgroups.remove([procs.parent for procs in again.jail.cgroups])
+            again = replace(again, jail=jail.renew(again.jail, again.id, again.machine))
+            return self._launch(self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None), again)
+
+    def _config(
+        self, artifact: Artifact, record: Record, layers: tuple[Layer, ...], restore: Restore | None
+    ) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
         return VmConfig(
             name=record.name,
             uuid=record.id,
-            machine=plan.machine,
+            machine=record.machine,
             kernel=None if manifest.kernel is None else self.layout.path(Digest(manifest.kernel.ref)),
             initrd=None if manifest.initrd is None else self.layout.path(Digest(manifest.initrd.ref)),
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
-            layers=plan.layers,
-            overlay=directory / record.overlays[0] if record.overlays else None,
+            layers=layers,
+            overlay=directory / record.overlays[-1] if record.overlays else None,
             ports=record.ports,
             restore=restore,
             jail=record.jail,
+            at_end=restart.at_end(str(self.root.path), record),
         )
 
     # --- stop and remove ---------------------------------------------------------------------------------------
