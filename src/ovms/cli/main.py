@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "validate": "Check a file or an artifact against the specification",
     "tag": "Give an artifact another name",
     "rmi": "Remove artifacts from the local store",
+    "prune": "Remove what nothing needs from the local store",
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",

@@ -44,6 +44,11 @@ class Root:
         return cls(Path(data) / "ovms")
 
     @property
+    def store(self) -> Path:
+        """Where the local store is."""
+        return self.path / "store"
+
+    @property
     def instances(self) -> Path:
         """Where the instances' directories are."""
         return self.path / "instances"
@@ -60,7 +65,7 @@ class Root:
             HostError: it can't be made or read.
         """
         try:
-            return Layout(self.path / "store")
+            return Layout(self.store)
         except OSError as exc:
             raise HostError(
                 f"the store in {self.path} cannot be used: {exc.strerror}",
