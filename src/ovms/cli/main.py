@@ -30,6 +30,8 @@ COMMANDS: Final = {
     "tag": "Give an artifact another name",
     "rmi": "Remove artifacts from the local store",
     "prune": "Remove what nothing needs from the local store",
+    "df": "Show what takes room: artifacts, memories, downloads, instances",
+    "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
