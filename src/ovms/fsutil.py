@@ -138,7 +138,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
             f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
-            hint="free some space ('ovm rmi' removes artifacts), or set OVMS_ROOT to a larger file system",
+            hint="free some space ('ovm df' shows what takes it), or set OVMS_ROOT to a larger file system",
             needed=needed,
             available=free,
             path=str(directory),

@@ -139,7 +139,8 @@ class Layout:
 
     def _create(self) -> None:
         with self.index_lock():
-            if not self.index.exists():
+            # with a copy, names may be lost: then it is not for us to begin with none
+            if not self.index.exists() and not self.index_copy.exists():
                 self.write_index(empty_index())
             self.write_marker()
 
@@ -364,10 +365,11 @@ class Layout:
         data = strictjson.canonical(value)
         try:
             fsutil.atomic_write(self.index, data)
-            # One that a power failure makes of no use is as good as none: no reason to wait for the disk twice.
-            fsutil.atomic_write(self.index_copy, data, durable=False)
         except OSError as exc:
             raise (fsutil.disk_full(exc, "writing the store's index", self.root) or exc) from exc
+        # One that a power failure makes of no use is as good as none: no reason to wait for the disk twice, or to fail.
+        with contextlib.suppress(OSError):
+            fsutil.atomic_write(self.index_copy, data, durable=False)
 
     def entries(self) -> list[Entry]:
         """Every name and what it stands for, in the order in which they were set. No name: the empty string."""

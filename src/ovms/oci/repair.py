@@ -96,8 +96,9 @@ def _repair(layout: Layout, finding: Finding, needs: Needs) -> Finding:
             return finding
 
 
-def _quarantine(layout: Layout, path: Path, *, copy: bool = False) -> Path:
-    # A VM that has the file open keeps it: a rename does not touch what is open.
+def _quarantine(layout: Layout, path: Path, *, replaced: bool = False) -> Path:
+    # A VM that has the file open keeps it: a rename does not touch what is open. What is *replaced* next stays where it
+    # is until then, wherever the file system has links (and has them for such a file).
     layout.quarantine_dir.mkdir(mode=0o700, exist_ok=True)
     stem = f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     target = layout.quarantine_dir / stem
@@ -105,40 +106,43 @@ def _quarantine(layout: Layout, path: Path, *, copy: bool = False) -> Path:
     while os.path.lexists(target):
         number += 1
         target = layout.quarantine_dir / f"{stem}-{number}"
-    if copy:
-        os.link(path, target, follow_symlinks=False)
-    else:
+    if not (replaced and _linked(path, target)):
         path.rename(target)
-        fsutil.fsync_dir(path.parent)
     fsutil.fsync_dir(layout.quarantine_dir)
+    fsutil.fsync_dir(path.parent)
     return target
+
+
+def _linked(path: Path, target: Path) -> bool:
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _repair_index(layout: Layout) -> None:
     with layout.index_lock():
-        if os.path.lexists(layout.index):
-            if layout.index.is_dir() and not layout.index.is_symlink():
-                _quarantine(layout, layout.index)
-            else:
-                _quarantine(layout, layout.index, copy=True)
         try:
-            index = layout.read_index()
+            index = _mended(layout, layout.read_index())
         except StoreCorrupt:
-            layout.write_index(_rebuilt(layout))
-            return
-        kept: list[Any] = []
-        names: set[str] = set()
-        for i, item in enumerate(index["manifests"]):
-            try:
-                name = layout.entry(item, i).name
-            except StoreCorrupt:
-                continue
-            if name in names:
-                kept.append(_without_name(item))
-                continue
-            names |= {name} - {""}
-            kept.append(item)
-        layout.write_index({**index, "manifests": kept})
+            index = _rebuilt(layout)
+        if os.path.lexists(layout.index):
+            _quarantine(layout, layout.index, replaced=True)
+        layout.write_index(index)
+
+
+def _mended(layout: Layout, index: dict[str, Any]) -> dict[str, Any]:
+    kept: list[Any] = []
+    names: set[str] = set()
+    for i, item in enumerate(index["manifests"]):
+        try:
+            name = layout.entry(item, i).name
+        except StoreCorrupt:
+            continue
+        kept.append(_without_name(item) if name in names else item)
+        names |= {name} - {""}
+    return {**index, "manifests": kept}
 
 
 def _without_name(item: dict[str, Any]) -> dict[str, Any]:

@@ -202,8 +202,16 @@ def ruin(layout: Layout, content: bytes | None) -> None:
         layout.index.write_bytes(content)
 
 
+@pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"[]", b'{"manifests": 1}'])
-def test_a_damaged_index_is_rebuilt(layout: Layout, content: bytes | None) -> None:
+def test_a_damaged_index_is_rebuilt(
+    layout: Layout, content: bytes | None, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **more: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     images = [add(layout, b"config", bytes([i]), name=f"{i}:1") for i in range(3)]
     before = layout.entries()
     ruin(layout, content)
@@ -215,6 +223,26 @@ def test_a_damaged_index_is_rebuilt(layout: Layout, content: bytes | None) -> No
     assert is_sound(layout)
     assert collect(layout, Needs).items == ()
     assert blobs(layout) == files_of(*images)
+
+
+def test_an_index_that_is_a_directory(layout: Layout) -> None:
+    add(layout, b"config", name="a")
+    layout.index.unlink()
+    layout.index.mkdir()
+    assert repair(layout, Uses).sound
+    assert [e.name for e in layout.entries()] == ["a"]
+    assert quarantined(layout)[0].is_dir()
+
+
+def test_names_are_not_forgotten_when_index_and_marker_are_lost(layout: Layout) -> None:
+    add(layout, b"config", name="a")
+    layout.marker.unlink()
+    ruin(layout, None)
+    again = Layout(layout.root)
+    with pytest.raises(StoreCorrupt):
+        again.entries()
+    assert repair(again, Uses).sound
+    assert [e.name for e in again.entries()] == ["a"]
 
 
 def test_artifacts_without_a_name_are_listed_and_kept(layout: Layout) -> None:

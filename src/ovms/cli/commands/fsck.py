@@ -1,7 +1,7 @@
 """Check the local store: every blob against its digest, every name against what it stands for.
 
-With --repair, what is damaged is moved into the store's directory ovms.quarantine (nothing is deleted but what can be
-made again), a damaged index is rebuilt, and each artifact that lacks something is named with what brings it back.
+With --repair, what is damaged is moved into the store's directory ovms.quarantine, for you to look at and remove (nothing
+is deleted but what can be made again), a damaged index is rebuilt, and each artifact that lacks something is named with what brings it back.
 Others may work while the store is checked; the repair itself waits for them a moment, and gives up when they go on.
 
 Exit code: 0 when the store is sound, or is so now; 10 when something is left.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ovms.cli import output
 from ovms.cli.context import Context
@@ -12,6 +12,9 @@ from ovms.errors import InUse, ReferenceNotFound
 
 if TYPE_CHECKING:
     from ovms.oci.layout import Entry
+
+#: Seconds to wait for others: the names are gone already, and the room can wait.
+_WAIT: Final = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,7 @@ def _collect(context: Context) -> int | None:
     from ovms.oci.collector import collect
 
     try:
-        plan = collect(context.layout, context.runtime.instances.needs)
+        plan = collect(context.layout, context.runtime.instances.needs, wait=_WAIT)
     except Locked:
         # the names are gone, which is what was asked for
         output.say("another ovm process uses the store just now: 'ovm prune' frees the room when it has ended")
