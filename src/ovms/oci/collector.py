@@ -30,7 +30,7 @@ from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
 #: Seconds to wait for those who add or use blobs. A transfer may take an hour: nobody waits for that.
-WAIT: Final = 5.0
+WAIT: Final = 3.0
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 #: ``memory/snapshot.py`` names what it unpacks after the boot that it was unpacked in.

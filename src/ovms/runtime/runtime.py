@@ -17,6 +17,7 @@ from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot
+from ovms.oci.fsck import require_whole
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import ports as port_forwards
@@ -104,10 +105,12 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            BlobNotFound, StoreCorrupt: the store does not have all of it.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        require_whole(self.layout, found.name, artifact.image.blobs)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports)
 

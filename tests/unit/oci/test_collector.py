@@ -98,11 +98,9 @@ def test_a_manifest_that_another_artifact_calls_its_blob_is_followed(layout: Lay
     """Such an artifact may come from any registry, and must not take the blobs of another one with it."""
     victim = add(layout, b"config", b"disk", name="victim")
     hostile = add(layout, b"config2", victim.raw, name="hostile")
-    for order in ([hostile, victim], [victim, hostile]):
-        layout.remove_entries(layout.entries())
-        for i, image in enumerate(order):
-            layout.set_name(str(i), image.descriptor())
-        assert collect(layout, Needs).items == ()
+    for order in ([hostile.digest, victim.digest], [victim.digest, hostile.digest]):
+        assert {hex_of(digest) for digest in reach(layout, order).digests} == files_of(victim, hostile)
+    assert collect(layout, Needs).items == ()
     assert blobs(layout) == files_of(victim, hostile)
 
 

@@ -96,6 +96,11 @@ def test_derived_files_go_with_a_corrupt_blob(layout: Layout) -> None:
     derived = layout.derived_dir / f"{hex_of(digest)}.{boot_id()[:8]}.ram"
     derived.write_bytes(b"x")
     damage(layout, digest)
+    bad = layout.path(digest).read_bytes()
+    used = Uses(Needs(files=frozenset({derived.name})))
+    repair(layout, lambda: used)
+    assert derived.exists(), "a VM has it mapped, and needs it for its next snapshot"
+    layout.path(digest).write_bytes(bad)
     repair(layout, Uses)
     assert not derived.exists()
 

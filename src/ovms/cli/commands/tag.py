@@ -7,7 +7,7 @@ import argparse
 from ovms.cli import output
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
-from ovms.errors import BlobNotFound, UsageError
+from ovms.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.resolve import find
-    from ovms.oci.fsck import lacks
+    from ovms.oci.fsck import require_whole
     from ovms.oci.reference import Reference
 
     target = Reference.parse(args.target)
@@ -28,12 +28,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     with context.layout.using():
         artifact = find(context.layout, args.source).artifact
         # What has no name may be what a clean-up that was killed has left.
-        if missing := lacks(context.layout, artifact.image.blobs):
-            raise BlobNotFound(
-                f"{args.source} is not whole: the store has no blob {missing[0]}",
-                hint="pull or build it again",
-                digest=missing[0],
-            )
+        require_whole(context.layout, args.source, artifact.image.blobs)
         context.layout.set_name(str(target), artifact.image.descriptor())
     if args.json:
         output.answer_json({"name": str(target), "digest": artifact.digest})
