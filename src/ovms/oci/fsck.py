@@ -55,6 +55,11 @@ class Fault(StrEnum):
         """Whether the store is sound all the same."""
         return self in (Fault.STALE, Fault.FOREIGN)
 
+    @property
+    def mendable(self) -> bool:
+        """Whether ``repair.py`` can put it right by itself."""
+        return not self.harmless and self not in (Fault.ARTIFACT, Fault.RECORD)
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             }
         )
     else:
-        _show(report, repair=args.repair)
+        _show(report)
     return Exit.OK if report.sound else Exit.INTEGRITY
 
 
@@ -71,7 +71,7 @@ def _no_vmm(name: str) -> NoReturn:
     raise AssertionError(name)
 
 
-def _show(report: Report, *, repair: bool) -> None:
+def _show(report: Report) -> None:
     for finding in report.findings:
         done = f": {finding.repaired}" if finding.repaired else ""
         output.answer(f"{finding.fault}: {finding.message}{done}")
@@ -82,7 +82,8 @@ def _show(report: Report, *, repair: bool) -> None:
     if report.sound:
         output.answer(f"{checked}: sound")
     else:
-        mend = "" if repair else "; 'ovm fsck --repair' puts right what can be put right"
+        mendable = any(finding.left and finding.fault.mendable for finding in report.findings)
+        mend = "; 'ovm fsck --repair' puts right what can be put right" if mendable else ""
         output.answer(f"{checked}: {left} problem{'' if left == 1 else 's'}{mend}")
     if report.busy:
         output.say("another ovm process works on the store just now: what is left of killed ones was not looked for")
