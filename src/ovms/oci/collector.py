@@ -1,6 +1,7 @@
 """The garbage collector: what nothing needs, found first and then removed, so that a dry run tells exactly what a run does.
 
-What is needed: the manifests that an entry of ``index.json`` or an instance names, and what those manifests name. A
+What is needed: the manifests that an entry of ``index.json`` or an instance names, and what those manifests name. An entry
+without a name that belongs to another artifact (by its ``subject``: a signature, an SBOM) counts as long as that one does. A
 manifest that can't be read hides what it needs; while there is one, no blob is removed at all.
 
 The collector works alone: it holds ``ovms.lock``, which everybody shares who adds blobs or uses some without a name. Work
@@ -149,6 +150,9 @@ def plan(layout: Layout, needs: Needs, options: Options = Options()) -> Plan:
     entries = layout.entries()
     going = _unused(layout, entries, needs, options) if options.unused else ()
     named = [entry for entry in entries if entry not in going]
+    orphans = _orphans(layout, named, needs)
+    going = (*going, *orphans)
+    named = [entry for entry in named if entry not in orphans]
     needed = reach(layout, needs.artifacts | {entry.descriptor.digest for entry in named})
     if needed.broken:
         going, named = (), entries
@@ -202,6 +206,26 @@ def _unused(layout: Layout, entries: list[Entry], needs: Needs, options: Options
         if more <= kept:
             return tuple(entry for entry in entries if entry.descriptor.digest not in kept)
         kept |= more
+
+
+def _orphans(layout: Layout, entries: list[Entry], needs: Needs) -> tuple[Entry, ...]:
+    # What has no name and belongs to another artifact (a signature, an SBOM) lives as long as that one. What is a VM
+    # itself is nobody's: a repair may have found it without its name.
+    roots = set(needs.artifacts)
+    referrers: dict[Digest, Digest] = {}
+    for entry in entries:
+        digest = entry.descriptor.digest
+        image = None if entry.name else reach(layout, [digest]).images.get(digest)
+        if image is None or image.subject is None or _is_vm(image):
+            roots.add(digest)
+        else:
+            referrers[digest] = image.subject.digest
+    live = reach(layout, roots).digests if referrers else set()
+    # referrers have referrers
+    while found := [digest for digest, subject in referrers.items() if subject in live]:
+        live |= reach(layout, found).digests
+        referrers = {digest: subject for digest, subject in referrers.items() if digest not in found}
+    return tuple(entry for entry in entries if not entry.name and entry.descriptor.digest in referrers)
 
 
 def _is_vm(image: ImageManifest) -> bool:

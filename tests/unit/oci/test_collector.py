@@ -13,7 +13,7 @@ from support.stores import add, blobs, damage, files_of
 
 from ovms import fsutil
 from ovms.errors import Locked, OvmsError, StoreCorrupt
-from ovms.oci.collector import Kind, Needs, Options, collect, reach
+from ovms.oci.collector import Kind, Needs, Options, Plan, collect, reach
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.process import boot_id
@@ -227,6 +227,27 @@ def test_entries_without_a_name_are_kept_until_all_that_is_unused_goes(layout: L
     assert collect(layout, Needs).items == ()
     collect(layout, Needs, ALL)
     assert blobs(layout) == set()
+
+
+def test_what_belongs_to_another_artifact_lives_as_long_as_that(layout: Layout) -> None:
+    base = add(layout, b"base", name="base")
+    other = add(layout, b"other", name="other")
+    signature = add(layout, b"{}", b"sig", subject=base.descriptor(), artifact_type="application/sig")
+    deeper = add(layout, b"{}", b"deeper", subject=signature.descriptor(), artifact_type="application/sig")
+    named = add(layout, b"{}", b"named", name="sig", subject=base.descriptor(), artifact_type="application/sig")
+    snapshot = add(layout, b"snapshot", subject=base.descriptor())
+    kept = add(layout, b"{}", b"kept", subject=other.descriptor(), artifact_type="application/sig")
+    index = layout.read_index()
+    index["manifests"] += [image.descriptor().to_json() for image in (deeper, signature, snapshot, kept)]
+    layout.write_index(index)
+    assert collect(layout, Needs) == Plan()
+    layout.remove_name("base")
+    assert collect(layout, lambda: using(base.digest)) == Plan(), "an instance uses it"
+    gone = collect(layout, Needs)
+    assert {entry.descriptor.digest for entry in gone.entries} == {signature.digest, deeper.digest}
+    assert blobs(layout) == files_of(other, named, snapshot, kept)
+    collect(layout, lambda: using(other.digest), ALL)
+    assert blobs(layout) == files_of(other, kept)
 
 
 def test_names_go_before_blobs_and_manifests_before_what_they_name(
