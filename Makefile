@@ -50,10 +50,10 @@ demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
 
 .PHONY: test
 test: setup lint ## the quick tests (under 5 minutes)
-	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
+	$(BIN)/pytest -q -n $(WORKERS) -m "not guest and not long" $(TESTS)
 
 .PHONY: test-all
-test-all: setup-demo setup-interop lint ## all tests, with real Linux guests
+test-all: setup-demo setup-interop lint ## all tests, with real Linux guests and those that take minutes
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 

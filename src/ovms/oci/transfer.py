@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
+from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
 from ovms.oci import partial, ranges, referrers, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
+from ovms.oci.fsck import damage
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
@@ -356,9 +357,19 @@ class _Upload:
                     path = self._files.get(blob.digest) or self._layout.path(blob.digest)
                     body = _Body(path, task, stopped)
                     with contextlib.closing(body):
-                        self._client.push_blob(self._repository, blob, body.open)
+                        self._push(blob, body)
 
         return send
+
+    def _push(self, blob: Descriptor, body: _Body) -> None:
+        try:
+            self._client.push_blob(self._repository, blob, body.open)
+        except RegistryProtocol:
+            # what it refuses may well be our fault
+            if (why := damage(self._layout, blob.digest)) is None:
+                raise
+            hint = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
+            raise StoreCorrupt(why, hint=hint, digest=blob.digest) from None
 
     def _source(self, digest: Digest) -> str | None:
         # Another repository of this registry that we have pushed the blob to, or pulled it from.

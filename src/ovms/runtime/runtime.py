@@ -19,6 +19,7 @@ from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot, template
+from ovms.oci.fsck import require_whole
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import cgroups, jail, restart
@@ -122,10 +123,12 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            BlobNotFound, StoreCorrupt: the store does not have all of it.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        require_whole(self.layout, found.name, artifact.image.blobs)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports)
 

@@ -16,6 +16,7 @@ from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
 from ovms.errors import DiskFull, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
 from ovms.memory import capture, snapshot
+from ovms.oci.collector import collect
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
@@ -284,10 +285,10 @@ def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, runni
     image = clone.ram_image
     assert image is not None
     runtime.layout.remove_name("echo:snap")
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert Path(image).exists()  # the clone needs it
     runtime.remove(clone, force=True)
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert list(runtime.layout.derived_dir.iterdir()) == []
 
 
