@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ovms.process import terminate
+from support.tls import Pair
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,16 +32,26 @@ def find_binary() -> Path:
 class Registry:
     """A running registry."""
 
-    def __init__(self, directory: Path, *, htpasswd: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        htpasswd: str | None = None,
+        auth: str = "",
+        tls: Pair | None = None,
+        client_ca: Path | None = None,
+    ) -> None:
+        """*auth* is a section of its configuration; with *tls* it is called ``localhost``, and may ask for clients'
+        certificates."""
         self.directory = directory
         self.port = _free_port()
-        self.host = f"127.0.0.1:{self.port}"
+        self.host = f"{'127.0.0.1' if tls is None else 'localhost'}:{self.port}"
         directory.mkdir(parents=True, exist_ok=True)
         config = directory / "config.yml"
         config.write_text(
             "version: 0.1\nlog: {level: warn}\n"
             f"storage: {{filesystem: {{rootdirectory: {directory / 'data'}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '{self.host}'}}\n" + self._auth(htpasswd)
+            f"http: {{addr: '127.0.0.1:{self.port}'{_tls(tls, client_ca)}}}\n" + auth + self._auth(htpasswd)
         )
         with (directory / "log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -77,6 +88,13 @@ class Registry:
 
     def close(self) -> None:
         terminate(self.process)
+
+
+def _tls(pair: Pair | None, client_ca: Path | None) -> str:
+    if pair is None:
+        return ""
+    clients = "" if client_ca is None else f", clientcas: ['{client_ca}']"
+    return f", tls: {{certificate: {pair.cert}, key: {pair.key}{clients}}}"
 
 
 def _free_port() -> int:
