@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ovms.progress import Progress
 
 if TYPE_CHECKING:
+    from ovms.oci.connect import Connector
     from ovms.oci.layout import Layout
     from ovms.oci.registry import RegistryClient
     from ovms.runtime.root import Root
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
-    def __init__(self, root: str | None, progress: str) -> None:
+    def __init__(self, root: str | None, progress: str, tls_verify: bool | None = None) -> None:
         self._root = root
         self._progress = progress
+        self._tls_verify = tls_verify
 
     @cached_property
     def root(self) -> Root:
@@ -54,9 +56,14 @@ class Context:
 
         return make(self._progress)
 
-    def connect(self, host: str) -> RegistryClient:
-        """A client for a registry, with the user's credentials."""
-        from ovms.oci.credentials import Credentials
-        from ovms.oci.registry import RegistryClient
+    @cached_property
+    def connector(self) -> Connector:
+        """What makes clients for registries, as the user's configuration and ``--tls-verify`` say."""
+        from ovms.cli import output
+        from ovms.oci.connect import Connector
 
-        return RegistryClient(host, credentials=Credentials.from_environment())
+        return Connector.from_environment(tls_verify=self._tls_verify, say=output.say)
+
+    def connect(self, host: str) -> RegistryClient:
+        """A client for a registry."""
+        return self.connector(host)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
@@ -12,6 +12,7 @@ from ovms.cli.exitcodes import Exit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("reference", metavar="REF", help="HOST[:PORT]/NAME[:TAG][@DIGEST]")
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
+    values.add_tls_verify(parser)
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
     parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
 
