@@ -19,7 +19,7 @@ from urllib.parse import urlencode, urlsplit
 from ovms.errors import JsonInvalid, RegistryDenied, RegistryProtocol
 from ovms.oci.credentials import Credential
 from ovms.oci.http import shown
-from ovms.oci.realm import VARIABLE, TokenServices, is_loopback, same_host
+from ovms.oci.realm import VARIABLE, TokenServices, is_host, is_loopback, same_host
 from ovms.spec import limits, strictjson
 
 __all__ = ["Authenticator", "Challenge", "denied", "is_loopback", "parse_challenges"]
@@ -157,7 +157,7 @@ class Authenticator:
             raise RegistryProtocol(f"{self._host} names a token service that is no URL: {shown(realm)!a}") from None
         # who speaks plain text to us anyway may have its token service do the same, beside it
         beside = parts.scheme == "http" and self._plain_http and same_host(service, self._host)
-        if not service or "@" in service or (parts.scheme != "https" and not beside):
+        if not is_host(service) or (parts.scheme != "https" and not beside):
             raise RegistryProtocol(
                 f"{self._host} wants credentials sent to {shown(realm)!a}, which is not protected by TLS",
                 hint="do not use this registry, or ask its owner",

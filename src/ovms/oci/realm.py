@@ -18,11 +18,16 @@ from ovms.errors import InputError
 
 VARIABLE: Final = "OVMS_TOKEN_SERVICES"
 _SHARED_MIN: Final = 2
+#: Strict, so that whoever parses the URL for the connection finds the same host in it.
+_HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::([0-9]{1,5}))?")
 
 
 def is_loopback(host: str) -> bool:
     """Whether ``host[:port]`` can only be this machine."""
-    name = (urlsplit(f"//{host}").hostname or "").lower()
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return False
     return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", name) is not None
 
 
@@ -72,12 +77,17 @@ def same_host(one: str, other: str) -> bool:
         return False
 
 
+def is_host(text: str) -> bool:
+    """Whether *text* is ``HOST[:PORT]``."""
+    return _HOST_PORT.fullmatch(text) is not None
+
+
 def _split(host: str) -> tuple[str, int]:
     # ValueError where it is no HOST[:PORT]
-    parts = urlsplit(f"//{host}")
-    if not parts.hostname or parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+    match = _HOST_PORT.fullmatch(host)
+    if match is None or int(match[2] or 443) > 65535:
         raise ValueError(host)
-    return parts.hostname.rstrip("."), parts.port or 443
+    return match[1].lower().rstrip(".").strip("[]"), int(match[2] or 443)
 
 
 def _related(registry: str, service: str) -> bool:

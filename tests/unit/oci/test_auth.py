@@ -121,6 +121,7 @@ def test_an_identity_token_is_exchanged() -> None:
         "/token",
         "https://",
         "https://me@evil.example/",
+        r"https://evil\\.example.com/",  # in a header, one backslash: to some parsers the host "evil"
         "http://127.0.0.1/",
     ],
 )
