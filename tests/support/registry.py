@@ -16,6 +16,8 @@ from ovms.process import terminate
 from support.tls import Pair
 
 REPOSITORY = Path(__file__).parents[2]
+#: The user "ovms" with the password "secret".
+HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
 
 
 def find_binary() -> Path:

@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 from support.cli import OVM, Done, Ovm
-from support.registry import Registry
+from support.registry import HTPASSWD, Registry
 from support.tls import Authority
 from support.tokens import TokenService
 
-# user "ovms", password "secret"
-HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
 SECRET = "secret"
 
 
