@@ -189,3 +189,28 @@ def test_lifetimes_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     now += 2
     authenticator.header("s", lambda: ME)
     assert len(service.asked) == 2
+
+
+@pytest.mark.spec("SEC-4")
+@pytest.mark.parametrize("realm", ["https://auth.example.com/token", "http://registry.example.com:5001/token"])
+def test_a_registry_in_plain_text_gets_no_token_of_the_user_s(realm: str) -> None:
+    """Neither does a token service beside it in plain text; both may be asked anonymously."""
+    service = Service()
+    with pytest.raises(RegistryDenied, match="without TLS"):
+        bearer(service, realm, plain=True).header("s", lambda: ME)
+    assert service.asked == []
+    assert bearer(service, realm, plain=True).header("s", lambda: None) == "Bearer t"
+
+
+def test_only_the_token_that_was_refused_is_dropped() -> None:
+    service = Service()
+    authenticator = bearer(service, "https://auth.example.com/token")
+    scope, refused = "repository:x:pull", ['Bearer realm="https://auth.example.com/token"']
+    assert authenticator.header(scope, lambda: ME) == "Bearer t"
+    service.body = b'{"token": "u"}'
+    # two transfers were sent away with the same token; the second one hears of it when the first has a new one
+    assert authenticator.challenged(refused, scope, "Bearer t")
+    assert authenticator.header(scope, lambda: ME) == "Bearer u"
+    assert authenticator.challenged(refused, scope, "Bearer t")
+    assert authenticator.header(scope, lambda: ME) == "Bearer u"
+    assert len(service.asked) == 2
