@@ -38,6 +38,8 @@ class Connector:
         self._environ = os.environ if environ is None else environ
         self._system_root = system_root
         self._say = say
+        # shared by the clients of a command: connections, tokens and TLS contexts are
+        self._sessions: dict[tuple[str, bool], Session] = {}
 
     @classmethod
     def from_environment(
@@ -63,15 +65,14 @@ class Connector:
 
     def __call__(self, host: str) -> RegistryClient:
         """A client for the registry that names call *host*. It connects to nothing yet."""
-        sessions: dict[tuple[str, bool], Session] = {}
 
         def find(repository: str, *, pull: bool) -> Sequence[Place]:
             answer = []
             for endpoint in self._registries.endpoints(host, repository, pull=pull):
                 key = (endpoint.host, endpoint.insecure)
-                if key not in sessions:
-                    sessions[key] = self._session(endpoint)
-                answer.append(Place(sessions[key], _hub(endpoint, repository)))
+                if key not in self._sessions:
+                    self._sessions[key] = self._session(endpoint)
+                answer.append(Place(self._sessions[key], _hub(endpoint, repository)))
             return answer
 
         return RegistryClient(host, find=find, say=self._say)

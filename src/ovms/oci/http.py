@@ -249,18 +249,20 @@ def _translated(url: str) -> Iterator[None]:
     try:
         yield
     except exceptions.ProxyError as exc:
-        raise Broken(
-            f"the registry {host_of(url)} cannot be reached through the proxy: {shown(_reason(exc))}",
+        reason = _reason(exc)
+        # a proxy that refuses (407, 403) does so again
+        raise (RegistryUnreachable if "failed: 4" in reason else Broken)(
+            f"the registry {host_of(url)} cannot be reached through the proxy: {shown(reason)}",
             hint="check HTTPS_PROXY and HTTP_PROXY, or name the registry in NO_PROXY",
         ) from exc
     except exceptions.NewConnectionError as exc:
-        reason = exc.__cause__ or exc
-        if isinstance(reason, ConnectionRefusedError):
+        cause = exc.__cause__ or exc
+        if isinstance(cause, ConnectionRefusedError):
             raise Refused(
                 f"the registry {host_of(url)} cannot be reached: connection refused",
                 hint="check the host and the port, and that the registry runs",
             ) from exc
-        raise _unreachable(url, str(getattr(reason, "strerror", None) or reason)) from exc
+        raise _unreachable(url, str(getattr(cause, "strerror", None) or cause)) from exc
     except exceptions.TimeoutError as exc:
         raise _unreachable(url, "it does not answer in time") from exc
     except (exceptions.LocationValueError, exceptions.LocationParseError) as exc:

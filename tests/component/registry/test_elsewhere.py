@@ -52,13 +52,15 @@ def test_through_a_proxy(authority: Authority, tmp_path: Path, layout: Layout) -
             assert b"proxy-authorization: basic " + base64.b64encode(b"me:p@ss").lower() in heads
             assert b"\r\nauthorization" not in heads
             proxy.refuse = True
+            connections = len(proxy.heads)
             with (
                 Connector.from_environment(proxied)(host) as client,
                 pytest.raises(RegistryUnreachable, match=r"through the proxy: .*407") as caught,
             ):
-                next(client.read_blob("t/x", artifact.image.blobs[0]))
+                client.get_manifest(name)
             assert "NO_PROXY" in str(caught.value.hint)
             assert "p@ss" not in str(caught.value)
+            assert sum(b"CONNECT" in head for head in proxy.heads) <= connections + 1, "it asked again"
             count = len(proxy.heads)
             # loopback is never gone to by way of a proxy
             with (

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -322,3 +325,19 @@ def test_a_broken_file_in_certs_d(secure: Secure, content: bytes) -> None:
     path.write_bytes(content)
     with secure.connect() as client, pytest.raises(InputError, match=r"ca\.crt"):
         client.has_blob("x", of_bytes(b""))
+
+
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed: run 'make setup'")
+def test_skopeo_reads_what_was_pushed(secure: Secure, layout: Layout, tmp_path: Path) -> None:
+    """The witness: the same registry, token service, login and ``certs.d``."""
+    name = secure.name("t/witness")
+    artifact = small(layout, str(name))
+    with secure.connect() as client:
+        transfer.push(layout, client, name, artifact.digest)
+    done = subprocess.run(
+        ["skopeo", "inspect", "--raw", "--authfile", secure.home / ".docker/config.json",
+         "--cert-dir", secure.home / ".config/containers/certs.d" / secure.host, f"docker://{name}"],
+        capture_output=True, timeout=60, check=False, env={"PATH": os.environ["PATH"], "HOME": str(secure.home)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert of_bytes(done.stdout) == artifact.digest
