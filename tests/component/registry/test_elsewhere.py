@@ -114,6 +114,47 @@ def test_an_open_registry_in_plain_text_when_asked(registry: Registry, tmp_path:
 
 
 @pytest.mark.spec("SEC-4")
+@pytest.mark.parametrize(
+    ("service", "named", "served"),
+    [
+        ("tokens.example.com", "", True),  # a sibling
+        ("tokens.example.net", "", False),
+        ("tokens.example.net", "registry.example.com:{registry}=tokens.example.net:{service}", True),
+        ("tokens.example.net", "registry.example.com:{registry}=tokens.example.net", False),  # another port
+    ],
+)
+def test_a_token_service_elsewhere(
+    service: str, named: str, served: bool, authority: Authority, tmp_path: Path, layout: Layout
+) -> None:
+    tls = authority.issue("both", names=f"DNS:registry.example.com,DNS:{service}")
+    with Proxy() as proxy, TokenService(tmp_path / "tokens", tls, host=service) as tokens:
+        registry = Registry(tmp_path / "r", tls=tls, auth=tokens.registry_config())
+        try:
+            host = f"registry.example.com:{registry.port}"
+            authority.trust(tmp_path, host)
+            log_in(tmp_path, host)
+            name = Reference(host, "t/x", "1")
+            artifact = small(layout, str(name))
+            environ = {"HOME": str(tmp_path), "HTTPS_PROXY": proxy.url}
+            environ["OVMS_TOKEN_SERVICES"] = named.format(registry=registry.port, service=tokens.port)
+            with Connector.from_environment(environ)(host) as client:
+                if served:
+                    transfer.push(layout, client, name, artifact.digest)
+                    return
+                with pytest.raises(RegistryDenied, match=service) as caught:
+                    transfer.push(layout, client, name, artifact.digest)
+            assert f"OVMS_TOKEN_SERVICES='{host}={service}:{tokens.port}'" in str(caught.value.hint)
+            assert tokens.asked == []
+            # without credentials anybody may be asked
+            (tmp_path / ".docker/config.json").unlink()
+            with Connector.from_environment(environ)(host) as client, pytest.raises(RegistryDenied):
+                client.get_manifest(name)
+            assert [asked.user for asked in tokens.asked] == [None]
+        finally:
+            registry.close()
+
+
+@pytest.mark.spec("SEC-4")
 def test_a_token_does_not_follow_a_redirect(authority: Authority, tmp_path: Path, layout: Layout) -> None:
     """docker-registry's own redirects, to a server that has its blobs."""
     seen: list[Any] = []

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 from support.artifacts import small
@@ -211,35 +211,6 @@ def test_a_source_that_must_not_be_read_is_no_obstacle(secure: Secure, layout: L
     with secure.connect() as client:
         transfer.push(layout, client, target, artifact.digest)
         assert client.get_manifest(target)[1].digest == artifact.digest
-
-
-@pytest.mark.spec("SEC-4")
-def test_a_service_elsewhere_gets_no_password(
-    secure: Secure, authority: Authority, layout: Layout, tmp_path: Path
-) -> None:
-    # "localhost" and "127.0.0.1" are both loopback, so the service is given another name for that test
-    from ovms.oci.auth import Authenticator
-    from ovms.oci.credentials import Credential
-    from ovms.oci.realm import TokenServices
-
-    asked: list[Any] = []
-
-    def fetch(*arguments: Any) -> tuple[int, bytes]:
-        asked.append(arguments)
-        return 200, b'{"token": "t"}'
-
-    def make(services: TokenServices | None = None) -> Authenticator:
-        made = Authenticator("registry.example.com", plain_http=False, fetch=fetch, services=services)
-        made.challenged(['Bearer realm="https://tokens.example.net/t"'], "s")
-        return made
-
-    with pytest.raises(RegistryDenied, match=r"tokens\.example\.net") as caught:
-        make().header("s", lambda: Credential("me", "pass"))
-    assert "OVMS_TOKEN_SERVICES" in str(caught.value.hint)
-    assert asked == []
-    assert make().header("s", lambda: None) == "Bearer t"
-    named = TokenServices("registry.example.com=tokens.example.net")
-    assert make(named).header("s", lambda: Credential("me", "pass")) == "Bearer t"
 
 
 def test_a_ca_that_is_not_known(secure: Secure, layout: Layout) -> None:
