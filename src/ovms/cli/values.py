@@ -9,6 +9,24 @@ import re
 from ovms.spec import limits, sizes
 
 
+def truth(text: str) -> bool:
+    """``true`` or ``false``."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is neither true nor false")
+    return text == "true"
+
+
+def add_tls_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tls-verify``, for a command that talks to registries."""
+    parser.add_argument(
+        "--tls-verify",
+        metavar="true|false",
+        type=truth,
+        help="false: take any certificate of the registry, and plain HTTP; true: neither, also on loopback"
+        " (default: as registries.conf says)",
+    )
+
+
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
     exact = sizes.parse(text)
@@ -42,21 +60,3 @@ def count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number")
     return int(text)
-
-
-def truth(text: str) -> bool:
-    """``true`` or ``false``."""
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is neither true nor false")
-    return text == "true"
-
-
-def add_tls_verify(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--tls-verify``, for a command that talks to registries."""
-    parser.add_argument(
-        "--tls-verify",
-        metavar="true|false",
-        type=truth,
-        help="false: take any certificate of the registry, and plain HTTP; true: neither, also on loopback"
-        " (default: as registries.conf says)",
-    )

@@ -53,8 +53,9 @@ class Answer:
         self._raw = raw
         self.url = url
         self.status = raw.status
-        #: The registry that was asked, and whether credentials of the user stood behind the request.
+        #: The registry that was asked, its scheme and host, and whether credentials of the user stood behind the request.
         self.asked = host_of(url)
+        self.home = origin(url)
         self.authorized = False
 
     def __enter__(self) -> Self:

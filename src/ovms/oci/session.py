@@ -16,7 +16,7 @@ from typing import IO, Final, Protocol
 from ovms.errors import RegistryError, RegistryProtocol, RegistryUnreachable
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
-from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport
+from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
 from ovms.oci.realm import TokenServices, is_loopback
 from ovms.oci.registries import Endpoint
@@ -116,6 +116,10 @@ class Session:
             with answer:
                 self._use("https")
 
+    def owns(self, url: str) -> bool:
+        """Whether a URL that an answer gave leads to this host."""
+        return origin(url) == origin(self._base)
+
     def _exchange(
         self,
         authenticator: auth.Authenticator,
@@ -142,7 +146,7 @@ class Session:
             finally:
                 if content is not None and not isinstance(content, bytes):
                     content.close()
-            answer.asked = self.host
+            answer.asked, answer.home = self.host, origin(self._base)
             answer.authorized = self._known.get(repository) is not None
             if answer.status != 401 or last or not ours:
                 return answer

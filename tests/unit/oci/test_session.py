@@ -12,8 +12,9 @@ import pytest
 from ovms.errors import RegistryUnreachable
 from ovms.oci.credentials import Credential
 from ovms.oci.http import Broken
-from ovms.oci.registries import Certificates
-from ovms.oci.session import Session, Settings
+from ovms.oci.registries import Certificates, Endpoint
+from ovms.oci.route import Route
+from ovms.oci.session import Place, Session, Settings
 from ovms.oci.tls import Trust
 
 CHALLENGE = 'Bearer realm="https://auth.example.com/token",service="s"'
@@ -160,3 +161,22 @@ def test_an_upload_that_leads_elsewhere_goes_without_a_token() -> None:
     upload = session("registry.example.com", wire)
     upload.request("PUT", "https://cdn.example.net/v2/upload", "x", SCOPE, {}, lambda: b"data")
     assert wire.sent == [("PUT", "https://cdn.example.net/v2/upload", None)]
+
+
+def test_how_an_answer_goes_on_is_asked_of_who_gave_it() -> None:
+    mirror_wire, wire = (Wire(lambda *_: Answer(200)) for _ in range(2))
+    mirror, own = session("mirror.example", mirror_wire), session("registry.example", wire)
+    places = (
+        Place(mirror, Endpoint("mirror.example", "cache", False, True, False)),
+        Place(own, Endpoint("registry.example", "", False, False, False)),
+    )
+    route = Route(lambda repository, *, pull: places)
+    first = route.request("GET", "x/referrers/sha256:0", "x", "pull", {})
+    assert first.home == ("https", "mirror.example")
+    get(own)
+    route.request("GET", "https://mirror.example/v2/next", "x", "pull", {})
+    route.request("GET", "https://registry.example/v2/next", "x", "pull", {})
+    assert [url for _, url, _ in mirror_wire.sent] == [
+        "https://mirror.example/v2/cache/x/referrers/sha256:0", "https://mirror.example/v2/next",
+    ]  # fmt: skip
+    assert wire.sent[-1][1] == "https://registry.example/v2/next"
