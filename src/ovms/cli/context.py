@@ -24,6 +24,7 @@ class Context:
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
+        self._clients: dict[str, RegistryClient] = {}
 
     @cached_property
     def root(self) -> Root:
@@ -65,5 +66,7 @@ class Context:
         return Connector.from_environment(tls_verify=self._tls_verify, say=output.say)
 
     def connect(self, host: str) -> RegistryClient:
-        """A client for a registry."""
-        return self.connector(host)
+        """The command's client for a registry: it knows which mirrors it has passed over, and what it has written."""
+        if host not in self._clients:
+            self._clients[host] = self.connector(host)
+        return self._clients[host]
