@@ -60,10 +60,10 @@ class Context:
     @cached_property
     def connector(self) -> Connector:
         """What makes clients for registries, as the user's configuration and ``--tls-verify`` say."""
-        from ovms.cli import output
+        from ovms.cli.progress import say_beside
         from ovms.oci.connect import Connector
 
-        return Connector.from_environment(tls_verify=self._tls_verify, say=output.say)
+        return Connector.from_environment(tls_verify=self._tls_verify, say=lambda text: say_beside(self.progress, text))
 
     def connect(self, host: str) -> RegistryClient:
         """The command's client for a registry: it knows which mirrors it has passed over, and what it has written."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,27 @@ def test_from_the_command_line(registry: Registry, tmp_path: Path, layout: Layou
     assert (blocked.code, blocked.error["code"]) == (7, "registry-denied")
     conf.write_text("nonsense")
     assert ovm("pull", str(REFERENCE), "--json").code == 3
+
+
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed: run 'make setup'")
+def test_skopeo_finds_it_in_the_same_place(
+    registry: Registry, connected: Connected, layout: Layout, other: Layout
+) -> None:
+    """The witness: the same file leads both to the same mirror, under the same name there."""
+    digest = push(registry.host, "witness/deep/t/x", layout)
+    connected.configure(
+        "elsewhere.example/team", f"{NOBODY} insecure = true", f"{registry.host}/witness/deep insecure = true"
+    )
+    assert pull(connected, other) == digest
+    own = connected.home / ".config/containers/registries.conf"
+    own.parent.mkdir(parents=True)
+    own.write_text(connected.path.read_text())
+    done = subprocess.run(
+        ["skopeo", "inspect", "--raw", "--no-creds", f"docker://{REFERENCE}"],
+        env={"PATH": os.environ["PATH"], "HOME": str(connected.home)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert of_bytes(done.stdout) == digest
