@@ -40,6 +40,8 @@ COMMANDS: Final = {
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",
+    "login": "Log in to a registry",
+    "logout": "Forget the login to a registry",
     "version": "Show the versions of ovms and of what it uses",
 }
 
@@ -143,7 +145,8 @@ def _run(arguments: list[str]) -> int:
 
     from ovms.cli.context import Context
 
-    return int(module.run(args, Context(options.root, options.progress)))
+    tls_verify = getattr(args, "tls_verify", None)
+    return int(module.run(args, Context(options.root, options.progress, tls_verify)))
 
 
 def _host_error(exc: OSError) -> OvmsError:

@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from ovms.oci.platform import Platform
 
 
+def truth(text: str) -> bool:
+    """``true`` or ``false``."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is neither true nor false")
+    return text == "true"
+
+
+def add_tls_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tls-verify``, for a command that talks to registries."""
+    parser.add_argument(
+        "--tls-verify",
+        metavar="true|false",
+        type=truth,
+        help="false: take any certificate of the registry, and plain HTTP; true: neither, also on loopback"
+        " (default: as registries.conf says)",
+    )
+
+
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
     exact = sizes.parse(text)

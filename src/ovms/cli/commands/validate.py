@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("manifest", "bootstrap", "ramsnap", "qcow2", "raw", "kernel"),
         help="what the file is (default: found out from its content)",
     )
+    values.add_tls_verify(parser)
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
