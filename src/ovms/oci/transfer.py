@@ -15,9 +15,8 @@ from typing import IO, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
-from ovms.oci import partial, ranges, referrers, workers
+from ovms.oci import partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
-from ovms.oci.fsck import damage
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
@@ -342,6 +341,8 @@ class _Upload:
         entry = manifest.as_referrer()
         handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
         if manifest.subject is not None and not handled:
+            from ovms.oci import referrers
+
             referrers.add(self._client, self._repository, entry, manifest.subject.digest)
 
     def _job(self, blob: Descriptor) -> workers.Job:
@@ -365,6 +366,8 @@ class _Upload:
         try:
             self._client.push_blob(self._repository, blob, body.open)
         except RegistryProtocol:
+            from ovms.oci.fsck import damage
+
             # what it refuses may well be our fault
             if (why := damage(self._layout, blob.digest)) is None:
                 raise
