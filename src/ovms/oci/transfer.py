@@ -190,7 +190,7 @@ class _Download:
     def _fetch_small(self, blob: Descriptor, task: Task) -> None:
         # Not worth a file that could be gone on with: it comes whole, or again.
         def attempt() -> bytes:
-            return b"".join(self._client.read_blob(self._repository, blob))
+            return b"".join(bytes(piece) for piece in self._client.read_blob(self._repository, blob))
 
         data = self._client.retrying(attempt)
         with self._layout.loose(blob.digest) as receiver:
@@ -223,7 +223,7 @@ class _Download:
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         judge = ranges.Judge(spare=self._spare)
 
-        def take(data: bytes) -> None:
+        def take(data: bytes | memoryview) -> None:
             receiver.write(data)
             task.advance(len(data))
             if stopped():
@@ -239,8 +239,8 @@ class _Download:
         else:
             return
         try:
-            for data in self._ranges(blob, receiver.size, judge.rate, stopped):
-                take(data)
+            for segment in self._ranges(blob, receiver.size, judge.rate, stopped):
+                take(segment)
         except (ranges.NoRanges, ranges.NoGain):
             self._several = False
             self._receive(blob, receiver, task, stopped)
