@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ovms.errors import ManifestInvalid, Problem, Unsupported
+from ovms.errors import DigestMismatch, ManifestInvalid, Problem, RegistryProtocol, Unsupported
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, fits_host
 from ovms.oci.layout import Layout
 from ovms.spec import limits, manifest, mediatypes, strictjson
@@ -60,6 +60,7 @@ def load(layout: Layout, digest: Digest) -> Artifact:
         BlobNotFound, StoreCorrupt: it is not in the store, or damaged there.
         Unsupported: it is something else than an OVMS artifact.
         ManifestInvalid, JsonInvalid, RegistryProtocol: its manifests are wrong, or disagree.
+        DigestMismatch: a blob that is there has another size than its descriptor says.
     """
     image = layout.manifest(digest)
     if isinstance(image, ImageIndex):
@@ -69,11 +70,44 @@ def load(layout: Layout, digest: Digest) -> Artifact:
 
 def check_documents(layout: Layout, image: ImageManifest) -> manifest.Manifest:
     """The OVMS manifest of *image*, which is in the store. Raises like :func:`load`."""
+    check_image(image)
+    for blob in (image.config, *image.layers):
+        check_size(layout, blob.digest, blob.size)
     where = ovms_descriptor(image)
     raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
     checked = manifest.parse(raw, f"the OVMS manifest of {image.digest}")
     check_parts(checked, image)
     return checked
+
+
+def check_size(layout: Layout, digest: Digest, said: int) -> None:
+    """Whether a blob, where the store has it, has the *said* size: its name vouches for its bytes only.
+
+    Raises:
+        DigestMismatch: it is not.
+    """
+    if (size := layout.size(digest)) not in (None, said):
+        raise DigestMismatch(
+            f"{digest} has {size} bytes, and its descriptor says {said}",
+            hint="the artifact was not built by a conforming tool; build it again with 'ovm build'",
+            rule="OCI-21",
+        )
+
+
+def check_image(image: ImageManifest) -> None:
+    """Whether an OCI manifest is of the form that an artifact of ours has.
+
+    Raises:
+        RegistryProtocol: it does not say that it is an OCI image manifest.
+        Unsupported: it says that it is another kind of artifact.
+    """
+    if image.media_type is None:
+        raise RegistryProtocol(f"{image.digest} has no mediaType", rule="OCI-1")
+    # OCI's own rule: where there is no artifactType, the config's media type says what it is
+    kind = image.config.media_type if image.artifact_type is None else image.artifact_type
+    if kind != mediatypes.MANIFEST:
+        text = f"{image.digest} is no OVMS artifact: its artifactType is {kind[:80]!a}, not {mediatypes.MANIFEST}"
+        raise Unsupported(text, hint=_NOT_OURS, rule="OCI-1")
 
 
 def choose(layout: Layout, index: ImageIndex) -> ImageManifest:
@@ -82,17 +116,16 @@ def choose(layout: Layout, index: ImageIndex) -> ImageManifest:
         if not fits_host(descriptor) or layout.size(descriptor.digest) is None:
             continue
         image = layout.manifest(descriptor.digest)
-        if isinstance(image, ImageManifest) and _claims_manifest(image):
+        if isinstance(image, ImageManifest) and len(_manifests_of(image)) == 1:
             return image
-    raise Unsupported("the index holds no OVMS artifact for this machine", hint=_NOT_OURS)
+    raise Unsupported("the index holds no OVMS artifact for this machine", hint=_NOT_OURS, rule="OCI-16")
 
 
-def _claims_manifest(image: ImageManifest) -> bool:
-    return mediatypes.MANIFEST in {
-        image.artifact_type,
-        image.config.media_type,
-        *(layer.media_type for layer in image.layers),
-    }
+def _manifests_of(image: ImageManifest) -> list[Descriptor]:
+    # the config wins, whatever the layers say (OCI-4)
+    if image.config.media_type == mediatypes.MANIFEST:
+        return [image.config]
+    return [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
 
 
 def ovms_descriptor(image: ImageManifest) -> Descriptor:
@@ -101,14 +134,13 @@ def ovms_descriptor(image: ImageManifest) -> Descriptor:
     Raises:
         Unsupported: in neither, or in several.
     """
-    if image.config.media_type == mediatypes.MANIFEST:
-        return image.config
-    found = [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
+    found = _manifests_of(image)
     if len(found) != 1:
         raise Unsupported(
             f"{image.digest} is no OVMS artifact: its config is {image.config.media_type!a}"
             + (", and several layers claim to be the manifest" if found else ""),
             hint=_NOT_OURS,
+            rule="OCI-4",
         )
     return found[0]
 

@@ -19,9 +19,6 @@ from ovms.spec import limits
 MAGIC: Final = b"QFI\xfb"
 CLUSTER_BITS_MIN: Final = 9
 CLUSTER_BITS_MAX: Final = 21
-#: L1 entries: QEMU's own limit is 4 Mi entries (32 MiB); with it a hostile header costs memory before any check.
-L1_BYTES_MAX: Final = 32 * limits.MIB
-EXTENSIONS_MAX: Final = 64
 
 _V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
@@ -124,7 +121,7 @@ def _check_tables(
 ) -> None:  # fmt: skip
     entry = 16 if extended else 8
     covered = cluster * (cluster // entry)
-    if l1_entries * 8 > L1_BYTES_MAX or l1_entries < -(-size // covered):
+    if l1_entries * 8 > limits.QCOW2_L1_MAX or l1_entries < -(-size // covered):
         raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes", rule="LAY-15")
     for name, at, length in (
         ("L1 table", l1_at, l1_entries * 8),
@@ -132,7 +129,7 @@ def _check_tables(
     ):
         if at % cluster or not cluster <= at < file_size or at + length > -(-file_size // cluster) * cluster:
             raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file", rule="LAY-15")
-    if table_clusters * cluster > 8 * limits.MIB or table_clusters == 0:
+    if table_clusters * cluster > limits.QCOW2_REFCOUNTS_MAX or table_clusters == 0:
         raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range", rule="LAY-15")
 
 
@@ -147,7 +144,7 @@ def _check_features(head: bytes, what: str, cluster: int) -> int:
             )
     if refcount_order > 6:
         raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range", rule="LAY-14")
-    if not _V2.size + _V3.size <= header_length <= min(4096, cluster) or header_length % 8:
+    if not _V2.size + _V3.size <= header_length <= min(limits.QCOW2_HEADER_MAX, cluster) or header_length % 8:
         raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range", rule="LAY-14")
     compression = head[_COMPRESSION_AT] if header_length > _COMPRESSION_AT else 0
     if compression > 1 or compression != incompatible >> 3 & 1:
@@ -159,7 +156,7 @@ def _check_features(head: bytes, what: str, cluster: int) -> int:
 
 def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
     at = start
-    for _ in range(EXTENSIONS_MAX):
+    for _ in range(limits.QCOW2_EXTENSIONS_MAX):
         if at + 8 > cluster:
             return
         head = os.pread(fd, 8, at)
@@ -179,7 +176,7 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
             raise DiskInvalid(
                 f"{what}: a header extension reaches beyond the first cluster, at offset {at}", rule="LAY-16"
             )
-    raise DiskInvalid(f"{what}: more than {EXTENSIONS_MAX} header extensions", rule="LAY-16")
+    raise DiskInvalid(f"{what}: more than {limits.QCOW2_EXTENSIONS_MAX} header extensions", rule="LAY-16")
 
 
 def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> None:

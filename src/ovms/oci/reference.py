@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from ovms.errors import ReferenceInvalid
+from ovms.spec import limits
 from ovms.spec.digest import Digest, is_digest
 
 DEFAULT_TAG: Final = "latest"
 
-_MAX_LENGTH: Final = 512
 _HOST: Final = re.compile(
     r"(?:\[[0-9a-fA-F:]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
     r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)(?::(?P<port>[0-9]{1,5}))?"
 )
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-_TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_TAG: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{limits.TAG_MAX - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Reference:
         """
         shown = ascii(text[:120])
         hint = "write it as [HOST[:PORT]/]NAME[:TAG][@sha256:DIGEST], for example registry.example:5000/vms/web:1"
-        if not text or len(text) > _MAX_LENGTH:
+        if not text or len(text) > limits.REFERENCE_MAX:
             raise ReferenceInvalid(
-                f"a reference has 1 to {_MAX_LENGTH} characters, not {len(text)}", hint=hint, rule="REF-1"
+                f"a reference has 1 to {limits.REFERENCE_MAX} characters, not {len(text)}", hint=hint, rule="REF-1"
             )
         rest, at, digest = text.partition("@")
         if at and not is_digest(digest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -24,8 +25,6 @@ JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 PROBLEM: Final = "application/problem+json"
 METRICS: Final = "text/plain; version=0.0.4"
-#: Seconds that a guest gets to power down where the caller says nothing.
-STOP_TIMEOUT_S: Final = 30
 
 # --- operations ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +154,6 @@ def problem(error: OvmsError, *, status: int | None = None) -> dict[str, Any]:
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _OFFSET_MAX: Final = 2**63 - 1
-_PORTS_MAX: Final = 1024
 
 
 class Protocol(StrEnum):
@@ -224,7 +222,7 @@ class StopRequest:
     """``POST /stop``; the guest gets ``timeout_s`` seconds to power down, and none with ``force``."""
 
     instance_id: str
-    timeout_s: int = STOP_TIMEOUT_S
+    timeout_s: int = limits.STOP_TIMEOUT_DEFAULT
     force: bool = False
 
     @classmethod
@@ -232,9 +230,10 @@ class StopRequest:
         """Raises InputError (every problem, by JSON path)."""
         problems: list[Problem] = []
         top = _top(document, problems)
-        timeout = top.integer("timeout_s", 0, 86400)
-        stop = cls(_instance_id(top), STOP_TIMEOUT_S if timeout is None else timeout, top.boolean("force", False))
-        return _checked(problems, stop)
+        timeout = top.integer("timeout_s", 0, limits.STOP_TIMEOUT_MAX)
+        if timeout is None:
+            timeout = limits.STOP_TIMEOUT_DEFAULT
+        return _checked(problems, cls(_instance_id(top), timeout, top.boolean("force", False)))
 
 
 @dataclass(frozen=True)
@@ -346,7 +345,7 @@ def _checked(problems: list[Problem], request: _R) -> _R:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(
             f"the request's {first.path} {first.message}{more}",
-            problems=[one.to_json() for one in sorted(problems, key=lambda one: one[:2])],
+            problems=[one.to_json() for one in sorted(problems, key=lambda one: one[:2])[: limits.PROBLEMS_MAX]],
         )
     return request
 
@@ -365,11 +364,13 @@ def _base64(item: Reader, key: str) -> bytes:
             key, "is required" if key not in item.value else f"must be a string, not {kind_of(value)}", "RUN-15"
         )
         return b""
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        item.problem(key, "must be base64", "RUN-15")
-        return b""
+    with contextlib.suppress(binascii.Error, ValueError):
+        data = base64.b64decode(value, validate=True)
+        # Python takes 'YR==' for 'YQ==': the bits that are left over must be zero
+        if base64.b64encode(data).decode() == value:
+            return data
+    item.problem(key, "must be base64", "RUN-15")
+    return b""
 
 
 _KNOWN: Final = frozenset(Overrides.__dataclass_fields__)
@@ -389,7 +390,7 @@ def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:
         memory=_memory(item),
         cpus=item.integer("cpus", 1, limits.VCPUS_MAX, rule="RUN-9"),
         name=item.string("name", check=_check_name),
-        ports=tuple(_port(port) for port in item.children("ports", _PORTS_MAX)),
+        ports=tuple(_port(port) for port in item.children("ports", limits.PORTS_MAX)),
         accel=item.choice("accel", Accel),
         restore=item.choice("restore", RestorePolicy, rule="RUN-9") or RestorePolicy.AUTO,
         remove_on_exit=item.boolean("remove_on_exit", False),

@@ -224,8 +224,9 @@ def check_time(value: str) -> str | None:
 def invalid(problems: list[Problem], what: str) -> ManifestInvalid:
     """The error that names every problem of a document."""
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listed = sorted(problems, key=lambda problem: problem[:2])[: limits.PROBLEMS_MAX]
     return ManifestInvalid(
-        f"{what} has {count}",
-        problems=problems,
+        f"{what} has {count}" + (f", of which {len(listed)} are listed" if len(listed) < len(problems) else ""),
+        problems=listed,
         hint="each is named by its JSON path; the rules are in spec/rfc/ovms-v0.1.md",
     )

@@ -342,4 +342,7 @@ def _read_metadata(item: Reader | None) -> Metadata:
 def _read_hints(item: Reader | None) -> RuntimeHints:
     if item is None:
         return RuntimeHints()
-    return RuntimeHints(item.strings("preferredRuntime", 32), item.integer("coldStartTargetMs", 0, 2**31))
+    return RuntimeHints(
+        item.strings("preferredRuntime", limits.RUNTIMES_MAX),
+        item.integer("coldStartTargetMs", 0, limits.COLD_START_MAX),
+    )

@@ -20,7 +20,6 @@ SCHEMA_VERSION: Final = 1
 
 #: The device types of version 1.
 DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "ivshmem")
-LIST_MAX: Final = 1024
 
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
@@ -116,7 +115,7 @@ def check(document: Any, offset: int = 0) -> Header:
             f"RAM snapshot: the header's {first.path} {first.message}{more}, at offset {offset}",
             rule=first.rule,
             offset=offset,
-            problems=[problem.to_json() for problem in sorted(problems, key=lambda p: p[:2])],
+            problems=[problem.to_json() for problem in sorted(problems, key=lambda p: p[:2])[: limits.PROBLEMS_MAX]],
         )
     return header
 
@@ -142,7 +141,7 @@ def _read(top: Reader) -> Header:
         arch=machine.string("arch", required=True) or "",
         accel=machine.string("accel", required=True) or "",
         cpu_model=cpu.string("model", required=True) or "",
-        cpu_flags=cpu.strings("flags", LIST_MAX, required=True, rule="RAM-25"),
+        cpu_flags=cpu.strings("flags", limits.RAM_LIST_MAX, required=True, rule="RAM-25"),
         vcpus=cpu.integer("count", 1, limits.VCPUS_MAX, required=True, rule="RAM-23") or 0,
         memory=memory.integer("size", limits.RAM_MIN, limits.RAM_MAX, required=True, rule="RAM-22") or 0,
         devices=_read_devices(top),
@@ -175,7 +174,7 @@ def _one_of(item: Reader, key: str, choices: tuple[str, ...]) -> str:
 def _read_devices(top: Reader) -> tuple[Device, ...]:
     # Of a type that this version does not know, nothing is known: RAM-24 is asked when a host is looked for.
     devices = []
-    for item in top.children("devices", LIST_MAX, required=True, rule="RAM-25"):
+    for item in top.children("devices", limits.RAM_LIST_MAX, required=True, rule="RAM-25"):
         kind = item.string("type", required=True, rule="RAM-20") or ""
         sized = kind in ("virtio-blk", "ivshmem")
         size = item.integer("size", 1, 2**63 - 1, required=sized, rule="RAM-23")

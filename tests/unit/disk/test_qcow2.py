@@ -117,7 +117,7 @@ def test_any_header_is_refused_or_sound(
     assert 0 < info.virtual_size <= limits.DISK_VIRTUAL_MAX
     assert found["backing_offset"] == found["backing_size"] == found["encryption"] == found["snapshots"] == 0
     assert found["version"] == 2 or not found["incompatible"] & ~0b11000
-    assert found["l1_entries"] * 8 <= qcow2.L1_BYTES_MAX
+    assert found["l1_entries"] * 8 <= limits.QCOW2_L1_MAX
     assert found["l1_offset"] + 8 * found["l1_entries"] <= len(data)
 
 

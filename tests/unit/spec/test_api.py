@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from support import rfc
-from support.schemas import SPEC
+from support.schemas import SPEC, Validator
 
 from ovms import errors
 from ovms.errors import InputError, OvmsError, StateConflict
@@ -32,8 +32,8 @@ _RESOURCE: Final = DRAFT202012.create_resource(DOCUMENT)
 _REGISTRY: Final = Registry().with_resource("urn:openapi", _RESOURCE)
 
 
-def schema(name: str) -> Draft202012Validator:
-    return Draft202012Validator({"$ref": f"urn:openapi#/components/schemas/{name}"}, registry=_REGISTRY)
+def schema(name: str) -> Any:
+    return Validator({"$ref": f"urn:openapi#/components/schemas/{name}"}, registry=_REGISTRY)
 
 
 def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -252,6 +252,37 @@ def test_memory() -> None:
 
     assert [memory(text) for text in ("512m", "0.5 GiB", "524288KB", 512 << 20)] == [512 << 20] * 4
     assert memory("1t") == limits.RAM_MAX
+
+
+@pytest.mark.spec("RUN-9")
+@pytest.mark.parametrize(
+    "text",
+    [
+        " 512M",
+        "512M ",
+        "524288\u212a",
+        "512\u00a0M",
+        "512\tM",
+        "512  M",
+        "0" * 19 + "512M",
+        "0." + "5" * 21 + "G",
+        "\u0665M",
+    ],
+)
+def test_what_is_no_size_for_the_schema_is_none_for_the_code(text: str) -> None:
+    document = {"manifest": "web", "overrides": {"memory": text}}
+    assert not schema("StartRequest").is_valid(document)
+    with pytest.raises(InputError):
+        api.StartRequest.from_json(document)
+
+
+@pytest.mark.spec("RUN-15")
+@pytest.mark.parametrize("data", ["YR==", "YWJ=", "YQ", "YQ=", "Y Q=", "YQ==\n", "_-==", "===="])
+def test_what_is_no_base64(data: str) -> None:
+    document = {"instance_id": "web", "content": {"mmio": {"device": "a", "offset": 0, "data": data}}}
+    assert not schema("InjectRequest").is_valid(document)
+    with pytest.raises(InputError):
+        api.InjectRequest.from_json(document)
 
 
 def test_defaults() -> None:
