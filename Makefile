@@ -67,6 +67,10 @@ vectors: setup-python ## write the test vectors of spec/vectors, and the worked 
 spec-coverage: setup-python ## which tests and vectors cite which rule of the specification (ALL=1: every one of them)
 	@$(BIN)/python scripts/spec_coverage.py $(if $(ALL),--all)
 
+.PHONY: spec-mutations
+spec-mutations: setup-python ## change each number of the specification once: does a test notice? (a minute)
+	@$(BIN)/python scripts/spec_mutations.py
+
 .PHONY: bench
 bench: ## all benchmarks
 	@for name in $$(cd bench && ls bench_*.py | sed 's/^bench_//; s/\.py$$//; s/_/-/g'); do $(MAKE) --no-print-directory bench-$$name; done

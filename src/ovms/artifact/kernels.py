@@ -15,9 +15,9 @@ from ovms.errors import KernelInvalid
 from ovms.spec import limits
 
 #: The end of the bzImage setup header; no kernel is shorter.
-_SETUP_SIZE: Final = 0x264
-_NOTE_PVH_ENTRY: Final = 18
-_NOTE_OWNER: Final = b"Xen\0"
+SETUP_SIZE: Final = 0x264
+NOTE_PVH_ENTRY: Final = 18
+NOTE_OWNER: Final = b"Xen\0"
 
 
 class KernelKind(StrEnum):
@@ -33,10 +33,10 @@ def check_kernel(fd: int, what: str = "the kernel") -> KernelKind:
     Raises:
         KernelInvalid: none that x86-64 boots.
     """
-    head = os.pread(fd, _SETUP_SIZE, 0)
+    head = os.pread(fd, SETUP_SIZE, 0)
     if head[:4] == b"\x7fELF":
         return _check_elf(fd, head, what)
-    if len(head) == _SETUP_SIZE and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
+    if len(head) == SETUP_SIZE and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
         version = int.from_bytes(head[0x206:0x208], "little")
         if version < 0x0200 or not head[0x211] & 1:
             raise KernelInvalid(f"{what} is a Linux kernel of a format before bzImage", rule="BIN-1")
@@ -81,7 +81,7 @@ def _has_pvh_note(notes: bytes) -> bool:
     at = 0
     while at + 12 <= len(notes):
         name_size, desc_size, kind = struct.unpack_from("<III", notes, at)
-        if kind == _NOTE_PVH_ENTRY and notes[at + 12 : at + 12 + name_size] == _NOTE_OWNER:
+        if kind == NOTE_PVH_ENTRY and notes[at + 12 : at + 12 + name_size] == NOTE_OWNER:
             return True
         at += 12 + -(-name_size // 4) * 4 + -(-desc_size // 4) * 4
     return False

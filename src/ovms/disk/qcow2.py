@@ -28,7 +28,8 @@ _HEAD_SIZE: Final = 112
 #: Offset of the compression type (0 zlib, 1 zstd) in a header long enough to hold it.
 _COMPRESSION_AT: Final = 104
 
-_INCOMPATIBLE: Final = {
+#: What the incompatible feature bits mean; None where that does no harm.
+INCOMPATIBLE: Final = {
     0: "is marked dirty (it was not closed cleanly)",
     1: "is marked corrupt",
     2: "uses an external data file",
@@ -40,7 +41,7 @@ _EXT_END: Final = 0
 _EXT_BACKING_FORMAT: Final = 0xE2792ACA
 _EXT_FEATURE_NAMES: Final = 0x6803F857
 #: What they mean, and the rule that refuses them.
-_EXTENSIONS_REFUSED: Final = {
+REFUSED_EXTENSIONS: Final = {
     0x44415441: ("names an external data file", "LAY-10"),
     0x0537BE77: ("is encrypted", "LAY-11"),
     0x23852875: ("holds persistent bitmaps", "LAY-12"),
@@ -136,7 +137,7 @@ def _check_tables(
 def _check_features(head: bytes, what: str, cluster: int) -> int:
     incompatible, _, _, refcount_order, header_length = _V3.unpack_from(head, _V2.size)
     for bit in range(64):
-        if incompatible >> bit & 1 and (reason := _INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
+        if incompatible >> bit & 1 and (reason := INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
             raise DiskInvalid(
                 f"{what} {reason}",
                 rule="LAY-10" if bit == 2 else "LAY-13",
@@ -165,7 +166,7 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
         kind, length = struct.unpack(">II", head)
         if kind == _EXT_END:
             return
-        if refused := _EXTENSIONS_REFUSED.get(kind):
+        if refused := REFUSED_EXTENSIONS.get(kind):
             raise DiskInvalid(
                 f"{what} {refused[0]}",
                 rule=refused[1],

@@ -7,6 +7,7 @@ that comes from a public registry by a typing error is not what we want.)
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, replace
 from typing import Final, Self
@@ -23,6 +24,17 @@ _HOST: Final = re.compile(
 )
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{limits.TAG_MAX - 1}}}")
+
+
+def _is_address(host: str) -> bool:
+    # what stands in brackets; ipaddress also takes zones, which the grammar has sorted out
+    if not host.startswith("["):
+        return True
+    try:
+        ipaddress.IPv6Address(host[1 : host.index("]")])
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Reference:
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
             host = _HOST.fullmatch(first)
-            if host is None or not 1 <= int(host["port"] or 443) <= 65535:
+            if host is None or not _is_address(first) or not 1 <= int(host["port"] or 443) <= 65535:
                 raise ReferenceInvalid(f"{shown}: {first!a} is no HOST[:PORT]", hint=hint, rule="REF-1")
             registry, rest = first, remainder
         repository, colon, tag = rest.partition(":")

@@ -89,6 +89,7 @@ OPERATIONS: Final = (
 CODES: Final[Mapping[str, tuple[int, str]]] = {
     "error": (500, "a fault of the program itself"),
     "usage": (400, "a command line or a query is wrong"),
+    "unauthorized": (401, "a token is missing or wrong"),
     "invalid-input": (400, "what was handed in is not acceptable"),
     "file-missing": (422, "a file that is named does not exist"),
     "file-empty": (422, "a file is empty"),
@@ -154,6 +155,9 @@ def problem(error: OvmsError, *, status: int | None = None) -> dict[str, Any]:
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _OFFSET_MAX: Final = 2**63 - 1
+#: Characters of a size that is a text, and of an IP address.
+SIZE_TEXT_MAX: Final = 64
+ADDRESS_MAX: Final = 64
 
 
 class Protocol(StrEnum):
@@ -404,7 +408,7 @@ def _memory(item: Reader) -> int | None:
         if size is not None and (wrong := sizes.memory_problem(size)):
             item.problem("memory", wrong, "RUN-9")
         return size
-    text = item.string("memory", max_length=64, rule="RUN-9")
+    text = item.string("memory", max_length=SIZE_TEXT_MAX, rule="RUN-9")
     if text is None:
         return None
     exact = sizes.parse(text)
@@ -437,6 +441,6 @@ def _port(item: Reader) -> Port:
     return Port(
         item.integer("guest_port", 1, 65535, required=True) or 0,
         item.integer("host_port", 0, 65535) or 0,
-        item.string("host_ip", max_length=64, check=_check_address) or "127.0.0.1",
+        item.string("host_ip", max_length=ADDRESS_MAX, check=_check_address) or "127.0.0.1",
         item.choice("protocol", Protocol) or Protocol.TCP,
     )

@@ -26,6 +26,7 @@ NAME_MAX: Final = 255
 STRING_MAX: Final = 4096
 #: Of an entry of ``env``, ``entrypoint`` or ``cmd``: what Linux takes as one argument of a program.
 ARGUMENT_MAX: Final = 128 * KIB
+#: Bytes in UTF-8: what Linux takes on x86, without the end.
 KERNEL_ARGS_MAX: Final = 2047
 KERNEL_MAX: Final = 512 * MIB
 #: Program headers of an ELF kernel, and bytes of its notes.
@@ -61,7 +62,7 @@ IVSHMEM_DEFAULT: Final = 1 * MIB
 API_BODY_MAX: Final = 1 * MIB
 #: Problems that an error lists: a document of rubbish has one in every entry.
 PROBLEMS_MAX: Final = 100
-#: The text of a log record, in bytes: a guest may print for ever without a line end.
+#: Characters of a log record: a guest may print for ever without a line end.
 LOG_TEXT_MAX: Final = 64 * KIB
 #: An ``Idempotency-Key``.
 KEY_MAX: Final = 255
