@@ -53,6 +53,10 @@ test-all: setup-demo lint ## all tests, with real Linux guests
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 
+.PHONY: test-long
+test-long: setup ## the property tests with other examples in each run, and fifty times as many (an hour or so; TESTS=tests/unit/spec)
+	OVMS_TEST_PROFILE=long $(BIN)/pytest -q -n $(WORKERS) --timeout 3600 $(or $(TESTS),tests/unit)
+
 .PHONY: lint
 lint: setup-python ## ruff and mypy
 	$(BIN)/ruff check .

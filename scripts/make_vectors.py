@@ -689,6 +689,7 @@ def disk_cases() -> Iterator[Case]:
     many = tuple((0x12345678, b"") for _ in range(limits.QCOW2_EXTENSIONS_MAX))
     yield good("as many extensions as allowed", qcow2(cluster=1024, extensions=many[1:]), "LAY-16 LIM-1", 1 << 20)
     yield good("the longest header", qcow2(cluster=4096, header_length=4096), "LAY-14 LIM-1", 1 << 20)
+    yield Case("ovfms", qcow2(), ("LAY-7",), code="unsupported", more={"format": "ovfms"})
     yield good("raw", b"base" * 256, "LAY-6", 1024, "raw")
     yield bad("raw of an odd size", b"x" * 1000, "LAY-6", format="raw")
     yield bad("raw with the magic of qcow2", qcow2(), "LAY-6", "would be read as qcow2 where formats are probed", "raw")

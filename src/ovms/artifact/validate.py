@@ -29,13 +29,14 @@ from ovms.errors import (
     NotFound,
     OvmsError,
     RegistryProtocol,
+    SnapshotInvalid,
     UsageError,
 )
-from ovms.oci.descriptor import ImageIndex
+from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.spec import bootstrap, limits, manifest, ramheader, ramsnap
-from ovms.spec.digest import Digest, from_hasher, is_digest
+from ovms.spec import bootstrap, limits, manifest, mediatypes, ramheader, ramsnap
+from ovms.spec.digest import Digest, from_hasher, is_digest, of_bytes
 from ovms.spec.manifest import Compression, DiskFormat, Manifest, Part, PartKind
 
 
@@ -211,6 +212,10 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
             checked = manifest.parse(raw)
             with report.noting("the OVMS manifest"):
                 model.check_parts(checked, image)
+            for layer in image.layers:
+                if mediatypes.RAM_CONTROL_ANNOTATION in layer.annotations:
+                    with report.noting("the RAM snapshot"):
+                        _check_annotations(layer, layout.path(layer.digest))
             sizes = {layer.digest: layer.size for layer in image.layers}
             _check_parts(
                 checked,
@@ -219,6 +224,21 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
                 progress,
             )
     return report
+
+
+def _check_annotations(layer: Descriptor, path: Path) -> None:
+    # A reader that fetches the control part by itself believes them.
+    try:
+        with path.open("rb") as blob:
+            control = read_control(blob.fileno(), "the RAM snapshot", whole=False)
+    except (OSError, SnapshotInvalid):
+        return  # which is told where the part is looked at
+    said = layer.annotations.get(mediatypes.RAM_CONTROL_SIZE_ANNOTATION)
+    if layer.annotations[mediatypes.RAM_CONTROL_ANNOTATION] != of_bytes(control) or said not in (
+        None,
+        str(len(control)),
+    ):
+        raise DigestMismatch("the annotations of its layer are not those of its control part", rule="RAM-46")
 
 
 def _validate_unpacked(directory: Path, progress: Progress) -> Report:

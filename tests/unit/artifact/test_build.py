@@ -94,7 +94,7 @@ def test_the_whole_artifact(builder: Builder, layout: Layout, project: Path) -> 
     assert built.size == len(built.image.raw) + sum(blob.size for blob in built.image.blobs)
 
 
-@pytest.mark.spec("OCI-14", "RAM-46")
+@pytest.mark.spec("OCI-14")
 def test_the_control_part_of_a_ram_snapshot_is_announced(builder: Builder, project: Path) -> None:
     ram = builder.build(write_manifest(project)).image.layers[4]
     size = int(ram.annotations["ovms.ramsnap.control-size"])
@@ -381,7 +381,6 @@ def test_wrong_sizes_are_all_named(builder: Builder, project: Path) -> None:
     builder.build(write_manifest(project, diskLayers=layers))
 
 
-@pytest.mark.spec("BIN-3")
 def test_nothing_to_boot(builder: Builder, project: Path) -> None:
     with pytest.raises(ManifestInvalid) as info:
         builder.build(write_manifest(project, kernel=None, initrd=None, diskLayers=None))

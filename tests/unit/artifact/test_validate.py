@@ -352,3 +352,13 @@ def test_codecs_of_an_artifact(layout: Layout, built: model.Artifact, project: P
         write_manifest(project, ramSnapshot={"ref": "ram.ovmr", "compression": "zstd"})
     )
     assert made.image.layers[4].media_type == "application/vnd.ovms.ramsnap.v1+zstd"
+
+
+@pytest.mark.spec("RAM-46")
+@pytest.mark.parametrize("key", ["ovms.ramsnap.control", "ovms.ramsnap.control-size"])
+def test_an_annotation_that_is_not_that_of_the_control_part(layout: Layout, built: model.Artifact, key: str) -> None:
+    image = json.loads(built.image.raw)
+    annotations = image["layers"][4]["annotations"]
+    annotations[key] = {"ovms.ramsnap.control": of_bytes(b"x"), "ovms.ramsnap.control-size": "8192"}[key]
+    report = validate_artifact(layout, "web:1", layout.add_bytes(json.dumps(image).encode()))
+    assert [(p.part, p.code, p.rule) for p in report.problems] == [("the RAM snapshot", "digest-mismatch", "RAM-46")]
