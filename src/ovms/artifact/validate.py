@@ -51,6 +51,10 @@ class Kind(StrEnum):
     KERNEL = "kernel"
 
 
+#: What an empty file of a kind breaks. (A document is no JSON then, which its reader says.)
+_EMPTY: Final = {Kind.RAM_SNAPSHOT: "RAM-1", Kind.QCOW2: "LAY-8", Kind.RAW: "LAY-6", Kind.KERNEL: "BIN-1"}
+
+
 @dataclass(frozen=True)
 class Problem:
     """One break of the specification. ``path`` is a JSON path, ``offset`` counts bytes; ``part`` is a part's name."""
@@ -94,6 +98,8 @@ class Report:
             )
             return
         rule, offset = error.context.get("rule"), error.context.get("offset")
+        if error.code == "file-too-large":
+            rule = rule or "LIM-1"
         self.problems.append(Problem(error.code, error.message, rule, part, None, offset, error.hint))
 
     @contextlib.contextmanager
@@ -131,6 +137,8 @@ def validate_path(path: Path, kind: Kind | None = None, progress: Progress = NUL
     except FileProblem as exc:
         if exc.code not in ("file-empty", "file-too-large"):
             raise
+        if exc.code == "file-empty" and kind in _EMPTY:
+            exc.context["rule"] = _EMPTY[kind]
         report.note(exc)  # it is there, and it is what is wrong
         return report
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -362,3 +364,29 @@ def test_an_annotation_that_is_not_that_of_the_control_part(layout: Layout, buil
     annotations[key] = {"ovms.ramsnap.control": of_bytes(b"x"), "ovms.ramsnap.control-size": "8192"}[key]
     report = validate_artifact(layout, "web:1", layout.add_bytes(json.dumps(image).encode()))
     assert [(p.part, p.code, p.rule) for p in report.problems] == [("the RAM snapshot", "digest-mismatch", "RAM-46")]
+
+
+@pytest.mark.spec("LIM-1", "BIN-1", "BIN-2")
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("kernel", limits.KERNEL_MAX), ("initrd", limits.INITRD_MAX), ("bootstrap", limits.BOOTSTRAP_MAX)],
+)
+def test_a_part_that_is_too_large(layout: Layout, built: model.Artifact, tmp_path: Path, kind: str, limit: int) -> None:
+    directory = unpack(layout, built, tmp_path / "unpacked")
+    part = next(part for part in built.manifest.parts() if part.kind == kind)
+    path = directory / "blobs" / part.ref.replace(":", "-")
+    path.chmod(0o600)
+    os.truncate(path, limit + 1)  # not read: it would take seconds
+    began = time.monotonic()
+    report = validate_path(directory)
+    assert [(p.code, p.rule) for p in report.problems] == [("file-too-large", "LIM-1")]
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"), [("ramsnap", "RAM-1"), ("qcow2", "LAY-8"), ("raw", "LAY-6"), ("kernel", "BIN-1")]
+)
+def test_an_empty_part(tmp_path: Path, kind: str, rule: str) -> None:
+    (tmp_path / "x").touch()
+    report = validate_path(tmp_path / "x", Kind(kind))
+    assert [(p.code, p.rule) for p in report.problems] == [("file-empty", rule)]

@@ -334,7 +334,7 @@ def test_what_is_no_base64(data: str) -> None:
 def test_defaults() -> None:
     assert api.StartRequest.from_json({"manifest": "web"}).overrides == api.Overrides()
     stop = api.StopRequest.from_json({"instance_id": "web"})
-    assert (stop.timeout_s, stop.force) == (30, False)
+    assert (stop.timeout_s, stop.force) == (limits.STOP_TIMEOUT_DEFAULT, False)
     assert api.StopRequest.from_json({"instance_id": "web", "timeout_s": 0}).timeout_s == 0
 
 

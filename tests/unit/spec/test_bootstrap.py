@@ -693,3 +693,24 @@ def test_meta_data(case: dict[str, Any]) -> None:
     assert text == case["meta_data"]
     assert yaml.safe_load(text) == json.loads(text)
     assert json.loads(text) == {"instance-id": case["instance_id"], "local-hostname": case["hostname"]}
+
+
+@pytest.mark.spec("LIM-1", "BOOT-2", "BOOT-4", "BOOT-6")
+@pytest.mark.parametrize(
+    ("field", "make", "most"),
+    [
+        ("env", lambda n: ["A=" + "x" * (n - 2)], limits.ARGUMENT_MAX),
+        ("env", lambda n: ["A=1"] * n, limits.ENV_MAX),
+        ("cmd", lambda n: ["x" * n], limits.ARGUMENT_MAX),
+        ("entrypoint", lambda n: [""] * n, limits.ARGUMENTS_MAX),
+        ("exposedPorts", lambda n: ["80/tcp"] * n, limits.PORTS_MAX),
+        ("user", lambda n: f"{n}", limits.USER_ID_MAX),
+        ("user", lambda n: f"root:{n}", limits.USER_ID_MAX),
+        ("workdir", lambda n: "/".ljust(n, "x"), limits.STRING_MAX),
+        ("profile", lambda n: "x" * n, limits.NAME_MAX),
+    ],
+)
+def test_each_limit(field: str, make: Any, most: int) -> None:
+    parse({field: make(most)})
+    with pytest.raises(ManifestInvalid):
+        parse({field: make(most + 1)})

@@ -152,7 +152,7 @@ def test_the_layout_is_the_documented_one() -> None:
     assert json.loads(BLOB.control[128:header_end]) == HEADER.to_json()
     assert numbers["state offset"] == header_end
     assert numbers["index offset"] == header_end + numbers["state size"]
-    assert (numbers["version"], numbers["prefix size"], numbers["page size"]) == (1, 128, 4096)
+    assert (numbers["version"], numbers["prefix size"], numbers["page size"]) == (1, 128, limits.RAM_PAGE)
     assert (numbers["chunks"], numbers["data size"]) == (3, len(BLOB.data))
     index_end = numbers["index offset"] + 3 * 64
     assert BLOB.control[96:128] == hashlib.sha256(BLOB.control[128:index_end]).digest()
@@ -515,8 +515,13 @@ def whole_mutations(draw: st.DrawFn, whole: bytes) -> bytes:
     """*whole* with bytes changed, cut out, put in, moved or doubled, anywhere."""
     data = bytearray(whole)
     ends = [0, 96, 128, len(data)]
-    places = st.integers(0, len(data)) | st.sampled_from(ends).flatmap(lambda at: st.integers(max(at - 8, 0), at))
-    for _ in range(draw(st.integers(1, 4))):
+    bulk = ramsnap.parse_prefix(whole).data_offset
+    places = (
+        st.integers(0, bulk)
+        | st.integers(bulk, len(data))
+        | st.sampled_from(ends).flatmap(lambda at: st.integers(max(at - 8, 0), at))
+    )
+    for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
         at, length = draw(places), draw(st.integers(1, 80))
         match draw(st.sampled_from(["flip", "set", "cut", "insert", "copy", "swap"])):
             case "flip" if at < len(data):
