@@ -40,16 +40,20 @@ setup-python: setup-system
 setup-tools: setup-system
 	@scripts/fetch-tools.sh
 
+.PHONY: setup-interop
+setup-interop: setup ## build other people's tools for the tests, with Go (left out where there is none)
+	@scripts/fetch-tools.sh interop
+
 .PHONY: demo
 demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
 	@$(BIN)/python demo/demo.py
 
 .PHONY: test
 test: setup lint ## the quick tests (under 5 minutes)
-	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
+	$(BIN)/pytest -q -n $(WORKERS) -m "not guest and not long" $(TESTS)
 
 .PHONY: test-all
-test-all: setup-demo lint ## all tests, with real Linux guests
+test-all: setup-demo setup-interop lint ## all tests, with real Linux guests and those that take minutes
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 
@@ -79,6 +83,7 @@ spec-mutations: setup-python ## change each number of the specification once: do
 bench: ## all benchmarks
 	@for name in $$(cd bench && ls bench_*.py | sed 's/^bench_//; s/\.py$$//; s/_/-/g'); do $(MAKE) --no-print-directory bench-$$name; done
 
+bench-distribution: setup-interop
 .PHONY: bench-%
 bench-%: setup
 	@$(BIN)/python bench/bench_$(subst -,_,$*).py

@@ -3,12 +3,17 @@
 # kernel with its modules (its package writes into /boot), a static busybox. Needs no root. Packages come from the
 # sources that the host's apt has; they are unpacked, and nothing of them is run but the programs themselves.
 #
-#   scripts/fetch-tools.sh [all | registry]     "registry" gets the registry alone, for the tests
+#   scripts/fetch-tools.sh [all | registry | interop | cosign]
+#
+# "registry" gets the registry alone, for the tests. "interop" and "cosign" build other people's tools, for the tests, with
+# the host's Go, and modules from where that has them; where there is no Go they say so, and all is well.
 #
 # $OVMS_CACHE, by default .cache of the repository:
 #   tools/docker-registry        the registry            -> docker-registry_VERSION/
 #   tools/busybox                busybox, static         -> busybox-static_VERSION/
 #   tools/kernel/                vmlinuz, version, modules/NN-NAME.ko in the order of loading, -> linux_VERSION/
+#   tools/oras, crane, cosign, cosign-2      built by Go -> NAME_VERSION/
+#   tools/referrers-registry     a registry with the referrers API, of tests/support/ -> referrers-registry_CHECKSUM/
 #   tools/.checked-*             newer than apt's lists: nothing to look up
 # Every version has a directory of its own, which appears whole or not at all.
 set -eu
@@ -20,10 +25,13 @@ what=${1:-all}
 say() { printf 'fetch-tools: %s\n' "$*" >&2; }
 die() { printf 'fetch-tools: error: %s\n' "$*" >&2; exit 1; }
 
+wanted= built=
 case "$what" in
     all) wanted='docker-registry busybox kernel' ;;
     registry) wanted='docker-registry' ;;
-    *) die "usage: ${0##*/} [all | registry]" ;;
+    interop) built='oras crane referrers-registry' ;;
+    cosign) built='cosign cosign-2' ;;
+    *) die "usage: ${0##*/} [all | registry | interop | cosign]" ;;
 esac
 
 mkdir -p "$cache/tools"
@@ -31,8 +39,29 @@ cache=$(cd "$cache" && pwd)
 tools=$cache/tools
 recipe=1 # to be raised when other parts of a kernel are taken, or taken in another way
 
+# The versions of what Go builds. go-containerregistry's is in the go.mod of our registry, which is made of it.
+server=$here/../tests/support/referrers-registry
+go_package() {
+    case "$1" in
+        oras) echo oras.land/oras/cmd/oras@v1.3.6 ;;
+        crane) sed -n 's|^.*\(github.com/google/go-containerregistry\) \(v[^ ]*\).*$|\1/cmd/crane@\2|p' "$server/go.mod" ;;
+        cosign) echo github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3 ;;
+        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5 ;;
+        referrers-registry) echo "$1@$(cat "$server/main.go" "$server/go.mod" "$server/go.sum" | sha256sum | head -c 12)" ;;
+    esac
+}
+
+go_dir() {
+    package=$(go_package "$1")
+    echo "${1}_${package##*@}"
+}
+
 # Everything there, and no newer package lists or sources? Then there is nothing to ask apt.
 fresh() {
+    for name in $built; do
+        [ "$(readlink "$tools/$name")" = "$(go_dir "$name")/$name" ] && [ -x "$tools/$name" ] || return 1
+    done
+    [ -n "$wanted" ] || return 0
     for name in $wanted; do
         [ -e "$tools/$name" ] || return 1
     done
@@ -42,7 +71,15 @@ fresh() {
 }
 
 fresh && exit 0
-for program in apt-get dpkg-deb flock python3; do
+if [ -n "$built" ]; then
+    # 1.21 is the first that says which Go a module needs instead of failing to compile it
+    go_minor=$(go version 2>/dev/null | sed -n 's/^go version go1\.\([0-9]*\).*/\1/p')
+    if [ "${go_minor:-0}" -lt 21 ]; then
+        say "no Go 1.21 or later here: going on without$(printf ' %s' $built); the tests that need them are skipped"
+        exit 0
+    fi
+fi
+for program in ${wanted:+apt-get dpkg-deb python3} flock; do
     command -v "$program" >/dev/null 2>&1 ||
         die "no $program here: this needs Debian 12 or Ubuntu 24.04, or later; run scripts/setup-system.sh first"
 done
@@ -155,6 +192,38 @@ fetch_file() {
     return 1
 }
 
+# fetch_go NAME: one program, built by Go
+fetch_go() {
+    dir=$(go_dir "$1")
+    if [ -x "$tools/$dir/$1" ]; then
+        point "$dir" "$1" "/$1"
+        return
+    fi
+    say "building $1 ${dir#*_} with Go"
+    began=$(date +%s)
+    rm -rf "$work/new"
+    mkdir "$work/new" || return 1
+    if build_go "$1" >"$work/go.log" 2>&1 && [ -x "$work/new/$1" ]; then
+        say "$1 took $(($(date +%s) - began)) s"
+        publish "$dir" "$1" "/$1"
+        return
+    fi
+    grep -v '^go: downloading ' "$work/go.log" | tail -n 5 >&2
+    return 1
+}
+
+build_go() (
+    unset GOOS GOARCH # GOBIN is not for other machines' programs
+    export CGO_ENABLED=0 GOBIN="$work/new"
+    package=$(go_package "$1")
+    if [ "$1" = referrers-registry ]; then
+        cd "$server" || exit 1
+        package=.
+    fi
+    timeout 900 go install -trimpath -ldflags='-s -w' "$package" || exit 1
+    [ -e "$GOBIN/$1" ] || mv "$GOBIN"/* "$GOBIN/$1"
+)
+
 find_kernel() {
     for meta in linux-image-cloud-amd64 linux-image-virtual linux-image-kvm linux-image-generic linux-image-amd64; do
         parts=$(kernel_parts "$meta" || true)
@@ -182,6 +251,14 @@ fetch_kernel() {
         point "$dir" kernel ''
     fi
 }
+
+for name in $built; do
+    fetch_go "$name" || {
+        [ ! -e "$tools/$name" ] || { say "could not build a newer $name: going on with the one in the cache"; continue; }
+        say "could not build $name: going on without; the tests that need it are skipped"
+    }
+done
+[ -n "$wanted" ] || exit 0
 
 failed=
 for name in $wanted; do

@@ -1,9 +1,9 @@
 """What registries and tools really do with OVMS artifacts: the trials behind ``spec/hacks/oci-compat.md``.
 
 Run by hand: ``python scripts/oci_compat.py --tools DIR``. DIR holds what is to be tried of ``registry`` (distribution 3),
-``docker-registry`` (2.8), ``zot``, ``oras``, ``crane``, ``cosign``, ``containerd`` and ``ctr``, and ``ggcr-registry`` (a main of
-ten lines around go-containerregistry's ``registry.New(registry.WithReferrersSupport(true))``); ``skopeo`` and ``podman`` are taken
-from the PATH. What is missing is left out, and said so. Everything listens on loopback and ends with the script.
+``docker-registry`` (2.8), ``zot``, ``oras``, ``crane``, ``cosign``, ``containerd`` and ``ctr``, and ``referrers-registry``
+(go-containerregistry's, of ``tests/support``; as its makers left it). ``make setup-interop`` and ``scripts/fetch-tools.sh cosign``
+bring most of them. ``skopeo`` and ``podman`` are taken from the PATH. What is missing is left out, and said so. Everything listens on loopback and ends with the script.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -124,7 +124,7 @@ def registry(trials: Trials, name: str) -> Iterator[str | None]:
             "distribution 3": "registry",
             "docker-registry 2.8": "docker-registry",
             "zot 2.1": "zot",
-            "ggcr 0.22": "ggcr-registry",
+            "ggcr 0.22": "referrers-registry",
         }[name]
     )
     if program is None:
@@ -133,7 +133,10 @@ def registry(trials: Trials, name: str) -> Iterator[str | None]:
         return
     port = free_port()
     if name.startswith("ggcr"):
-        with serving(trials, [program, f"127.0.0.1:{port}"], port) as host:
+        blobs = trials.scratch / f"registry-{port}"
+        blobs.mkdir()
+        argv = [program, f"-listen=127.0.0.1:{port}", f"-blobs={blobs}", "-oci-subject=false"]
+        with serving(trials, argv, port) as host:
             yield host
         return
     root = trials.scratch / f"registry-{port}"
@@ -232,7 +235,9 @@ def try_registry(trials: Trials, name: str, host: str) -> None:
     url = f"http://{host}/v2/raw/blobs/{blob}"
     answer = http("GET", url, Range="bytes=4096-8191")
     trials.note(name, "range of a blob", f"{answer.status}, {len(answer.body)} bytes")
-    answer = http("GET", url, Range="bytes=16384-")
+    answer = http("GET", url, Range="bytes=4096-")
+    trials.note(name, "range without an end", f"{answer.status}, {len(answer.body)} bytes")
+    answer = http("GET", url, Range="bytes=16384-32767")
     trials.note(name, "range behind the end", f"{answer.status}, {len(answer.body)} bytes")
     answer = http("POST", f"http://{host}/v2/other/blobs/uploads/?mount={blob}&from=raw", b"")
     trials.note(name, "mount from another repository", str(answer.status))
@@ -353,6 +358,13 @@ def try_tools(trials: Trials, name: str, host: str, env: dict[str, str]) -> None
     tool(
         "crane", "pull --format=oci", ["pull", "--insecure", "--format=oci", ref, trials.scratch / f"crane-{name[:3]}"]
     )
+    single = {"OVMS_ROOT": str(trials.scratch / f"single-{name[:3]}")}
+    trials.run([OVM, "pull", ref], env=single)
+    layout = Path(single["OVMS_ROOT"]) / "store"
+    tool("crane", "push our store, of one artifact", ["push", "--insecure", layout, f"{host}/vms/cranelayout:1"],
+         "vms/cranelayout")  # fmt: skip
+    tool("crane", "push our store, of several", ["push", "--insecure", store, f"{host}/vms/several:1"])
+    try_more_copies(trials, name, host, tool)
     tool("crane", "validate --remote", ["validate", "--insecure", "--remote", ref])
     storage = [
         "--root",
@@ -402,6 +414,55 @@ def try_tools(trials: Trials, name: str, host: str, env: dict[str, str]) -> None
             fresh = {"OVMS_ROOT": str(trials.scratch / f"root-{copied}-{name[:3]}")}
             code, words = trials.run([OVM, "pull", f"{host}/vms/{copied}:1"], env=fresh)
             trials.note("ovm", f"pull of what {copied} copied ({name})", f"exit {code} {words if code else ''}")
+
+
+def try_more_copies(trials: Trials, name: str, host: str, tool: Callable[..., bool]) -> None:
+    """Copies of an index, and of an artifact whose subject is in another repository, or in the same."""
+    raw = http("GET", f"http://{host}/v2/vms/compat/manifests/1", Accept=OCI_MANIFEST).body
+    base = {"mediaType": OCI_MANIFEST, "digest": "sha256:" + hashlib.sha256(raw).hexdigest(), "size": len(raw)}
+    entry = {**base, "artifactType": MANIFEST_TYPE, "platform": {"os": "linux", "architecture": "amd64"}}
+    put(host, "vms/compat", "index", {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}, OCI_INDEX)
+    put(host, "vms/compat", "snap", {**json.loads(raw), "subject": base})
+    trials.run(["crane", "copy", "--insecure", f"{host}/vms/compat:1", f"{host}/vms/alone:1"])
+    put(host, "vms/alone", "snap", {**json.loads(raw), "subject": {**base, "digest": "sha256:" + "1" * 64}})
+    plain = "--src-tls-verify=false", "--dest-tls-verify=false"
+    copies: dict[str, list[object]] = {
+        "skopeo": ["copy", "-q", "--all", *plain],
+        "oras": ["copy", "--from-plain-http", "--to-plain-http"],
+        "crane": ["copy", "--insecure"],
+    }
+    for program, argv in copies.items():
+        for what, source in (
+            ("an index", "compat:index"),
+            ("a manifest with its subject beside it", "compat:snap"),
+            ("a manifest whose subject is elsewhere", "alone:snap"),
+        ):
+            target = f"more-{program}-{source.replace(':', '-')}"
+            ends = [f"{host}/vms/{source}", f"{host}/vms/{target}:1"]
+            if program == "skopeo":
+                ends = [f"docker://{end}" for end in ends]
+            if tool(program, f"copy of {what}", [*argv, *ends]):
+                same = digest_of(host, f"vms/{target}", "1") == digest_of(host, *_split(f"vms/{source}"))
+                trials.note(f"{program} ({name})", f"… {what}", "same digest" if same else "other digest")
+    note = trials.scratch / "note.txt"
+    note.write_text("noted")
+    attach = [
+        "attach",
+        "--plain-http",
+        "--artifact-type=text/x-note",
+        f"{host}/vms/compat:1",
+        f"{note.name}:text/plain",
+    ]
+    tool("oras", "attach", attach)
+    tool("oras", "discover", ["discover", "--plain-http", "--format=table", f"{host}/vms/compat:1"])
+    found = http("GET", f"http://{host}/v2/vms/compat/referrers/{base['digest']}")
+    types = [m.get("artifactType") for m in json.loads(found.body)["manifests"]] if found.status == 200 else []
+    trials.note(name, "artifactType of what oras attached", ", ".join(map(str, types)) or str(found.status))
+
+
+def _split(name: str) -> tuple[str, str]:
+    repository, _, tag = name.partition(":")
+    return repository, tag
 
 
 def try_containerd(trials: Trials, name: str, host: str) -> None:

@@ -30,7 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OVMS_ROOT", "OVMS_DEBUG", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"):
+    for name in (
+        "OVMS_ROOT", "OVMS_DEBUG", "OVMS_TOKEN_SERVICES", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG",
+        "CONTAINERS_REGISTRIES_CONF", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 

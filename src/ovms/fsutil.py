@@ -23,6 +23,7 @@ COPY_BUFFER = 256 * 1024
 
 #: Room left on a file system beyond what a copy needs, in bytes: a full disk harms more than ovms.
 SPACE_RESERVE = 16 * 1024 * 1024
+_FEW_INODES = 64
 
 #: Holes are made of whole blocks of this size, in bytes: smaller ones make more requests than they save disk.
 HOLE = 64 * 1024
@@ -141,7 +142,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
             f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
-            hint="free some space ('ovm rmi' removes artifacts), or set OVMS_ROOT to a larger file system",
+            hint="free some space ('ovm df' shows what takes it), or set OVMS_ROOT to a larger file system",
             needed=needed,
             available=free,
             path=str(directory),
@@ -152,7 +153,29 @@ def disk_full(exc: OSError, what: str, path: Path) -> DiskFull | None:
     """The :class:`DiskFull` that an ``ENOSPC`` or ``EDQUOT`` stands for, or None for any other error."""
     if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFull(f"{what}: the file system of {path} is full", hint="free some space and try again", path=str(path))
+    if exc.errno == errno.ENOSPC and _out_of_inodes(path):
+        room, hint = "can hold no more files", "remove some files ('df -i' counts them), and try again"
+    else:
+        room, hint = "is full", "free some space and try again"
+    return DiskFull(f"{what}: the file system of {path} {room}", hint=hint, path=str(path))
+
+
+def _out_of_inodes(path: Path) -> bool:
+    try:
+        info = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
+    except (OSError, StopIteration):
+        return False
+    # no f_files: a file system that counts none. Who failed may have cleaned up a few before he asks
+    return info.f_files > 0 and info.f_favail < _FEW_INODES
+
+
+@contextlib.contextmanager
+def noticing_full_disk(what: str, path: Path) -> Iterator[None]:
+    """Raises :class:`DiskFull` for an ``ENOSPC`` or ``EDQUOT`` of any step within; a lock file may be the first."""
+    try:
+        yield
+    except OSError as exc:
+        raise (disk_full(exc, what, path) or exc) from exc
 
 
 def reflink(source_fd: int, target_fd: int) -> bool:
@@ -347,7 +370,11 @@ def staging_dir(parent: Path) -> Iterator[Path]:
     while True:
         path = parent / secrets.token_hex(8)
         path.mkdir(mode=0o700)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:  # the file system is full
+            path.rmdir()
+            raise
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (path / ".lock").exists():  # a sweeper may have come between mkdir and flock
             break
@@ -361,32 +388,43 @@ def staging_dir(parent: Path) -> Iterator[Path]:
 
 def sweep_staging(parent: Path) -> int:
     """Removes what killed processes left below *parent* (see :func:`staging_dir`). Returns how many were removed."""
-    removed = 0
     try:
         entries = list(parent.iterdir())
     except FileNotFoundError:
         return 0
-    for path in entries:
-        try:
-            lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            # mkdir happened, the lock file not yet: leave a fresh one to its owner
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 60:
-                    remove_tree(path)
-                    removed += 1
-            continue
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(path)
-            removed += 1
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
-    return removed
+    return sum(remove_abandoned(path) for path in entries)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether *path* is a :func:`staging_dir` whose owner was killed."""
+    return _if_abandoned(path, lambda _: None)
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Removes *path* if it is a :func:`staging_dir` whose owner was killed. Whether it was."""
+    return _if_abandoned(path, remove_tree)
+
+
+def _if_abandoned(path: Path, action: Callable[[Path], None]) -> bool:
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # mkdir happened, the lock file not yet: leave a fresh one to its owner
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60:
+                action(path)
+                return True
+        return False
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        action(path)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
 
 
 def listen_unix(path: Path, *, backlog: int = 8) -> socket.socket:

@@ -160,11 +160,23 @@ def start_time(pid: int) -> int | None:
         line = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The program's name stands in parentheses and may hold anything, so fields count from the last one.
-    fields = line[line.rindex(b")") + 2 :].split()
+    fields = _stat_fields(line)
     if fields[0] in (b"Z", b"X", b"x"):
         return None
     return int(fields[19])
+
+
+def parent(pid: int) -> int | None:
+    """The parent of *pid*; None when there is no such process."""
+    try:
+        return int(_stat_fields(Path(f"/proc/{pid}/stat").read_bytes())[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _stat_fields(line: bytes) -> list[bytes]:
+    # The program's name stands in parentheses and may hold anything, so fields count from the last one.
+    return line[line.rindex(b")") + 2 :].split()
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,25 @@ def test_rmi_by_name_and_digest_takes_that_name_alone(ovm: Ovm, built: str) -> N
     assert [e["name"] for e in ovm.ok("ls", "--json").json] == ["echo:1"]
 
 
+def test_run_from_a_place_on_disk(ovm: Ovm, built: str, tmp_path: Path) -> None:
+    place = f"oci-archive:{tmp_path / 'echo.tar'}"
+    ovm.ok("push", "echo:1", place)
+    ovm.ok("push", "echo:1", f"oci:{tmp_path / 'layout'}:x")
+    ovm.ok("rmi", "echo:1")
+    start(ovm, "--name", "named", ref=place)
+    (entry,) = ovm.ok("ls", "--json").json
+    assert (entry["name"], entry["digest"]) == ("echo:1", built)
+    ovm.ok("rmi", "-f", "echo:1")
+    # without a name: the instance keeps it
+    start(ovm, "--name", "nameless", "--platform", "linux/amd64", ref=f"oci:{tmp_path / 'layout'}:x")
+    assert ovm.ok("ls", "--json").json == []
+    ovm.ok("rm", "-f", "named")
+    ovm.ok("tag", built, "again:1")
+    ovm.ok("rmi", "-f", "again:1")
+    assert (ovm.root / "store/blobs/sha256" / built[7:]).exists()
+    ovm.ok("rm", "-f", "nameless")
+
+
 def test_an_artifact_in_use_stays(ovm: Ovm, built: str) -> None:
     terminal = start(ovm, "--name", "user")
     done = ovm("rmi", "echo:1", "--json")

@@ -216,6 +216,13 @@ class Server(ThreadingHTTPServer):
         return digest_of(raw)
 
 
+def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    """Waits for *condition*, and not for ever: who waits here is the server."""
+    deadline = time.monotonic() + timeout
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from ovms.errors import (
     Problem,
     RegistryError,
 )
+from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -69,9 +70,7 @@ class Builder:
             ManifestInvalid: one or more problems in it, or in the files that it names; all of them are named.
             DiskFull: said before anything is copied.
         """
-        reference = None if name is None else Reference.parse(name)
-        if reference is not None and reference.digest is not None:
-            raise InputError(f"{reference}: a name for a new artifact has no digest", hint="leave out what follows '@'")
+        reference = None if name is None else transport.new_name(name)
         document = read_document(path)
         checked = manifest.check(document, str(path))
         with self._layout.using(), contextlib.ExitStack() as files:
@@ -122,7 +121,7 @@ class Builder:
             file = files.enter_context(fsutil.open_input(local, item.label, max_size=SIZE_LIMITS[item.part.kind]))
             check_content(item.part, file.fileno(), item.compression)
             return replace(item, file=file)
-        return replace(item, found=self._from_artifact(item, local))
+        return replace(item, found=self._from_artifact(item, local, directory))
 
     def _check_blob(self, item: _Input, digest: Digest) -> Descriptor:
         size = self._layout.size(digest)
@@ -134,9 +133,11 @@ class Builder:
             check_content(item.part, file.fileno(), item.compression)
             return _descriptor(item, file.fileno(), digest, size)
 
-    def _from_artifact(self, item: _Input, local: Path) -> tuple[Descriptor, ...]:
+    def _from_artifact(self, item: _Input, local: Path, directory: Path) -> tuple[Descriptor, ...]:
         try:
-            Reference.parse(item.part.ref)
+            place = transport.parse_place(item.part.ref)
+            if place is None:
+                Reference.parse(item.part.ref)
         except InputError:
             raise FileProblem(
                 f"{item.label}: there is no file {local}, and {item.part.ref[:80]!a} is no reference",
@@ -144,7 +145,8 @@ class Builder:
                 path=str(local),
             ) from None
         try:
-            other = resolve.resolve(self._layout, self._connect, item.part.ref, progress=self._progress).artifact
+            whole = item.part.ref if place is None else place.below(directory)
+            other = resolve.resolve(self._layout, self._connect, whole, progress=self._progress).artifact
         except NotFound as exc:
             raise NotFound(
                 f"{item.label}: there is neither a file {local} nor an artifact {item.part.ref}",

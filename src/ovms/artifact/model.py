@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ovms.errors import DigestMismatch, ManifestInvalid, Problem, RegistryProtocol, Unsupported
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, fits_host
+from ovms.errors import DigestMismatch, ManifestInvalid, Problem, ReferenceNotFound, RegistryProtocol, Unsupported
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
+from ovms.oci.platform import CONTAINER_HINT, HOST, Platform, check_guest, fitting, is_artifact
 from ovms.spec import limits, manifest, mediatypes, strictjson
-from ovms.spec.digest import Digest, is_digest
+from ovms.spec.digest import Digest, is_digest, of_bytes
 from ovms.spec.manifest import Compression, Part, PartKind
 
 RAM_TYPES: Final = {
@@ -24,8 +25,6 @@ _TYPES: Final = {
     PartKind.BOOTSTRAP: mediatypes.BOOTSTRAP,
 }
 _TITLES: Final = {PartKind.KERNEL: "kernel", PartKind.INITRD: "initrd", PartKind.BOOTSTRAP: "bootstrap.json"}
-
-_NOT_OURS: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,36 @@ class Artifact:
         raise KeyError(ref)
 
 
-def load(layout: Layout, digest: Digest) -> Artifact:
-    """Reads the artifact whose OCI manifest is *digest*.
+def load(layout: Layout, digest: Digest, platform: Platform | None = None) -> Artifact:
+    """Reads the artifact whose OCI manifest is *digest*, or the one of that index for *platform* (None: this host's).
 
     Raises:
         BlobNotFound, StoreCorrupt: it is not in the store, or damaged there.
-        Unsupported: it is something else than an OVMS artifact.
+        ReferenceNotFound: it is an index, whose manifest for the platform was not pulled.
+        Unsupported: it is something else than an OVMS artifact, or for another platform.
         ManifestInvalid, JsonInvalid, RegistryProtocol: its manifests are wrong, or disagree.
         DigestMismatch: a blob that is there has another size than its descriptor says.
     """
     image = layout.manifest(digest)
     if isinstance(image, ImageIndex):
-        image = choose(layout, image)
-    return Artifact(image, check_documents(layout, image))
+        image = choose(layout, image, platform)
+    return Artifact(image, check_documents(layout, image, platform))
 
 
-def check_documents(layout: Layout, image: ImageManifest) -> manifest.Manifest:
+def load_any(layout: Layout, digest: Digest) -> Artifact:
+    """Like :func:`load`, to be looked at: of an index that has nothing here for this host, the first that is here."""
+    try:
+        return load(layout, digest)
+    except (ReferenceNotFound, Unsupported):
+        index = layout.manifest(digest)
+        for descriptor in index.manifests if isinstance(index, ImageIndex) else ():
+            image = layout.manifest(descriptor.digest) if layout.size(descriptor.digest) is not None else None
+            if isinstance(image, ImageManifest) and is_artifact(image):
+                return Artifact(image, check_documents(layout, image))
+        raise
+
+
+def check_documents(layout: Layout, image: ImageManifest, platform: Platform | None = None) -> manifest.Manifest:
     """The OVMS manifest of *image*, which is in the store. Raises like :func:`load`."""
     check_image(image)
     for blob in (image.config, *image.layers):
@@ -77,6 +90,7 @@ def check_documents(layout: Layout, image: ImageManifest) -> manifest.Manifest:
     raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
     checked = manifest.parse(raw, f"the OVMS manifest of {image.digest}")
     check_parts(checked, image)
+    check_guest(platform, checked.metadata.platform.arch, checked.name)
     return checked
 
 
@@ -107,18 +121,28 @@ def check_image(image: ImageManifest) -> None:
     kind = image.config.media_type if image.artifact_type is None else image.artifact_type
     if kind != mediatypes.MANIFEST:
         text = f"{image.digest} is no OVMS artifact: its artifactType is {kind[:80]!a}, not {mediatypes.MANIFEST}"
-        raise Unsupported(text, hint=_NOT_OURS, rule="OCI-1")
+        raise Unsupported(text, hint=CONTAINER_HINT, rule="OCI-1")
 
 
-def choose(layout: Layout, index: ImageIndex) -> ImageManifest:
-    """The manifest of *index* that this machine runs, among those that are in the store."""
-    for descriptor in index.manifests:
-        if not fits_host(descriptor) or layout.size(descriptor.digest) is None:
-            continue
-        image = layout.manifest(descriptor.digest)
-        if isinstance(image, ImageManifest) and len(_manifests_of(image)) == 1:
+def choose(layout: Layout, index: ImageIndex, platform: Platform | None = None) -> ImageManifest:
+    """The manifest of *index* for *platform* (None: this host's), among those that are in the store.
+
+    Raises:
+        Unsupported: the index has none.
+        ReferenceNotFound: it has one, which was not pulled.
+    """
+    where = f"the index {of_bytes(index.raw)}"
+    listed = fitting(index, platform, where)
+    here = [image for d in listed if layout.size(d.digest) is not None for image in [layout.manifest(d.digest)]]
+    for image in here:
+        if isinstance(image, ImageManifest) and is_artifact(image):
             return image
-    raise Unsupported("the index holds no OVMS artifact for this machine", hint=_NOT_OURS, rule="OCI-16")
+    if len(here) == len(listed):
+        raise Unsupported(f"{where} holds no OVMS artifact for {platform or HOST}", hint=CONTAINER_HINT, rule="OCI-16")
+    raise ReferenceNotFound(
+        f"what {where} has for {platform or HOST} is not in the local store",
+        hint=f"'ovm pull --platform {platform or HOST}' fetches it",
+    )
 
 
 def _manifests_of(image: ImageManifest) -> list[Descriptor]:
@@ -139,7 +163,7 @@ def ovms_descriptor(image: ImageManifest) -> Descriptor:
         raise Unsupported(
             f"{image.digest} is no OVMS artifact: its config is {image.config.media_type!a}"
             + (", and several layers claim to be the manifest" if found else ""),
-            hint=_NOT_OURS,
+            hint=CONTAINER_HINT,
             rule="OCI-4",
         )
     return found[0]

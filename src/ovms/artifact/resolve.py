@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ovms.artifact.model import Artifact, check_documents, load
-from ovms.errors import InputError, ReferenceNotFound
-from ovms.oci.descriptor import Descriptor
+from ovms.errors import InputError, ReferenceInvalid, ReferenceNotFound
+from ovms.oci import transport
+from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
+from ovms.oci.platform import Platform
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
+from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, is_digest
 
 if TYPE_CHECKING:
@@ -31,18 +34,21 @@ class Found:
     artifact: Artifact
 
 
-def find(layout: Layout, text: str) -> Found:
+def find(layout: Layout, text: str, platform: Platform | None = None) -> Found:
     """The artifact in the local store that *text* names: a reference, a digest, or the first digits of one.
 
+    *platform* is the one to take of an index (None: this host's); what stands alone must be for it.
+
     Raises:
-        ReferenceNotFound: nothing of that name here.
+        ReferenceNotFound: nothing of that name here, or not for the platform.
+        Unsupported: it is for other platforms only.
         InputError: a short digest that fits several artifacts.
         ReferenceInvalid: no reference at all.
     """
     known = lookup(layout, text)
     if known is not None:
         name, digest = known
-        return Found(name or _name_of(layout, digest) or digest, load(layout, digest))
+        return Found(name or _name_of(layout, digest) or digest, load(layout, digest, platform))
     reference = Reference.parse(text)
     descriptor = _find_descriptor(layout, reference)
     if descriptor is None:
@@ -51,7 +57,7 @@ def find(layout: Layout, text: str) -> Found:
             hint="'ovm ls' lists what is there; 'ovm pull' fetches from a registry",
             reference=str(reference),
         )
-    return Found(str(reference), load(layout, descriptor.digest))
+    return Found(str(reference), load(layout, descriptor.digest, platform))
 
 
 def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
@@ -63,7 +69,15 @@ def lookup(layout: Layout, text: str) -> tuple[str | None, Digest] | None:
     whole = f"sha256:{text.removeprefix('sha256:')}"
     if is_digest(whole):
         return (None, Digest(whole)) if layout.size(Digest(whole)) is not None else None
-    reference = Reference.parse(text)
+    try:
+        reference = Reference.parse(text)
+    except ReferenceInvalid:
+        if transport.parse_place(text) is None:
+            raise
+        raise InputError(
+            f"{text[:120]!a} is a place on disk, where a name is needed",
+            hint="'ovm pull' copies what is there into the store",
+        ) from None
     descriptor = layout.find(str(reference))
     if descriptor is not None:
         return str(reference), descriptor.digest
@@ -102,67 +116,129 @@ def _by_first_digits(layout: Layout, text: str) -> Digest | None:
     return next(iter(fitting), None)
 
 
-def pull(layout: Layout, connect: Connect, text: str, progress: Progress = NULL) -> Found:
-    """Fetches an artifact from its registry, checks it, and names it in the store.
+def pull(
+    layout: Layout,
+    connect: Connect,
+    text: str,
+    progress: Progress = NULL,
+    *,
+    name: str | None = None,
+    platform: Platform | None = None,
+) -> Found:
+    """Fetches an artifact from its registry or a place on disk, checks it, and names it in the store.
+
+    *name* is what it is called there, else what it is called where it comes from.
 
     Raises:
-        InputError: the reference names no registry.
+        InputError: the reference names no registry, or what is on disk has no whole name.
+        Conflict: it has the name of another artifact in the store, and *name* does not say that this is meant.
         RegistryError, ReferenceNotFound, DigestMismatch, DiskFull: as the transfer met them.
-        Unsupported, ManifestInvalid: what came is no OVMS artifact.
+        Unsupported, ManifestInvalid: what came is no OVMS artifact, or none for the platform.
     """
+    from ovms.artifact import places
     from ovms.oci import transfer
 
-    reference = Reference.parse(text)
-    if reference.registry is None:
+    source = transport.parse(text)
+    named = None if name is None else str(transport.new_name(name))
+    if isinstance(source, transport.Place):
+        return places.pull(layout, source, progress, name=named, platform=platform)
+    if source.registry is None:
         raise InputError(
-            f"{reference} names no registry",
-            hint=f"write the registry's host before it, such as registry.example/{reference}",
+            f"{source} names no registry",
+            hint=f"write the registry's host before it, such as registry.example/{source}",
         )
     transfer.pull(
         layout,
-        connect(reference.registry),
-        reference,
+        connect(source.registry),
+        source,
         progress,
-        check=lambda image: check_documents(layout, image),
+        check=lambda image: check_documents(layout, image, platform),
+        name=named,
+        platform=platform,
     )
-    return find(layout, str(reference))
+    return find(layout, named or str(source), platform)
 
 
-def push(layout: Layout, connect: Connect, text: str, progress: Progress = NULL) -> Descriptor:
-    """Uploads the artifact that is called *text* here to the registry that the name says.
+def push(
+    layout: Layout, connect: Connect, text: str, progress: Progress = NULL, *, destination: str | None = None
+) -> Descriptor:
+    """Uploads the artifact that is called *text* here: to *destination*, else to the registry that its name says.
 
     Raises:
         InputError: the name has no registry.
         ReferenceNotFound: nothing of that name here.
         RegistryError: as the transfer met it.
     """
+    from ovms.artifact import places
     from ovms.oci import transfer
 
-    reference = Reference.parse(text)
-    if reference.registry is None:
-        raise InputError(
-            f"{reference} names no registry to push to",
-            hint=f"tag it first: 'ovm tag {reference} registry.example/{reference}'",
-        )
+    target = transport.parse(text if destination is None else destination)
+    if isinstance(target, transport.Place):
+        return places.push(layout, text, target, progress)
+    if target.registry is None:
+        raise _no_registry(text, target)
     with layout.using():
-        found = find(layout, text)
-        descriptor = _find_descriptor(layout, reference) or found.artifact.image.descriptor()
-        transfer.push(layout, connect(reference.registry), reference, descriptor.digest, progress)
+        descriptor = top(layout, text)
+        if target.digest not in (None, descriptor.digest):
+            raise InputError(f"{target} is not what is pushed: {descriptor.digest}", hint="leave out what follows '@'")
+        transfer.push(layout, connect(target.registry), target, descriptor.digest, progress)
         return descriptor
 
 
+def pushable(text: str) -> Reference:
+    """A reference with a registry. Raises :class:`InputError` where it has none."""
+    reference = Reference.parse(text)
+    if reference.registry is None:
+        raise _no_registry(text, reference)
+    return reference
+
+
+def _no_registry(text: str, target: Reference) -> InputError:
+    return InputError(
+        f"{target} names no registry to push to",
+        hint=f"say where to: 'ovm push {text} registry.example/{target}'",
+    )
+
+
+def top(layout: Layout, text: str) -> Descriptor:
+    """What an index says of the artifact in the store, or of the index, that *text* names. Raises like :func:`find`."""
+    known = lookup(layout, text)
+    digest = find(layout, text).artifact.digest if known is None else known[1]
+    if known is None and (descriptor := _find_descriptor(layout, Reference.parse(text))) is not None:
+        digest = descriptor.digest
+    manifest = layout.manifest(digest)
+    if isinstance(manifest, ImageIndex):
+        return Descriptor(mediatypes.OCI_INDEX, digest, len(manifest.raw))
+    return manifest.descriptor()
+
+
 def resolve(
-    layout: Layout, connect: Connect, text: str, *, policy: PullPolicy = "missing", progress: Progress = NULL
+    layout: Layout,
+    connect: Connect,
+    text: str | transport.Place,
+    *,
+    policy: PullPolicy = "missing",
+    progress: Progress = NULL,
+    platform: Platform | None = None,
 ) -> Found:
-    """The artifact that *text* names, pulled from its registry as *policy* says.
+    """The artifact that *text* names, pulled from its registry, or copied from its place on disk, as *policy* says.
+
+    What comes from disk gets its name only where that is free: nobody said that another artifact should lose it. It may
+    have none, and stays then as long as the caller is :meth:`~ovms.oci.layout.Layout.using` the store.
 
     Raises:
         ReferenceNotFound: neither here nor there (or not here, and not to be pulled).
     """
+    place = text if isinstance(text, transport.Place) else transport.parse_place(text)
+    if place is not None:
+        from ovms.artifact import places
+
+        return places.resolve(layout, place, progress, copy=policy != "never", platform=platform)
+    text = str(text)
     if policy != "always":
         try:
-            return find(layout, text)
+            return find(layout, text, platform)
         except ReferenceNotFound:
             if policy == "never" or Reference.parse(text).registry is None:
                 raise
-    return pull(layout, connect, text, progress)
+    return pull(layout, connect, text, progress, platform=platform)

@@ -22,21 +22,31 @@ from ovms.errors import HostError, OvmsError, UsageError
 #: Command → what it does, in the order of the help text. Each is a module of ``ovms.cli.commands``.
 COMMANDS: Final = {
     "build": "Build an artifact from a manifest",
-    "pull": "Fetch an artifact from a registry",
-    "push": "Upload an artifact to its registry",
+    "pull": "Fetch an artifact from a registry or a file",
+    "push": "Upload an artifact to a registry, or write it to a file",
     "ls": "List the artifacts in the local store",
     "inspect": "Show what an artifact or an instance is made of",
     "validate": "Check a file or an artifact against the specification",
     "tag": "Give an artifact another name",
+    "attach": "Attach a file to an artifact: a signature, an SBOM",
+    "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
     "rmi": "Remove artifacts from the local store",
+    "prune": "Remove what nothing needs from the local store",
+    "df": "Show what takes room: artifacts, memories, downloads, instances",
+    "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",
+    "login": "Log in to a registry",
+    "logout": "Forget the login to a registry",
     "version": "Show the versions of ovms and of what it uses",
 }
+
+#: What ovms runs itself.
+INTERNAL: Final = frozenset({"ended"})
 
 DEBUG_VARIABLE: Final = "OVMS_DEBUG"
 
@@ -118,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OvmsError as exc:
         return _fail(exc, as_json)
     except OSError as exc:
-        place = f"{exc.filename}: " if exc.filename else ""
-        return _fail(HostError(f"{place}{exc.strerror or exc}"), as_json)
+        return _fail(_host_error(exc), as_json)
     except Exception as exc:  # noqa: BLE001 - no traceback reaches a user
         return _bug(exc)
 
@@ -129,14 +138,27 @@ def _run(arguments: list[str]) -> int:
     if not options.command:
         raise UsageError("no command", hint="'ovm --help' lists them")
     name, *rest = options.command
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in INTERNAL:
         raise UsageError(f"there is no command {name[:40]!a}", hint=_suggestion(name))
     parser, module = command_parser(name)
     args = parser.parse_args(rest)
 
     from ovms.cli.context import Context
 
-    return int(module.run(args, Context(options.root, options.progress)))
+    tls_verify = getattr(args, "tls_verify", None)
+    return int(module.run(args, Context(options.root, options.progress, tls_verify)))
+
+
+def _host_error(exc: OSError) -> OvmsError:
+    if not exc.filename:
+        return HostError(exc.strerror or str(exc))
+    from pathlib import Path
+
+    from ovms import fsutil
+
+    place = str(exc.filename)
+    full = fsutil.disk_full(exc, place, Path(place).parent)
+    return full or HostError(f"{place}: {exc.strerror or exc}")
 
 
 def _suggestion(name: str) -> str:

@@ -47,7 +47,8 @@ class Run:
 class Capture:
     """A copy of a VM's memory, in a sparse file. Call :meth:`finish` once the VM goes on again."""
 
-    def __init__(self, fd: int, base: Path | None, runs: list[Run], size: int) -> None:
+    def __init__(self, fd: int, base: int | None, runs: list[Run], size: int) -> None:
+        """*base*: a descriptor of what the VM was restored from; it is ours from here on."""
         self.fd = fd
         self.size = size
         self._base = base
@@ -57,11 +58,11 @@ class Capture:
         """Fills in what did not have to be copied while the VM stood still: the image that it was restored from."""
         if self._base is None:
             return
-        with fsutil.open_input(self._base, "the RAM image that the VM was restored from") as base:
-            at = 0
-            for run in [*self._runs, Run(self.size, self.size)]:
-                _copy_range(base.fileno(), self.fd, at, run.start)
-                at = run.end
+        at = 0
+        for run in [*self._runs, Run(self.size, self.size)]:
+            _copy_range(self._base, self.fd, at, run.start)
+            at = run.end
+        os.close(self._base)
         self._base = None
 
 
@@ -75,7 +76,13 @@ def take(guest: GuestRam, fd: int) -> Capture:
     os.ftruncate(fd, guest.size)
     try:
         if guest.private:
-            return Capture(fd, guest.file, _take_private(guest, fd), guest.size)
+            # opened while the VM is there: should it end, its memory goes on being readable
+            base = os.open(guest.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return Capture(fd, base, _take_private(guest, fd), guest.size)
+            except BaseException:
+                os.close(base)
+                raise
         source = os.open(guest.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fsutil.copy_sparse(source, fd)
@@ -112,20 +119,21 @@ def _take_private(guest: GuestRam, fd: int) -> list[Run]:
 
 
 def find_mapping(pid: int, file: Path, size: int) -> int:
-    """The address at which process *pid* has mapped *size* bytes of *file*.
+    """The address at which process *pid* has mapped *size* bytes of *file* (a path, or a descriptor in ``/proc``).
 
     Raises:
         HostError: there is no such mapping.
     """
-    real = file.resolve()
-    inode = real.stat().st_ino
+    inode = file.stat().st_ino
+    # a memfd is called the same wherever it is mapped, and its descriptor's link tells how
+    name = (str(file.readlink()) if file.is_symlink() else str(file)).removesuffix(" (deleted)")
     lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
         if (match := _MAPPING.fullmatch(line)) is None:
             continue
         start, end = int(match[1], 16), int(match[2], 16)
         # Not the device: on btrfs and overlayfs the number there is another than that of stat.
-        if end - start == size and int(match[4]) == inode and match[5].removesuffix(" (deleted)") == str(real):
+        if end - start == size and int(match[4]) == inode and match[5].removesuffix(" (deleted)") == name:
             return start
     raise HostError(f"process {pid} has not mapped {file}")
 

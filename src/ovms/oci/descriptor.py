@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ovms.errors import RegistryProtocol
 from ovms.spec import limits, mediatypes, strictjson
@@ -62,18 +62,6 @@ class Descriptor:
         return answer
 
 
-#: This host, in Go's names, which OCI has for platforms.
-HOST_PLATFORM: Final = "linux/amd64"
-
-
-def fits_host(descriptor: Descriptor, platform: str | None = None) -> bool:
-    """Whether a manifest of an index is for *platform* (``os/architecture``; None: this host's); one that says none is."""
-    if descriptor.platform is None:
-        return True
-    system, _, architecture = (platform or HOST_PLATFORM).partition("/")
-    return descriptor.platform.get("os") == system and descriptor.platform.get("architecture") == architecture
-
-
 def annotations_of(value: Mapping[str, Any], where: str) -> dict[str, str]:
     """The ``annotations`` of a manifest or descriptor (an empty dict where there are none)."""
     annotations = value.get("annotations", {})
@@ -112,6 +100,11 @@ class ImageManifest:
         """What an index says of this manifest."""
         return Descriptor(mediatypes.OCI_MANIFEST, self.digest, len(self.raw), artifact_type=self.artifact_type)
 
+    def as_referrer(self) -> Descriptor:
+        """What a list of referrers says of this manifest: its type and its annotations, too."""
+        artifact_type = self.artifact_type or self.config.media_type
+        return replace(self.descriptor(), artifact_type=artifact_type, annotations=self.annotations)
+
 
 @dataclass(frozen=True)
 class ImageIndex:
@@ -120,6 +113,21 @@ class ImageIndex:
     raw: bytes
     manifests: tuple[Descriptor, ...]
     annotations: Mapping[str, str]
+    artifact_type: str | None = None
+    subject: Descriptor | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the original bytes."""
+        return of_bytes(self.raw)
+
+    def descriptor(self) -> Descriptor:
+        """What an index says of this index."""
+        return Descriptor(mediatypes.OCI_INDEX, self.digest, len(self.raw), artifact_type=self.artifact_type)
+
+    def as_referrer(self) -> Descriptor:
+        """What a list of referrers says of this index: its annotations, too."""
+        return replace(self.descriptor(), annotations=self.annotations)
 
 
 def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
@@ -138,6 +146,10 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     media_type = value.get("mediaType")
     if "mediaType" in value and media_type is None:
         raise RegistryProtocol(f"{where}.mediaType is null", rule="DOC-8")
+    artifact_type = value.get("artifactType")
+    if "artifactType" in value and not isinstance(artifact_type, str):
+        raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
+    subject = Descriptor.from_json(value["subject"], f"{where}.subject") if "subject" in value else None
     if media_type == mediatypes.OCI_INDEX or (media_type is None and "manifests" in value):
         manifests = value.get("manifests")
         if not isinstance(manifests, list) or "config" in value:
@@ -146,6 +158,8 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
             raw,
             tuple(Descriptor.from_json(m, f"{where}.manifests[{i}]") for i, m in enumerate(manifests)),
             annotations_of(value, where),
+            artifact_type,
+            subject,
         )
     if media_type not in (mediatypes.OCI_MANIFEST, None) or "manifests" in value:
         raise RegistryProtocol(
@@ -156,15 +170,12 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     layers = value.get("layers")
     if not isinstance(layers, list) or len(layers) > limits.OCI_LAYERS_MAX:
         raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}", rule="OCI-1")
-    artifact_type = value.get("artifactType")
-    if "artifactType" in value and not isinstance(artifact_type, str):
-        raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
     return ImageManifest(
         raw,
         artifact_type,
         Descriptor.from_json(value.get("config"), f"{where}.config"),
         tuple(Descriptor.from_json(layer, f"{where}.layers[{i}]") for i, layer in enumerate(layers)),
-        Descriptor.from_json(value["subject"], f"{where}.subject") if "subject" in value else None,
+        subject,
         annotations_of(value, where),
         media_type,
     )
@@ -192,3 +203,10 @@ def build_manifest(
         value["annotations"] = dict(annotations)
     raw = strictjson.canonical(value)
     return ImageManifest(raw, artifact_type, config, layers, subject, annotations or {})
+
+
+def with_subject(manifest: ImageManifest | ImageIndex, subject: Descriptor) -> ImageManifest | ImageIndex:
+    """The same manifest with another ``subject``; whatever else stands in it stays."""
+    value = strictjson.parse(manifest.raw, "the manifest", max_size=limits.OCI_MANIFEST_MAX)
+    value["subject"] = Descriptor(subject.media_type, subject.digest, subject.size).to_json()
+    return parse_manifest(strictjson.canonical(value), "the manifest")

@@ -9,29 +9,28 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
-from ovms.oci import partial, ranges, workers
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, fits_host, parse_manifest
+from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
+from ovms.oci import partial, ranges, referrers, workers
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
+from ovms.oci.fsck import damage
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
+from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
 from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
 from ovms.progress import NULL, Progress, Task
-from ovms.spec import limits, mediatypes, strictjson
+from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
-_CONTAINER_HINT: Final = "container images cannot be run as they are; 'ovm build' makes an OVMS artifact"
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
-#: Tries to get one's entry into a fallback index that others write to, too.
-_REFERRER_TRIES: Final = 8
 
 
 class _Stopped(OvmsError):
@@ -46,12 +45,12 @@ def pull(
     *,
     check: Callable[[ImageManifest], object] | None = None,
     name: str | None = None,
-    platform: str | None = None,
+    platform: Platform | None = None,
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
     *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
-    bulk is fetched. *platform* (``linux/amd64``) is the one to take of an index; None: this host's.
+    bulk is fetched. *platform* is the one to take of an index; None: this host's.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
@@ -60,7 +59,7 @@ def pull(
         DiskFull: said before the first blob is fetched.
         RegistryError: and its kinds: as the registry met us.
     """
-    with layout.using():
+    with fsutil.noticing_full_disk(f"pulling {reference}", layout.root), layout.using():
         raw, top = client.get_manifest(reference)
         manifest = parse_manifest(raw, f"the manifest of {reference}")
         raws = [raw]
@@ -70,7 +69,7 @@ def pull(
             raws.append(raw)
         else:
             top = manifest.descriptor()
-        _check(manifest, reference)
+        check_image(manifest, reference)
         missing = [blob for blob in manifest.blobs if not layout.has(blob)]
         needed = sum(blob.size - partial.have(layout, blob) for blob in missing)
         fsutil.require_space(layout.root, needed, f"pulling {reference}")
@@ -87,21 +86,21 @@ def pull(
         return top
 
 
+def fetch(
+    layout: Layout, client: RegistryClient, repository: str, image: ImageManifest, progress: Progress = NULL
+) -> None:
+    """Fetches a manifest's blobs, and keeps it with them; no name stands for it yet. Raises like :func:`pull`."""
+    missing = [blob for blob in image.blobs if not layout.has(blob)]
+    fsutil.require_space(layout.root, sum(blob.size for blob in missing), f"pulling {image.digest}")
+    _Download(layout, client, repository, progress).blobs(list(image.blobs), missing)
+    layout.sync()
+    layout.add_bytes(image.raw)
+
+
 def _choose(
-    client: RegistryClient, reference: Reference, index: ImageIndex, platform: str | None
+    client: RegistryClient, reference: Reference, index: ImageIndex, platform: Platform | None
 ) -> tuple[bytes, ImageManifest]:
-    fitting = [
-        d
-        for d in index.manifests
-        if d.media_type == mediatypes.OCI_MANIFEST
-        and d.artifact_type in (None, mediatypes.MANIFEST)
-        and fits_host(d, platform)
-    ]
-    # One that says that it is an OVMS artifact before one that says nothing: an index may hold both kinds.
-    fitting.sort(key=lambda d: (d.artifact_type != mediatypes.MANIFEST, d.platform is None))
-    if not fitting:
-        raise Unsupported(f"{reference} holds nothing for {platform or 'linux/amd64'}", hint=_CONTAINER_HINT)
-    chosen = fitting[0]
+    chosen = fitting(index, platform, reference)[0]
     raw, _ = client.get_manifest(reference.with_digest(chosen.digest))
     manifest = parse_manifest(raw, f"the manifest {chosen.digest}")
     if isinstance(manifest, ImageIndex):
@@ -109,18 +108,24 @@ def _choose(
     return raw, manifest
 
 
-def _check(manifest: ImageManifest, reference: Reference) -> None:
-    types = {manifest.artifact_type, manifest.config.media_type, *(layer.media_type for layer in manifest.layers)}
-    if mediatypes.MANIFEST not in types:
+def check_image(manifest: ImageManifest, reference: object) -> None:
+    """Whether *manifest* can be an OVMS artifact at all, before its blobs are there.
+
+    Raises:
+        Unsupported: it is something else.
+        RegistryProtocol: a blob is larger than any of ours may be.
+    """
+    if not is_artifact(manifest):
         raise Unsupported(
-            f"{reference} is no OVMS artifact: its config is {manifest.config.media_type!a}", hint=_CONTAINER_HINT
+            f"{reference} is no OVMS artifact: its config is {manifest.config.media_type!a}", hint=CONTAINER_HINT
         )
     for blob in manifest.blobs:
         if blob.size > (limits.MANIFEST_MAX if blob.media_type == mediatypes.MANIFEST else limits.DISK_LAYER_MAX):
             raise RegistryProtocol(f"{reference}: a blob of {blob.size} bytes is out of range")
 
 
-def _label(blob: Descriptor) -> str:
+def label(blob: Descriptor) -> str:
+    """What progress calls a blob."""
     title = blob.annotations.get(mediatypes.TITLE_ANNOTATION)
     if title is None:
         title = "config" if blob.media_type == mediatypes.MANIFEST else "blob"
@@ -144,7 +149,7 @@ class _Download:
         """Fetches those of *blobs* that are *missing*, several at once, the largest first."""
         for blob in blobs:
             if blob not in missing:
-                with self._progress.task(_label(blob), blob.size) as task:
+                with self._progress.task(label(blob), blob.size) as task:
                     task.note("exists already")
         wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
         self._unfinished = len(wanted)
@@ -166,11 +171,11 @@ class _Download:
 
         def fetch_one(stopped: Callable[[], bool]) -> None:
             if blob.size <= _SMALL:
-                with self._progress.task(_label(blob), blob.size) as task:
+                with self._progress.task(label(blob), blob.size) as task:
                     self._fetch_small(blob, task)
                 return
             with (
-                self._progress.task(_label(blob), blob.size) as task,
+                self._progress.task(label(blob), blob.size) as task,
                 partial.receiving(self._layout, blob, stopped) as receiver,
             ):
                 if receiver is None:
@@ -257,7 +262,11 @@ class _Download:
 
 
 def push(
-    layout: Layout, client: RegistryClient, reference: Reference, digest: Digest, progress: Progress = NULL
+    layout: Layout,
+    client: RegistryClient,
+    reference: Reference,
+    digest: Digest,
+    progress: Progress = NULL,
 ) -> None:
     """Uploads the artifact *digest* as *reference*: what the registry lacks of its blobs, then its manifest.
 
@@ -274,38 +283,70 @@ def push(
                     image = layout.manifest(child.digest)
                     if isinstance(image, ImageManifest):
                         upload.image(image, child.digest)
-            media_type = mediatypes.OCI_INDEX
-            client.put_manifest(reference.repository, reference.tag or digest, manifest.raw, media_type)
         else:
-            upload.image(manifest, reference.tag or digest)
+            upload.blobs(manifest)
+        upload.manifest(manifest, reference.tag or digest)
+
+
+def push_files(
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    image: ImageManifest,
+    files: Mapping[Digest, Path],
+    progress: Progress = NULL,
+) -> None:
+    """Uploads an artifact whose blobs are *files*, and under no tag: nothing of it comes into the store.
+
+    Raises:
+        RegistryError: and its kinds: as the registry met us; among them that a file was changed meanwhile.
+    """
+    _Upload(layout, client, repository, progress, files).image(image, image.digest)
 
 
 class _Upload:
-    def __init__(self, layout: Layout, client: RegistryClient, repository: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        client: RegistryClient,
+        repository: str,
+        progress: Progress,
+        files: Mapping[Digest, Path] | None = None,
+    ) -> None:
         self._layout = layout
         self._client = client
         self._repository = repository
         self._progress = progress
+        self._files = files or {}
         self._elsewhere: dict[Digest, str] | None = None
         self._lock = threading.Lock()
 
     def image(self, image: ImageManifest, target: str) -> None:
         """Every blob, several at once; then the manifest."""
+        self.blobs(image)
+        self.manifest(image, target)
+
+    def blobs(self, image: ImageManifest) -> None:
+        """Every blob, several at once."""
         for blob in image.blobs:
-            if not self._layout.has(blob):
+            if blob.digest not in self._files and not self._layout.has(blob):
                 raise BlobNotFound(
                     f"the store has lost the blob {blob.digest}",
                     hint="build or pull the artifact again",
                     digest=blob.digest,
                 )
         workers.run_all([self._job(blob) for blob in sorted(image.blobs, key=lambda blob: -blob.size)])
-        handled = self._client.put_manifest(self._repository, target, image.raw, mediatypes.OCI_MANIFEST)
-        if image.subject is not None and not handled:
-            _add_referrer(self._client, self._repository, image, image.subject)
+
+    def manifest(self, manifest: ImageManifest | ImageIndex, target: str) -> None:
+        """The manifest, and what lets it be found by its subject."""
+        entry = manifest.as_referrer()
+        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
+        if manifest.subject is not None and not handled:
+            referrers.add(self._client, self._repository, entry, manifest.subject.digest)
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def send(stopped: Callable[[], bool]) -> None:
-            with self._progress.task(_label(blob), blob.size) as task:
+            with self._progress.task(label(blob), blob.size) as task:
                 if self._client.has_blob(self._repository, blob.digest):
                     task.note("exists already")
                 elif (source := self._source(blob.digest)) and self._client.mount_blob(
@@ -313,11 +354,22 @@ class _Upload:
                 ):
                     task.note(f"mounted from {source}")
                 else:
-                    body = _Body(self._layout.path(blob.digest), task, stopped)
+                    path = self._files.get(blob.digest) or self._layout.path(blob.digest)
+                    body = _Body(path, task, stopped)
                     with contextlib.closing(body):
-                        self._client.push_blob(self._repository, blob, body.open)
+                        self._push(blob, body)
 
         return send
+
+    def _push(self, blob: Descriptor, body: _Body) -> None:
+        try:
+            self._client.push_blob(self._repository, blob, body.open)
+        except RegistryProtocol:
+            # what it refuses may well be our fault
+            if (why := damage(self._layout, blob.digest)) is None:
+                raise
+            hint = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
+            raise StoreCorrupt(why, hint=hint, digest=blob.digest) from None
 
     def _source(self, digest: Digest) -> str | None:
         # Another repository of this registry that we have pushed the blob to, or pulled it from.
@@ -388,43 +440,3 @@ class _Reader:
 
     def close(self) -> None:
         self._file.close()
-
-
-# --- referrers -------------------------------------------------------------------------------------------------------
-
-
-def _add_referrer(client: RegistryClient, repository: str, image: ImageManifest, subject: Descriptor) -> None:
-    """The tag fallback of the distribution specification, for a registry without a referrers API.
-
-    The specification has no way to replace a tag only if nobody else did meanwhile. So the index is read again after it
-    was written, and written again when another client's entry took ours away: the last of several to finish keeps all.
-    """
-    tag = f"sha256-{hex_of(subject.digest)}"
-    entry = image.descriptor().to_json()
-    if image.annotations:
-        entry["annotations"] = dict(image.annotations)
-    for attempt in range(_REFERRER_TRIES):
-        entries = _entries(client.fallback_index(repository, subject.digest), subject.digest)
-        if any(isinstance(e, dict) and e.get("digest") == image.digest for e in entries):
-            return
-        if attempt:
-            time.sleep(client.pause(Broken("another client writes, too"), min(attempt, 4)))
-        index = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [*entries, entry]}
-        client.put_manifest(repository, tag, strictjson.canonical(index), mediatypes.OCI_INDEX)
-    raise RegistryProtocol(
-        f"{client.host} does not keep the referrers of {subject.digest}: other clients write them, too",
-        hint="try again",
-    )
-
-
-def _entries(raw: bytes | None, digest: Digest) -> list[object]:
-    from ovms.errors import JsonInvalid
-
-    if raw is None:
-        return []
-    try:
-        value = strictjson.parse(raw, f"the referrers of {digest}", max_size=limits.OCI_MANIFEST_MAX)
-    except JsonInvalid:
-        return []
-    entries = value.get("manifests") if isinstance(value, dict) else None
-    return entries if isinstance(entries, list) else []

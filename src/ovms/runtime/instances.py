@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Locked, NameTaken, OvmsError, StateConflict
-from ovms.process import ProcessId
-from ovms.runtime import names
+from ovms.oci.collector import Needs
+from ovms.runtime import cgroups, names
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
-from ovms.spec.digest import Digest
 from ovms.spec.states import State
+from ovms.vmm import watch
 from ovms.vmm.model import Ending, VmFiles
 from ovms.vmm.protocol import Control, Vmm
+from ovms.vmm.watch import Exit
 
 #: Seconds to wait for another command that works on the same instance. A snapshot of a large VM takes its time.
 LOCK_TIMEOUT: Final = 120.0
 LOCK: Final = "lock"
+#: Seconds that a watcher gets to write down how its VMM ended.
+_LAST_WORDS: Final = 1.0
 
 #: The VMM of a name.
 Vmms = Callable[[str], Vmm]
@@ -36,11 +40,24 @@ Vmms = Callable[[str], Vmm]
 
 @dataclass(frozen=True)
 class Status:
-    """An instance and what it does now; ``ending`` for one that is no more."""
+    """An instance and what it does now; for one that is no more ``ending``, and ``exit`` where its end was seen."""
 
     record: Record
     state: State
     ending: Ending | None = None
+    exit: Exit | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the VM ended otherwise than by its guest's or its user's will."""
+        return self.state is State.ERROR or (self.ending is Ending.PANICKED and not self.record.stop_requested)
+
+    @property
+    def ran_s(self) -> float | None:
+        """For how many seconds a VM ran that is no more; None where nobody saw its end."""
+        if self.exit is None or self.record.started is None:
+            return None
+        return self.exit.time_ns / 1e9 - datetime.fromisoformat(self.record.started).timestamp()
 
 
 class Instances:
@@ -103,11 +120,15 @@ class Instances:
             if record.stop_requested:
                 return Status(record, State.STOPPING)
             return Status(record, State.PAUSED if record.pausing else State.RUNNING)
-        process.reap(record.process.pid)
-        ending = self._vmms(record.vmm).ending(self.files(record))
-        if ending is Ending.KILLED and not record.stop_requested:
-            return Status(record, State.ERROR, ending)
-        return Status(record, State.STOPPED, ending)
+        files = self.files(record)
+        seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
+        ending = self._vmms(record.vmm).ending(files)
+        if ending is Ending.KILLED and seen is None and record.process.boot_id != process.boot_id():
+            return Status(record, State.STOPPED, Ending.HOST_REBOOTED)
+        if ending is Ending.KILLED and (record.oom_killed or cgroups.oom_killed(_groups(record))):
+            ending = Ending.OUT_OF_MEMORY
+        failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY) and not record.stop_requested
+        return Status(record, State.ERROR if failed else State.STOPPED, ending, seen)
 
     def _locked(self, record: Record) -> bool:
         try:
@@ -118,8 +139,8 @@ class Instances:
         except FileNotFoundError:
             return False
 
-    def artifacts(self) -> set[Digest]:
-        """The artifacts that instances need.
+    def needs(self) -> Needs:
+        """What instances need of the store: their artifacts, and the memories that living VMs have mapped.
 
         Raises:
             StoreCorrupt: a record can't be read: then nobody knows what its instance needs.
@@ -128,7 +149,24 @@ class Instances:
         def refuse(error: OvmsError) -> None:
             raise error
 
-        return {record.digest for record in self.records(damaged=refuse)}
+        return self.needs_of(self.records(damaged=refuse))
+
+    def needs_of(self, records: Collection[Record]) -> Needs:
+        """What the instances of *records* need of the store."""
+        images = {
+            record.ram_image.name
+            for record in records
+            if record.ram_image is not None and (record.process is None or record.process.alive())
+        }
+        return Needs(frozenset(record.digest for record in records), frozenset(images))
+
+    def watchers(self) -> list[int]:
+        """The watchers of VMs that were restored: each holds the memory that its VM came from."""
+        return [record.watcher.pid for record in self.records() if record.restored and record.watcher is not None]
+
+    def users(self) -> set[int]:
+        """The users that VMs of instances run as, or ran."""
+        return {record.jail.user.uid for record in self.records() if record.jail.user is not None}
 
     # --- changing ----------------------------------------------------------------------------------------------
 
@@ -195,6 +233,7 @@ class Instances:
     def remove(self, record: Record) -> None:
         """Removes what is left of an instance whose VM is no more (under its lock)."""
         directory = self.directory(record.id)
+        cgroups.remove(_groups(record))
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
         fsutil.remove_tree(directory)
@@ -210,13 +249,16 @@ class Instances:
             raise StateConflict(
                 f"the instance {record.name} does not run", hint="'ovm ps -a' tells its state", instance=record.name
             )
+        watched = record.watched
+        assert watched is not None
         vmm = self._vmms(record.vmm)
-        return vmm.connect(self.files(record), record.machine, record.process.pid, record.ram_image)
+        return vmm.connect(self.files(record), record.machine, watched, restored=record.restored)
 
     # --- recovery ----------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
         """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
+        cgroups.sweep({directory.name for directory in self._root.instances.iterdir()})
         for directory in list(self._root.instances.iterdir()):
             if directory.name.startswith(".") or not directory.is_dir():
                 continue
@@ -242,16 +284,25 @@ class Instances:
                 with self.control(record) as control:
                     control.resume()
                 record = self.save(replace(record, pausing=False))
-                for left in directory.glob("capture-*"):
-                    left.unlink(missing_ok=True)
+            if _ended(record) and any(group.exists() for group in _groups(record)):
+                record = self.save(replace(record, oom_killed=cgroups.oom_killed(_groups(record))))
+                cgroups.remove(_groups(record))
             if record.remove_on_exit and not self.status(record).state.alive:
                 self.remove(record)
 
     def _needs_recovery(self, record: Record) -> bool:
         if record.process is None or record.pausing:
             return True
-        return record.remove_on_exit and not record.process.alive()
+        return _ended(record) and (record.remove_on_exit or any(group.exists() for group in _groups(record)))
 
     def _adopt(self, record: Record) -> Record:
-        found: ProcessId | None = self._vmms(record.vmm).find_process(self.files(record))
-        return record if found is None else self.save(replace(record, process=found))
+        found = watch.find(self.files(record))
+        return record if found is None else self.save(replace(record, process=found.vmm, watcher=found.watcher))
+
+
+def _ended(record: Record) -> bool:
+    return record.process is not None and not record.process.alive()
+
+
+def _groups(record: Record) -> list[Path]:
+    return [procs.parent for procs in record.jail.cgroups]

@@ -7,16 +7,13 @@
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
-    ├── console.log             what the console printed
-    ├── events.out              the VMM's events
-    ├── vmm.log, vmm.pid        the VMM's stderr; its process number
-    └── capture-*               a snapshot in the making
+    └── …                       what its watcher writes (ovms.vmm.watch)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,10 +22,25 @@ from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
+from ovms.vmm.jail import Jail
 from ovms.vmm.model import Machine, PortForward
+from ovms.vmm.watch import Watched
 
-VERSION: Final = 1
+VERSION: Final = 2
 FILE: Final = "record.json"
+
+
+@dataclass(frozen=True)
+class Restart:
+    """An instance is started again when its VM fails: *most* times at most (None: always); it was *count* times."""
+
+    most: int | None = None
+    count: int = 0
+
+    @property
+    def used_up(self) -> bool:
+        """Whether it is not to be started again any more."""
+        return self.most is not None and self.count >= self.most
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Record:
 
     ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
-    VM: whoever finds it so, and unlocked, lets it go on.
+    VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
+    ``jail`` is how the latter is confined.
     """
 
     id: str
@@ -58,6 +71,17 @@ class Record:
     start_ms: float | None = None
     stop_requested: bool = False
     pausing: bool = False
+    watcher: ProcessId | None = None
+    jail: Jail = field(default_factory=Jail)
+    oom_killed: bool = False
+    restart: Restart | None = None
+
+    @property
+    def watched(self) -> Watched | None:
+        """The VMM and its watcher."""
+        if self.process is None or self.watcher is None:
+            return None
+        return Watched(self.process, self.watcher)
 
     @property
     def restored(self) -> bool:
@@ -66,7 +90,6 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The content of the record's file."""
-        process = self.process
         return {
             "version": VERSION,
             "id": self.id,
@@ -84,9 +107,11 @@ class Record:
             "overlays": list(self.overlays),
             "remove_on_exit": self.remove_on_exit,
             "ram_image": None if self.ram_image is None else str(self.ram_image),
-            "process": None
-            if process is None
-            else {"pid": process.pid, "start_time": process.start_time, "boot_id": process.boot_id},
+            "process": None if self.process is None else asdict(self.process),
+            "watcher": None if self.watcher is None else asdict(self.watcher),
+            "jail": self.jail.to_json(),
+            "oom_killed": self.oom_killed,
+            "restart": None if self.restart is None else asdict(self.restart),
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -98,7 +123,7 @@ class Record:
         """Raises KeyError, TypeError, ValueError or an OvmsError on anything that :meth:`to_json` does not write."""
         if value["version"] != VERSION:
             raise ValueError(f"its version is {value['version']}, and this ovms knows {VERSION}")
-        process = value["process"]
+        process, watcher, restart = value["process"], value["watcher"], value["restart"]
         return cls(
             id=str(value["id"]),
             name=str(value["name"]),
@@ -118,6 +143,10 @@ class Record:
             start_ms=value["start_ms"],
             stop_requested=bool(value["stop_requested"]),
             pausing=bool(value["pausing"]),
+            watcher=None if watcher is None else ProcessId(**watcher),
+            jail=Jail.from_json(value["jail"]),
+            oom_killed=bool(value["oom_killed"]),
+            restart=None if restart is None else Restart(**restart),
         )
 
     def with_overlay(self) -> Record:

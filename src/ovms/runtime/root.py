@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ovms import fsutil
 from ovms.errors import HostError
 from ovms.oci.layout import Layout
 
@@ -44,6 +45,11 @@ class Root:
         return cls(Path(data) / "ovms")
 
     @property
+    def store(self) -> Path:
+        """Where the local store is."""
+        return self.path / "store"
+
+    @property
     def instances(self) -> Path:
         """Where the instances' directories are."""
         return self.path / "instances"
@@ -57,10 +63,11 @@ class Root:
         """The local store, made when there is none yet.
 
         Raises:
-            HostError: it can't be made or read.
+            HostError, DiskFull: it can't be made or read.
         """
         try:
-            return Layout(self.path / "store")
+            with fsutil.noticing_full_disk("making the store", self.path):
+                return Layout(self.store)
         except OSError as exc:
             raise HostError(
                 f"the store in {self.path} cannot be used: {exc.strerror}",
@@ -71,7 +78,8 @@ class Root:
     def prepare(self) -> None:
         """Makes the directories. Only their owner may look inside: consoles and memories of VMs are private."""
         try:
-            self.instances.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with fsutil.noticing_full_disk("making the directories of ovms", self.path):
+                self.instances.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not os.access(self.instances, os.W_OK):
                 raise PermissionError(13, os.strerror(13))
         except OSError as exc:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
@@ -16,19 +18,25 @@ from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
-from ovms.memory import compat, snapshot
+from ovms.memory import compat, snapshot, template
+from ovms.oci.fsck import require_whole
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
+from ovms.runtime import cgroups, jail, restart
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
-from ovms.runtime.record import Record, overlay_name
+from ovms.runtime.jail import SecurityOptions
+from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
+from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
+from ovms.vmm import watch
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
+from ovms.vmm.qemu.binary import Cache
 from ovms.vmm.qemu.vmm import QemuVmm
 
 DEFAULT_MEMORY: Final = 512 * limits.MIB
@@ -50,6 +58,8 @@ class RunOptions:
     restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
     runtime: str = "qemu"
+    security: SecurityOptions = field(default_factory=SecurityOptions)
+    restart: Restart | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,17 @@ class _Plan:
     machine: Machine
     accel_reason: str | None
     layers: tuple[Layer, ...]
-    restore: Restore | None
+    restore: _Snapshot | None
     not_restored: str | None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What is restored: the snapshot's blob, its unpacked memory, and its device state."""
+
+    digest: Digest
+    image: Path
+    state: bytes
 
 
 class Runtime:
@@ -104,10 +123,12 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            BlobNotFound, StoreCorrupt: the store does not have all of it.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        require_whole(self.layout, found.name, artifact.image.blobs)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports)
 
@@ -125,14 +146,34 @@ class Runtime:
                 ports=ports,
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
-                ram_image=None if plan.restore is None else plan.restore.ram,
+                ram_image=None if plan.restore is None else plan.restore.image,
+                restart=options.restart,
+                jail=jail.plan(
+                    instance_id,
+                    plan.machine,
+                    options.security,
+                    cache=Cache(self.root.cache / "host.json"),
+                    own_network=False,
+                    taken=self.instances.users(),
+                ),
             )
 
-        with self.instances.create(make, artifact.manifest.name, options.name) as record:
-            config = self._config(artifact, record, plan)
+        with (
+            self.instances.create(make, artifact.manifest.name, options.name) as record,
+            self._memory(plan.restore) as restore,
+        ):
+            config = self._config(artifact, record, plan.layers, restore)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
+
+    @contextlib.contextmanager
+    def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
+        if snapshot is None:
+            yield None
+            return
+        with template.opened(snapshot.image, snapshot.digest, self.instances.watchers()) as ram:
+            yield Restore(ram, snapshot.state)
 
     def _launch(self, vmm: Vmm, config: VmConfig, record: Record) -> Record:
         files = self.instances.files(record)
@@ -140,11 +181,14 @@ class Runtime:
             began = time.monotonic()
             running = vmm.start(config, files)
             took = round((time.monotonic() - began) * 1000, 1)
-            return self.instances.save(replace(record, process=running, started=_now(), start_ms=took))
+            return self.instances.save(
+                replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
+            )
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
-            if (left := vmm.find_process(files)) is not None:
-                left.kill()
+            if (left := watch.find(files)) is not None:
+                left.vmm.kill()
+                left.watcher.wait(5.0)
             raise
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
@@ -170,7 +214,7 @@ class Runtime:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
-                return _Plan(compat.machine_of(header), reason, layers, Restore(image, control.state), None)
+                return _Plan(compat.machine_of(header), reason, layers, _Snapshot(digest, image, control.state), None)
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
                     f"the RAM snapshot cannot be restored: {not_restored}",
@@ -190,20 +234,49 @@ class Runtime:
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
-    def _config(self, artifact: Artifact, record: Record, plan: _Plan) -> VmConfig:
+    def start_again(self, record: Record) -> Record:
+        """Boots an instance anew whose VM is no more, on the disk that the one before has left; its memory is lost.
+
+        Raises:
+            StateConflict: its VM lives.
+            PortInUse, VmmError, …: as for :meth:`start`; the instance stays as it is.
+        """
+        with self.layout.using(), self.instances.locked(record) as newest:
+            if self.instances.status(newest).state.alive:
+                raise StateConflict(f"the instance {newest.name} runs already", instance=newest.name)
+            artifact = self.artifact(newest)
+            layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
+            directory = self.instances.directory(newest.id)
+            written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]
+            chain = open_chain([*layers, *written])
+            port_forwards.settle(newest.ports)
+            count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
+            # noted first: an attempt that kills us counts
+            again = self.instances.save(
+                replace(newest, ram_image=None, restart=count, stop_requested=False, pausing=False, oom_killed=False)
+            )
+            cgroups.remove([procs.parent for procs in again.jail.cgroups])
+            again = replace(again, jail=jail.renew(again.jail, again.id, again.machine))
+            return self._launch(self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None), again)
+
+    def _config(
+        self, artifact: Artifact, record: Record, layers: tuple[Layer, ...], restore: Restore | None
+    ) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
         return VmConfig(
             name=record.name,
             uuid=record.id,
-            machine=plan.machine,
+            machine=record.machine,
             kernel=None if manifest.kernel is None else self.layout.path(Digest(manifest.kernel.ref)),
             initrd=None if manifest.initrd is None else self.layout.path(Digest(manifest.initrd.ref)),
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
-            layers=plan.layers,
-            overlay=directory / record.overlays[0] if record.overlays else None,
+            layers=layers,
+            overlay=directory / record.overlays[-1] if record.overlays else None,
             ports=record.ports,
-            restore=plan.restore,
+            restore=restore,
+            jail=record.jail,
+            at_end=restart.at_end(str(self.root.path), record),
         )
 
     # --- stop and remove ---------------------------------------------------------------------------------------
@@ -233,6 +306,8 @@ class Runtime:
             control.quit()
         if not running.wait(2.0):
             running.kill()
+        if record.watcher is not None:
+            watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
 
     def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
         """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.

@@ -98,7 +98,7 @@ def _freeze(runtime: Runtime, record: Record, control: Control, memory: int) -> 
         control.pause()
         if new is not None:
             control.add_overlay(new)
-        state = control.save_state(directory / "capture-state")
+        state = control.save_state()
         taken = capture.take(control.ram(), memory)
     finally:
         if was_running:

@@ -6,15 +6,16 @@ Sizes are bytes, times seconds unless a name says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import limits
 from ovms.spec.choices import Accel
+from ovms.vmm.jail import Jail
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,19 @@ class PortForward:
         return f"{self.host_ip}:{self.host_port}->{self.guest_port}/{self.protocol}"
 
 
+#: What the memfds are called that hold the memory of snapshots.
+TEMPLATE: Final = "ovms-template"
+
+
 @dataclass(frozen=True)
 class Restore:
-    """What a VM is restored from: its memory, in a file of exactly the machine's size, and its device state.
+    """What a VM is restored from: its memory, in an open file of exactly the machine's size, and its device state.
 
-    The file is mapped privately: the guest's writes never reach it. ``state`` is in the VMM's own form.
+    ``ram`` is the descriptor of a memfd that is sealed against writes; it is mapped privately. ``state`` is in the VMM's
+    own form.
     """
 
-    ram: Path
+    ram: int
     state: bytes
 
 
@@ -121,6 +127,9 @@ class VmConfig:
     overlay: Path | None
     ports: tuple[PortForward, ...]
     restore: Restore | None = None
+    jail: Jail = field(default_factory=Jail)
+    #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
+    at_end: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,9 +142,11 @@ class VmFiles:
     CONTROL: ClassVar[str] = "qmp.sock"
     CONSOLE: ClassVar[str] = "console.sock"
     CONSOLE_LOG: ClassVar[str] = "console.log"
+    CONSOLE_INDEX: ClassVar[str] = "console.idx"
     VMM_LOG: ClassVar[str] = "vmm.log"
-    EVENTS: ClassVar[str] = "events"
+    EVENTS: ClassVar[str] = "events.out"
     PID: ClassVar[str] = "vmm.pid"
+    EXIT: ClassVar[str] = "exit"
 
     @property
     def control(self) -> Path:
@@ -149,8 +160,17 @@ class VmFiles:
 
     @property
     def console_log(self) -> Path:
-        """Everything that the serial console printed since the VM was started."""
+        """What the serial console printed since the VM was started, or since the log was begun anew."""
         return self.directory / self.CONSOLE_LOG
+
+    @property
+    def console_index(self) -> Path:
+        """When it printed that: pairs of numbers of 64 bits, a byte's number and its time in ns."""
+        return self.directory / self.CONSOLE_INDEX
+
+    def old(self, path: Path) -> Path:
+        """Where what was in a log goes when it is begun anew."""
+        return path.with_name(f"{path.name}.1")
 
     @property
     def vmm_log(self) -> Path:
@@ -160,12 +180,17 @@ class VmFiles:
     @property
     def events(self) -> Path:
         """The VMM's events, one JSON object a line."""
-        return self.directory / f"{self.EVENTS}.out"
+        return self.directory / self.EVENTS
 
     @property
     def pid(self) -> Path:
-        """The VMM's process number, written by itself: for the case that we die before we can note it."""
+        """The numbers of VMM and watcher, written by the latter: for the case that we die before we can note them."""
         return self.directory / self.PID
+
+    @property
+    def exit(self) -> Path:
+        """How the VMM ended."""
+        return self.directory / self.EXIT
 
 
 class RunState(StrEnum):
@@ -184,13 +209,18 @@ class Ending(StrEnum):
     PANICKED = "panicked"
     STOPPED = "stopped"
     KILLED = "killed"
+    #: The kernel ended the VMM because its cgroup had no memory left.
+    OUT_OF_MEMORY = "oom-killed"
+    #: The host was rebooted, or lost its power.
+    HOST_REBOOTED = "host-rebooted"
 
 
 @dataclass(frozen=True)
 class GuestRam:
     """Where the memory of a paused VM can be read.
 
-    ``file`` is a path to its backing file; pages that the guest wrote since a restore are not in it when ``private``.
+    ``file`` is a path to its backing file (below ``/proc``, so it stays valid as long as the VM lives); pages that the
+    guest wrote since a restore are not in it when ``private``.
     """
 
     pid: int

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from ovms.process import ProcessId
 from ovms.spec.choices import Accel
 from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
+from ovms.vmm.watch import Watched
 
 
 class Control(Protocol):
@@ -35,11 +35,8 @@ class Control(Protocol):
     def add_overlay(self, overlay: Path) -> None:
         """Lets all further writes go to *overlay* (an empty qcow2 file); the one before is complete and read-only."""
 
-    def save_state(self, scratch: Path) -> bytes:
-        """The device state of the paused VM, in the form that :class:`~ovms.vmm.model.Restore` takes.
-
-        *scratch* is a file in the instance's directory that may be used on the way; it is gone afterwards.
-        """
+    def save_state(self) -> bytes:
+        """The device state of the paused VM, in the form that :class:`~ovms.vmm.model.Restore` takes."""
 
     def ram(self) -> GuestRam:
         """Where the memory can be read."""
@@ -73,21 +70,19 @@ class Vmm(Protocol):
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
         """Why a snapshot of *machine*, taken by this VMM in *version*, can't be restored here; None when it can."""
 
-    def start(self, config: VmConfig, files: VmFiles) -> ProcessId:
-        """Starts a VM, running, and detached from us. Nothing is left of it when this fails.
+    def start(self, config: VmConfig, files: VmFiles) -> Watched:
+        """Starts a VM, running, and detached from us, with its watcher. Nothing is left of it when this fails.
 
         Raises:
             VmmError, VmmTimeout: the VMM refused, died or hung; its own words are in the message.
             PortInUse: a port was taken meanwhile.
+            JailRefused: the host does not allow a part of the jail.
         """
 
-    def find_process(self, files: VmFiles) -> ProcessId | None:
-        """The process of a VM whose starter died before it could note it."""
-
     def connect(
-        self, files: VmFiles, machine: Machine, pid: int, ram_file: Path | None
+        self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool
     ) -> AbstractContextManager[Control]:
-        """The control channel of a living VM; *ram_file* is what it was restored from (None: it was booted)."""
+        """The control channel of a living VM, which was *restored* or booted."""
 
     def ending(self, files: VmFiles) -> Ending:
         """How a VM that is no more came to its end."""

@@ -20,6 +20,7 @@ from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
 from ovms.errors import DiskFull, OvmsError, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
 from ovms.memory import capture, snapshot
+from ovms.oci.collector import collect
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
@@ -266,11 +267,10 @@ def test_both_ways_to_find_written_pages_agree(runtime: Runtime, running: Record
     clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
     console(runtime, clone).ping()
     assert clone.process is not None
-    assert clone.ram_image is not None
     pid = clone.process.pid
     with runtime.instances.control(clone) as control:
         control.pause()
-        address = capture.find_mapping(pid, clone.ram_image, MEMORY)
+        address = capture.find_mapping(pid, control.ram().file, MEMORY)
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
         try:
             slow = set(_pages(capture.read_pagemap(fd, address, MEMORY)))
@@ -296,10 +296,10 @@ def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, runni
     image = clone.ram_image
     assert image is not None
     runtime.layout.remove_name("echo:snap")
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert Path(image).exists()  # the clone needs it
     runtime.remove(clone, force=True)
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert list(runtime.layout.derived_dir.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ from ovms.errors import (
     JsonInvalid,
     ManifestInvalid,
     OvmsError,
+    ReferenceNotFound,
     RegistryProtocol,
     StoreCorrupt,
     Unsupported,
@@ -179,8 +180,10 @@ def test_an_index_is_chosen_from_by_platform(layout: Layout, built: model.Artifa
     missing = {**ours, "digest": of_bytes(b"missing"), "platform": AMD64}
     for manifests in ((arm, missing, {**ours, "platform": AMD64}), (arm, ours)):
         assert model.load(layout, add(layout, index(*manifests))).digest == built.digest
-    with pytest.raises(Unsupported, match="no OVMS artifact for this machine"):
+    with pytest.raises(ReferenceNotFound, match="linux/amd64 is not in the local store"):
         model.load(layout, add(layout, index(arm, missing)))
+    with pytest.raises(Unsupported, match="holds nothing for linux/amd64, but for linux/arm64"):
+        model.load(layout, add(layout, index(arm)))
 
 
 def test_an_index_with_other_things_in_it(layout: Layout, built: model.Artifact) -> None:

@@ -117,6 +117,6 @@ def test_a_local_name_has_no_registry(layout: Layout, built: Artifact) -> None:
         resolve.pull(layout, no_registry, "web:1")
     with pytest.raises(InputError, match="names no registry to push to") as info:
         resolve.push(layout, no_registry, "web:1")
-    assert "ovm tag web:1" in (info.value.hint or "")
+    assert "ovm push web:1 registry.example/web:1" in (info.value.hint or "")
     with pytest.raises(InputError, match="names no registry"):
         resolve.resolve(layout, no_registry, "web:1", policy="always")

@@ -168,6 +168,19 @@ def test_durations(seconds: float, text: str) -> None:
     assert output.duration(seconds) == text
 
 
+def test_news_stands_above_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    bars = progress._Bars(stream)
+    with bars.task("disk", 10):
+        progress.say_beside(bars, "the mirror \x1b[2J is passed over")
+    erased, said, drawn = stream.getvalue().partition("ovm: the mirror \N{REPLACEMENT CHARACTER}[2J is passed over\n")
+    assert said
+    assert erased.endswith("\x1b[1A\x1b[J"), "the bar was not taken away first"
+    assert drawn.startswith("disk")
+    progress.say_beside(progress.make("none"), "news")
+    assert capsys.readouterr().err == "ovm: news\n"
+
+
 def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="x"), progress.make("json").task("disk", 10) as task:
         task.advance(4)
@@ -219,7 +232,13 @@ def test_a_bug_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device", "/x"), 9), (BrokenPipeError(), 0)],
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(5, "Input/output error", "/x"), 9),
+        (OSError(5, "Input/output error"), 9),
+        (OSError(28, "No space left on device", "/x"), 8),
+        (BrokenPipeError(), 0),
+    ],
 )
 def test_what_ends_a_command_otherwise(
     raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
@@ -15,11 +15,22 @@ from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("name", metavar="REF|INSTANCE", help="an artifact's name or digest, or an instance")
+    parser.add_argument(
+        "--security", action="store_true", help="what confines a running instance, read from the kernel"
+    )
     parser.add_argument("--raw", action="store_true", help="the artifact's OCI manifest, byte for byte")
+    parser.add_argument(
+        "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
+    )
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    if args.security:
+        from ovms.runtime.security import in_force
+
+        _print(args, in_force(context.runtime.instances.find(args.name)))
+        return Exit.OK
     try:
         return _artifact(args, context)
     except (NotFound, ReferenceInvalid) as no_artifact:
@@ -39,7 +50,7 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
     from ovms.artifact.resolve import find
     from ovms.spec import strictjson
 
-    found = find(context.layout, args.name)
+    found = find(context.layout, args.name, args.platform)
     image = found.artifact.image
     if args.raw:
         sys.stdout.buffer.write(image.raw)

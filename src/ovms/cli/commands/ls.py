@@ -17,7 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    entries = [_describe(context, entry.name, entry.descriptor.digest) for entry in context.layout.entries()]
+    from ovms.spec import mediatypes
+
+    entries = [
+        _describe(context, entry.name, entry.descriptor.digest)
+        for entry in context.layout.entries()
+        # signatures and the like, which 'ovm referrers' shows
+        if entry.name or entry.descriptor.artifact_type in (None, mediatypes.MANIFEST)
+    ]
     if args.json:
         output.answer_json(entries)
     elif args.quiet:
@@ -41,13 +48,13 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
-    from ovms.artifact.model import load
+    from ovms.artifact.model import load_any
     from ovms.errors import OvmsError
     from ovms.spec.digest import Digest
 
     answer: dict[str, Any] = {"name": name, "digest": digest, "size": None, "created": None, "ram_snapshot": False}
     try:
-        artifact = load(context.layout, Digest(digest))
+        artifact = load_any(context.layout, Digest(digest))
     except OvmsError as exc:
         # one damaged artifact must not hide the others
         return {**answer, "problem": exc.code}

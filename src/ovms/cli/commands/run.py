@@ -24,7 +24,9 @@ GRACE = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("reference", metavar="REF", help="an artifact's name or digest")
+    parser.add_argument(
+        "reference", metavar="REF", help="an artifact's name or digest, oci:DIR[:TAG], or oci-archive:FILE[:TAG]"
+    )
     parser.add_argument("-d", "--detach", action="store_true", help="run in the background, and print the ID")
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="send stdin to the console also when it is no terminal"
@@ -54,6 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
+    parser.add_argument(
+        "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
+    )
+    parser.add_argument(
+        "--restart",
+        metavar="POLICY",
+        default="no",
+        help="no (default), on-failure, or on-failure:N: boot it again when its VM fails",
+    )
+    parser.add_argument(
+        "--security-opt",
+        metavar="PART=off",
+        action="append",
+        default=[],
+        help="leave out a part of the jail: user, namespaces, root, network, seccomp, cgroups, limits; may be repeated",
+    )
+    values.add_tls_verify(parser)
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
     parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
 
@@ -77,7 +96,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
-    from ovms.runtime import ports
+    from ovms.oci.platform import check_runnable
+    from ovms.runtime import ports, restart
+    from ovms.runtime.jail import SecurityOptions
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
 
@@ -91,10 +112,20 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         restore=RestorePolicy(args.restore),
         remove_on_exit=args.rm,
         runtime=args.runtime,
+        restart=restart.parse(args.restart),
+        security=SecurityOptions.parse(args.security_opt),
     )
     runtime.vmm(args.runtime)
+    check_runnable(args.platform)
     with runtime.layout.using():
-        found = resolve(runtime.layout, context.connect, args.reference, policy=args.pull, progress=context.progress)
+        found = resolve(
+            runtime.layout,
+            context.connect,
+            args.reference,
+            policy=args.pull,
+            progress=context.progress,
+            platform=args.platform,
+        )
         started = runtime.start(found, options, context.progress)
     record = started.record
     if record.accel_reason is not None:

@@ -1,8 +1,8 @@
 """Check a manifest, a part or a whole artifact against the specification, and name every problem with its rule.
 
 WHAT is a file (a manifest in JSON or YAML, a bootstrap config, a RAM snapshot, a qcow2 or raw disk, a kernel), the
-directory of an unpacked artifact, or an artifact's name or digest. Of an artifact every byte is checked; one that is not
-in the local store is pulled.
+directory of an unpacked artifact, or an artifact's name or digest, oci:DIR[:TAG] or oci-archive:FILE[:TAG]. Of an artifact
+every byte is checked; one that is not in the local store is pulled, or copied there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("manifest", "bootstrap", "ramsnap", "qcow2", "raw", "kernel"),
         help="what the file is (default: found out from its content)",
     )
+    values.add_tls_verify(parser)
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
@@ -58,6 +59,7 @@ def _report(args: argparse.Namespace, context: Context) -> Report:
         RegistryProtocol,
         Unsupported,
     )
+    from ovms.oci.transport import parse_place
 
     if not args.what:
         raise ReferenceInvalid("an empty text names nothing", hint="give a file, a directory, or an artifact's name")
@@ -65,7 +67,8 @@ def _report(args: argparse.Namespace, context: Context) -> Report:
     if args.type is not None or args.what.startswith((".", "/")) or os.path.exists(args.what):  # noqa: PTH110
         return validate_path(Path(args.what), None if args.type is None else Kind(args.type), context.progress)
     with context.layout.using():
-        known = None if args.pull == "always" else lookup(context.layout, args.what)
+        on_disk = parse_place(args.what) is not None
+        known = None if on_disk or args.pull == "always" else lookup(context.layout, args.what)
         if known is None:
             try:
                 found = resolve(context.layout, context.connect, args.what, policy=args.pull, progress=context.progress)

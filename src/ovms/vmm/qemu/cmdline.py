@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, VmConfig, VmFiles
+from ovms.vmm.model import Machine, PortForward, VmConfig
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
@@ -29,22 +29,42 @@ SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecon
 
 @dataclass(frozen=True)
 class Descriptors:
-    """File descriptors that QEMU inherits: listening sockets, and the state that it loads on a restore."""
+    """File descriptors that QEMU inherits: it opens nothing of ours by name.
+
+    Attributes:
+        control: the listening socket of its control channel.
+        console, events: its ends of the socket pairs for the serial console and for its events.
+        layers: one for each disk layer, read-only.
+        overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
+        kernel, initrd: to read.
+        ram, state: on a restore: the memory, and the device state.
+    """
 
     control: int
     console: int
+    events: int
+    layers: tuple[int, ...] = ()
+    overlay: tuple[int, int] | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+    ram: int | None = None
     state: int | None = None
 
+    def all(self) -> list[int]:
+        """All of them."""
+        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
+        return [fd for fd in (*one, *self.layers, *(self.overlay or ())) if fd is not None]
 
-def build(binary: Path, config: VmConfig, files: VmFiles, fds: Descriptors, *, sandbox: bool) -> list[str]:
+
+def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) -> list[str]:
     """The whole command line."""
     return [
         str(binary),
-        *_identity(config, files),
+        *_identity(config),
         *machine_args(config.machine),
-        *_memory(config),
+        *_memory(config, fds),
         *(("-sandbox", SANDBOX) if sandbox else ()),
-        *_channels(files, fds),
+        *_channels(fds),
         "-device",
         "vmgenid,guid=auto",
         "-object",
@@ -52,20 +72,18 @@ def build(binary: Path, config: VmConfig, files: VmFiles, fds: Descriptors, *, s
         "-device",
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
         *_network(config.machine.mac, config.ports),
-        *_disk(config),
-        *_boot(config),
+        *_disk(config, fds),
+        *_boot(config, fds),
         *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
     ]
 
 
-def _identity(config: VmConfig, files: VmFiles) -> list[str]:
+def _identity(config: VmConfig) -> list[str]:
     return [
         "-name",
         f"guest={escape(config.name)},process=ovms-{config.uuid[:8]}",
         "-uuid",
         config.uuid,
-        "-pidfile",
-        str(files.pid),
         "-nodefaults",
         "-no-user-config",
         "-display",
@@ -89,29 +107,34 @@ def machine_args(machine: Machine) -> list[str]:
     ]
 
 
-def _memory(config: VmConfig) -> list[str]:
+def _memory(config: VmConfig, fds: Descriptors) -> list[str]:
     backend: dict[str, Any] = {"id": RAM_ID, "size": config.machine.memory}
     if config.restore is None:
         # shared, so that a snapshot reads it through the descriptor without stopping for a copy through QEMU
         backend.update({"qom-type": "memory-backend-memfd", "share": True})
     else:
-        backend.update({"qom-type": "memory-backend-file", "mem-path": str(config.restore.ram), "share": False})
+        backend.update({"qom-type": "memory-backend-file", "mem-path": fd_path(fds.ram), "share": False})
     return ["-object", json.dumps(backend)]
 
 
-def _channels(files: VmFiles, fds: Descriptors) -> list[str]:
-    events = files.directory / files.EVENTS
+def fd_path(fd: int | None) -> str:
+    """A path by which QEMU opens what it has inherited."""
+    assert fd is not None
+    return f"/proc/self/fd/{fd}"
+
+
+def _channels(fds: Descriptors) -> list[str]:
     return [
         "-chardev",
         f"socket,id=control,fd={fds.control},server=on,wait=off",
         "-mon",
         "chardev=control,mode=control",
         "-chardev",
-        f"pipe,id=events,path={escape(str(events))}",
+        f"socket,id=events,fd={fds.events}",
         "-mon",
         "chardev=events,mode=control",
         "-chardev",
-        f"socket,id=console,fd={fds.console},server=on,wait=off,logfile={escape(str(files.console_log))},logappend=on",
+        f"socket,id=console,fd={fds.console}",
         "-serial",
         "chardev:console",
     ]
@@ -128,19 +151,27 @@ def _network(mac: str, ports: Sequence[PortForward]) -> list[str]:
     ]
 
 
-def _disk(config: VmConfig) -> Iterator[str]:
+def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     if config.overlay is None:
         return
+    assert fds.overlay is not None
     below: str | None = None
-    for i, layer in enumerate(config.layers):
+    for i, (layer, fd) in enumerate(zip(config.layers, fds.layers, strict=True)):
         node = f"layer{i}"
-        for value in layer_nodes(node, layer.path, layer.format, below=below, read_only=True):
+        yield from _fd_set(i, fd)
+        for value in layer_nodes(node, i, layer.format, below=below, read_only=True):
             yield from ("-blockdev", json.dumps(value))
         below = node
-    top = node_of(config.overlay)
-    for value in layer_nodes(top, config.overlay, DiskFormat.QCOW2, below=below, read_only=False):
+    top, number = node_of(config.overlay), len(config.layers)
+    for fd in fds.overlay:
+        yield from _fd_set(number, fd)
+    for value in layer_nodes(top, number, DiskFormat.QCOW2, below=below, read_only=False):
         yield from ("-blockdev", json.dumps(value))
     yield from ("-device", f"virtio-blk-pci,id={DISK_ID},drive={top},addr={_SLOT_DISK},bootindex=1")
+
+
+def _fd_set(number: int, fd: int) -> tuple[str, str]:
+    return "-add-fd", f"fd={fd},set={number}"
 
 
 def node_of(overlay: Path) -> str:
@@ -149,13 +180,14 @@ def node_of(overlay: Path) -> str:
 
 
 def layer_nodes(
-    node: str, path: Path, format: DiskFormat, *, below: str | None, read_only: bool
+    node: str, fd_set: int, format: DiskFormat, *, below: str | None, read_only: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The protocol node and the format node of one layer, as ``blockdev-add`` takes them.
+    """The protocol node and the format node of one layer, as ``blockdev-add`` takes them; its file is in *fd_set*.
 
     ``backing`` is always said, so that what the file itself says is never looked at.
     """
-    file = {"driver": "file", "node-name": f"{node}-file", "filename": str(path), "read-only": read_only}
+    filename = f"/dev/fdset/{fd_set}"
+    file = {"driver": "file", "node-name": f"{node}-file", "filename": filename, "read-only": read_only}
     top: dict[str, Any] = {
         "driver": str(format),
         "node-name": node,
@@ -169,13 +201,13 @@ def layer_nodes(
     return file, top
 
 
-def _boot(config: VmConfig) -> Iterator[str]:
+def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     # On a restore these are not run, but a guest that reboots later boots from them again.
     if config.kernel is None:
         return
-    yield from ("-kernel", str(config.kernel))
+    yield from ("-kernel", fd_path(fds.kernel))
     if config.initrd is not None:
-        yield from ("-initrd", str(config.initrd))
+        yield from ("-initrd", fd_path(fds.initrd))
     if config.kernel_args:
         yield from ("-append", config.kernel_args)
 

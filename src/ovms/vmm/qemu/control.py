@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 from pathlib import Path
 from typing import Any, Final
 
-from ovms import fsutil
-from ovms.errors import FileProblem, VmmError
+from ovms.errors import VmmError
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import GuestRam, Machine, RunState
+from ovms.vmm.model import TEMPLATE, GuestRam, Machine, RunState
 from ovms.vmm.qemu import cmdline, state
 from ovms.vmm.qemu.qmp import Qmp
+from ovms.vmm.watch import Watched
 
 _RUNNING: Final = frozenset({"running"})
 _PAUSED: Final = frozenset(
@@ -25,12 +27,11 @@ _DISK_TIMEOUT: Final = 120.0
 class QemuControl:
     """The control channel of one QEMU."""
 
-    def __init__(self, qmp: Qmp, machine: Machine, pid: int, ram_file: Path | None) -> None:
-        """*ram_file* is what the VM was restored from, None for one that was booted."""
+    def __init__(self, qmp: Qmp, machine: Machine, vmm: Watched, *, restored: bool) -> None:
         self._qmp = qmp
         self._machine = machine
-        self._pid = pid
-        self._ram_file = ram_file
+        self._vmm = vmm
+        self._restored = restored
 
     def state(self) -> RunState:
         """See :class:`~ovms.vmm.protocol.Control`."""
@@ -80,8 +81,10 @@ class QemuControl:
             raise VmmError("the VM has no disk to put an overlay on")
         node = cmdline.node_of(overlay)
         added: list[str] = []
+        fd_set = self._add_fd(overlay, os.O_RDWR)
         try:
-            for value in cmdline.layer_nodes(node, overlay, DiskFormat.QCOW2, below=None, read_only=False):
+            self._add_fd(overlay, os.O_RDONLY, fd_set)
+            for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
                 self._qmp.execute("blockdev-add", value)
                 added.append(str(value["node-name"]))
             self._qmp.execute("blockdev-snapshot", {"node": below, "overlay": node}, timeout=_DISK_TIMEOUT)
@@ -89,32 +92,82 @@ class QemuControl:
             for name in reversed(added):
                 with contextlib.suppress(VmmError):
                     self._qmp.execute("blockdev-del", {"node-name": name})
+            self._remove_fds(fd_set)
             raise
 
-    def save_state(self, scratch: Path) -> bytes:
-        """See :class:`~ovms.vmm.protocol.Control`."""
+    def _add_fd(self, path: Path, flags: int, fd_set: int | None = None) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            # live: the disks stay ours
-            self._qmp.execute("xen-save-devices-state", {"filename": str(scratch), "live": True})
-            devices = _read_scratch(scratch, limits.RAM_STATE_MAX - state.BIOS_SIZE * 2)
-            arguments = {"val": state.BIOS_ADDRESS, "size": state.BIOS_SIZE, "filename": str(scratch)}
-            self._qmp.execute("pmemsave", arguments)
-            bios = _read_scratch(scratch, state.BIOS_SIZE)
+            return self._send_fd(fd, fd_set)
         finally:
-            scratch.unlink(missing_ok=True)
+            os.close(fd)
+
+    def _send_fd(self, fd: int, fd_set: int | None = None) -> int:
+        answer = self._qmp.execute("add-fd", {} if fd_set is None else {"fdset-id": fd_set}, fds=(fd,))
+        number = answer.get("fdset-id") if isinstance(answer, dict) else None
+        if not isinstance(number, int):
+            raise VmmError("QEMU's answer to add-fd has no fdset-id")
+        return number
+
+    def _remove_fds(self, fd_set: int) -> None:
+        with contextlib.suppress(VmmError):
+            self._qmp.execute("remove-fd", {"fdset-id": fd_set})
+
+    def save_state(self) -> bytes:
+        """See :class:`~ovms.vmm.protocol.Control`."""
         return state.wrap(
-            devices,
+            self._devices(),
             machine_type=self._machine.machine_type,
             ram_block=cmdline.RAM_ID,
             ram_size=self._machine.memory,
-            bios=bios,
+            bios=self._bios(),
         )
+
+    def _devices(self) -> bytes:
+        with contextlib.ExitStack() as held:
+            memory = os.memfd_create("ovms-state", os.MFD_CLOEXEC)
+            held.callback(os.close, memory)
+            # QEMU opens it to write only, and takes no descriptor that can do more
+            fd = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+            held.callback(os.close, fd)
+            fd_set = self._send_fd(fd)
+            try:
+                # live: the disks stay ours
+                filename = f"/dev/fdset/{fd_set}"
+                self._qmp.execute("xen-save-devices-state", {"filename": filename, "live": True})
+            finally:
+                self._remove_fds(fd_set)
+            size = os.fstat(memory).st_size
+            if not 0 < size <= limits.RAM_STATE_MAX - state.BIOS_SIZE * 2:
+                raise VmmError(f"QEMU wrote a device state of {size} bytes")
+            return os.pread(memory, size, 0)
+
+    def _bios(self) -> bytes:
+        # pmemsave takes a path alone: one in QEMU's own /tmp, which is nobody else's where it has a root of its own
+        name = f"/tmp/ovms-{secrets.token_hex(8)}"  # noqa: S108
+        arguments = {"val": state.BIOS_ADDRESS, "size": state.BIOS_SIZE, "filename": name}
+        path = Path(f"/proc/{self._vmm.vmm.pid}/root{name}")
+        self._qmp.execute("pmemsave", arguments)
+        try:
+            # a hostile QEMU may have made a link of it, which would lead out of its root
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as exc:
+            raise VmmError(f"the firmware that QEMU wrote cannot be read: {exc.strerror}") from exc
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(state.BIOS_SIZE + 1)
+        if len(data) != state.BIOS_SIZE:
+            raise VmmError(f"QEMU wrote {len(data)} bytes of firmware, not {state.BIOS_SIZE}")
+        return data
 
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""
-        if self._ram_file is not None:
-            return GuestRam(self._pid, self._machine.memory, self._ram_file, private=True)
-        return GuestRam(self._pid, self._machine.memory, _memfd_of(self._pid, self._machine.memory), private=False)
+        pid, size = self._vmm.vmm.pid, self._machine.memory
+        if self._restored:
+            return GuestRam(pid, size, _memfd_of(self._vmm.watcher.pid, size), private=True)
+        return GuestRam(pid, size, _memfd_of(pid, size), private=False)
 
     def _query(self, command: str) -> dict[str, Any]:
         answer = self._qmp.execute(command)
@@ -123,20 +176,15 @@ class QemuControl:
         return answer
 
 
-def _read_scratch(path: Path, max_size: int) -> bytes:
-    try:
-        return fsutil.read_input(path, "the device state", max_size=max_size)
-    except FileProblem as exc:
-        raise VmmError(f"QEMU did not write its device state: {exc.message}") from exc
-
-
 def _memfd_of(pid: int, size: int) -> Path:
-    """The descriptor of QEMU's memory: the one memfd of exactly the guest's size."""
+    """The descriptor of the guest's memory in QEMU or its watcher: the one memfd of exactly the guest's size."""
     directory = Path(f"/proc/{pid}/fd")
     try:
         for entry in directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if "memfd:memory-backend" in str(entry.readlink()) and entry.stat().st_size == size:
+                target = str(entry.readlink())
+                ours = "memfd:memory-backend" in target or f"memfd:{TEMPLATE}" in target
+                if ours and entry.stat().st_size == size:
                     return entry
     except OSError as exc:
         raise VmmError(f"the memory of process {pid} cannot be read: {exc.strerror}") from exc

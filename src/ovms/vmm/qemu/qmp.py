@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -76,8 +76,15 @@ class Qmp:
         """Ends the session; the VM goes on."""
         self._sock.close()
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Any:
-        """Runs a command and returns what it returns.
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """Runs a command and returns what it returns. *fds* are sent along with it.
 
         Raises:
             QmpError: QEMU refused it.
@@ -85,7 +92,7 @@ class Qmp:
             VmmTimeout: no answer in time.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        return self._command(command, arguments or {}, deadline)
+        return self._command(command, arguments or {}, deadline, fds)
 
     def wait_closed(self, timeout: float) -> bool:
         """Waits until QEMU has closed the channel, as it does when it ends. False when it has not in time."""
@@ -98,10 +105,13 @@ class Qmp:
         except VmmError:
             return True
 
-    def _command(self, command: str, arguments: Mapping[str, Any], deadline: float) -> Any:
+    def _command(self, command: str, arguments: Mapping[str, Any], deadline: float, fds: Sequence[int] = ()) -> Any:
         request = json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n"
         try:
             self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            if fds:
+                sent = socket.send_fds(self._sock, [request], list(fds))
+                request = request[sent:]
             self._sock.sendall(request)
         except TimeoutError:
             raise VmmTimeout(f"QEMU does not take the command {command}") from None

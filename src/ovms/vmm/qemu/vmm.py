@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,19 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
-from ovms.process import ProcessId
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
+from ovms.vmm import watch
 from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline
 from ovms.vmm.qemu.control import QemuControl
 from ovms.vmm.qemu.qmp import Qmp
+from ovms.vmm.watch import Watched
 
 #: Seconds from the spawn until the VM runs. A loaded machine takes its time; only a hang is longer.
 START_TIMEOUT: Final = 60.0
 _EVENTS_READ: Final = 256 * 1024
-_EVENTS_READY: Final = b'{"execute": "qmp_capabilities"}\n'
 _ENDINGS: Final = {
     "guest-shutdown": Ending.POWERED_OFF,
     "guest-panic": Ending.PANICKED,
@@ -89,62 +88,43 @@ class QemuVmm:
             return f"it needs CPU features that this host lacks ({', '.join(missing[:5])})"
         return None
 
-    def start(self, config: VmConfig, files: VmFiles) -> ProcessId:
+    def start(self, config: VmConfig, files: VmFiles) -> Watched:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         with contextlib.ExitStack() as undo:
             undo.callback(_remove_channels, files)
-            running = self._spawn(config, files)
-            undo.callback(process.terminate, running, grace=0.0)
-            identity = ProcessId.of(running.pid)
+            watched = self._spawn(config, files)
+            undo.callback(watched.vmm.kill)
             try:
                 _wait_until_running(files, restored=config.restore is not None)
             except VmmError as exc:
-                raise _explain(exc, running, files) from exc
-            if identity is None:
-                raise _explain(VmmError("QEMU ended at once"), running, files)
-            with contextlib.suppress(FileNotFoundError):
-                _event_commands(files).unlink()  # QEMU has it open; nobody else shall
+                raise _explain(exc, watched, files) from exc
             undo.pop_all()
-            # The VM outlives this object: no warning that nobody waits for it.
-            running.returncode = 0
-            return identity
+            return watched
 
-    def _spawn(self, config: VmConfig, files: VmFiles) -> subprocess.Popen[bytes]:
+    def _spawn(self, config: VmConfig, files: VmFiles) -> Watched:
         with contextlib.ExitStack() as held:
-            control = held.enter_context(fsutil.listen_unix(files.control))
-            console = held.enter_context(fsutil.listen_unix(files.console))
-            pass_fds = [control.fileno(), console.fileno()]
-            state = None
-            if config.restore is not None:
-                state = held.enter_context(_state_file(config.restore))
-                pass_fds.append(state)
-            _prepare_events(files, held)
-            log = held.enter_context(files.vmm_log.open("wb"))
-            fds = cmdline.Descriptors(control.fileno(), console.fileno(), state)
-            argv = cmdline.build(self._binary.path, config, files, fds, sandbox=self._binary.sandbox)
-            running = process.spawn(argv, pass_fds=pass_fds, stdout=log, stderr=log, detach=True)
-            try:
-                _wait_for_events(files, running)
-            except BaseException:
-                process.terminate(running, grace=0.0)
-                raise
-            return running
-
-    def find_process(self, files: VmFiles) -> ProcessId | None:
-        """See :class:`~ovms.vmm.protocol.Vmm`."""
-        try:
-            pid = int(files.pid.read_bytes()[:20])
-            identity = ProcessId.of(pid)
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return None
-        return identity if os.fsencode(files.pid) in words else None
+            listen = held.enter_context(fsutil.listen_unix(files.console))
+            console, our_console = watch.socket_pair(held)
+            events, our_events = watch.socket_pair(held)
+            fds = _open(config, files, held, console, events)
+            launch = watch.Launch(
+                argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
+                keep=fds.all(),
+                hold=() if fds.ram is None else (fds.ram,),
+                console=our_console,
+                listen=listen.fileno(),
+                events=our_events,
+                trees=_program_trees(self._binary.path),
+                devices=("kvm",) if config.machine.accel is Accel.KVM else (),
+                at_end=config.at_end,
+            )
+            return watch.start(launch, config.jail, files)
 
     @contextlib.contextmanager
-    def connect(self, files: VmFiles, machine: Machine, pid: int, ram_file: Path | None) -> Iterator[QemuControl]:
+    def connect(self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool) -> Iterator[QemuControl]:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         with Qmp.connect(files.control) as qmp:
-            yield QemuControl(qmp, machine, pid, ram_file)
+            yield QemuControl(qmp, machine, vmm, restored=restored)
 
     def ending(self, files: VmFiles) -> Ending:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
@@ -167,37 +147,49 @@ def _host_cpu_flags() -> tuple[str, ...]:
     return ()
 
 
-@contextlib.contextmanager
-def _state_file(restore: Restore) -> Iterator[int]:
+def _open(
+    config: VmConfig, files: VmFiles, held: contextlib.ExitStack, console: int, events: int
+) -> cmdline.Descriptors:
+    def opened(path: Path | None, flags: int) -> int | None:
+        if path is None:
+            return None
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        held.callback(os.close, fd)
+        return fd
+
+    def must(path: Path, flags: int) -> int:
+        fd = opened(path, flags)
+        assert fd is not None
+        return fd
+
+    overlay = config.overlay
+    return cmdline.Descriptors(
+        control=held.enter_context(fsutil.listen_unix(files.control)).fileno(),
+        console=console,
+        events=events,
+        layers=tuple(must(layer.path, os.O_RDONLY) for layer in config.layers),
+        overlay=None if overlay is None else (must(overlay, os.O_RDWR), must(overlay, os.O_RDONLY)),
+        kernel=opened(config.kernel, os.O_RDONLY),
+        initrd=opened(config.initrd, os.O_RDONLY),
+        ram=None if config.restore is None else config.restore.ram,
+        state=None if config.restore is None else _state_file(config.restore, held),
+    )
+
+
+def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
     fd = os.memfd_create("ovms-state", os.MFD_CLOEXEC)
-    try:
-        fsutil.pwrite_all(fd, restore.state, 0)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _event_commands(files: VmFiles) -> Path:
-    return files.directory / f"{files.EVENTS}.in"
-
-
-def _prepare_events(files: VmFiles, held: contextlib.ExitStack) -> None:
-    # A monitor of its own that writes QEMU's events into a file, whoever lives or dies: it is negotiated by one command
-    # that waits in a FIFO. The FIFO must stay open until QEMU has it, or the command is lost.
-    commands = _event_commands(files)
-    commands.unlink(missing_ok=True)
-    os.mkfifo(commands, 0o600)
-    fd = os.open(commands, os.O_RDWR | os.O_CLOEXEC)
     held.callback(os.close, fd)
-    os.write(fd, _EVENTS_READY)
-    files.events.unlink(missing_ok=True)
-    os.close(os.open(files.events, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    fsutil.pwrite_all(fd, restore.state, 0)
+    return fd
 
 
-def _wait_for_events(files: VmFiles, running: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while files.events.stat().st_size == 0 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+def _program_trees(program: Path) -> dict[str, Path]:
+    # one that is not the system's brings its libraries and firmware with it
+    real = program.resolve()
+    if real.is_relative_to("/usr") or real.parent in (Path("/bin"), Path("/sbin")):
+        return {}
+    prefix = real.parent.parent
+    return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
 
 
 def _wait_until_running(files: VmFiles, *, restored: bool) -> None:
@@ -218,11 +210,9 @@ def _wait_until_running(files: VmFiles, *, restored: bool) -> None:
             raise VmmError(f"the VM does not run: its status is {answer!r:.200}")
 
 
-def _explain(exc: VmmError, running: subprocess.Popen[bytes], files: VmFiles) -> OvmsError:
-    # When QEMU dies, its socket closes a moment before its last words are to be had.
-    deadline = time.monotonic() + 1.0
-    while running.poll() is None and not isinstance(exc, VmmTimeout) and time.monotonic() < deadline:
-        time.sleep(0.005)
+def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
+    # When QEMU dies, its socket closes a moment before its last words are to be had: they are before the exit file.
+    ended = None if isinstance(exc, VmmTimeout) else watch.wait_exit(files, watched.watcher, 2.0)
     said = files.vmm_log.read_bytes() if files.vmm_log.exists() else b""
     if match := _PORT_TAKEN.search(said.decode("utf-8", "replace")):
         return PortInUse(
@@ -232,15 +222,14 @@ def _explain(exc: VmmError, running: subprocess.Popen[bytes], files: VmFiles) ->
         )
     if isinstance(exc, VmmTimeout):
         return VmmTimeout(f"{exc.message}; QEMU said: {process.tail(said)}")
-    if running.poll() is None:
+    if ended is None:
         return VmmError(f"{exc.message}; QEMU said: {process.tail(said)}")
-    return VmmError(f"QEMU did not start ({process.describe_exit(running.returncode)}): {process.tail(said)}")
+    return VmmError(f"QEMU did not start ({process.describe_exit(ended.returncode)}): {process.tail(said)}")
 
 
 def _remove_channels(files: VmFiles) -> None:
-    for path in (files.control, files.console, _event_commands(files), files.pid):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+    for path in (files.control, files.console, files.pid):
+        path.unlink(missing_ok=True)
 
 
 def _read_events(files: VmFiles) -> Iterator[tuple[str, dict[str, object]]]:

@@ -1,0 +1,81 @@
+"""The memory of a snapshot as clones map it: a memfd that nobody can write to any more.
+
+QEMU before 8.2 opens its memory for writing even where it maps it privately, so a VMM that a guest has taken over could
+write to what later clones start from. Seals deny that, whoever holds the descriptor. All clones of a snapshot share one: the
+watcher of each keeps it open, and whoever starts another takes it from there. With the last clone it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from ovms import fsutil
+from ovms.errors import ResourceError
+from ovms.spec.digest import Digest, hex_of
+from ovms.vmm.model import TEMPLATE
+
+# fcntl.h
+_ADD_SEALS: Final = 1033
+_GET_SEALS: Final = 1034
+_SEALS: Final = 0x1 | 0x2 | 0x4 | 0x8  # SEAL, SHRINK, GROW, WRITE
+
+
+@contextlib.contextmanager
+def opened(image: Path, digest: Digest, holders: Iterable[int]) -> Iterator[int]:
+    """A descriptor of the sealed memory of the snapshot *digest*, whose unpacked memory is *image*.
+
+    *holders* are processes of ours (watchers of running clones) that may have it already.
+
+    Raises:
+        ResourceError: too little memory for it.
+    """
+    fd = _from_holder(digest, image.stat().st_size, holders)
+    if fd is None:
+        fd = _make(image, digest)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _name(digest: Digest) -> str:
+    return f"{TEMPLATE}:{hex_of(digest)}"
+
+
+def _from_holder(digest: Digest, size: int, holders: Iterable[int]) -> int | None:
+    wanted = f"/memfd:{_name(digest)} (deleted)"
+    for pid in holders:
+        try:
+            entries = list(Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:
+            continue  # it has ended meanwhile
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if str(entry.readlink()) == wanted:
+                    fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                    if fcntl.fcntl(fd, _GET_SEALS) & _SEALS == _SEALS and os.fstat(fd).st_size == size:
+                        return fd
+                    os.close(fd)
+    return None
+
+
+def _make(image: Path, digest: Digest) -> int:
+    fd = os.memfd_create(_name(digest), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with fsutil.open_input(image, "the RAM image") as source:
+            fsutil.copy_sparse(source.fileno(), fd)
+        fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
+    except MemoryError:
+        os.close(fd)
+        raise ResourceError(
+            "too little memory for the RAM snapshot", hint="stop other VMs, or boot it: --cold"
+        ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

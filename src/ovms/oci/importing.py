@@ -1,0 +1,113 @@
+"""Artifacts from a layout on disk into the local store. Nothing gets a name before all of it is there and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ovms import fsutil
+from ovms.errors import RegistryProtocol
+from ovms.oci import source, workers
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
+from ovms.oci.layout import Layout
+from ovms.oci.platform import Platform, fitting
+from ovms.oci.source import Entry, Source
+from ovms.oci.transfer import check_image, label
+from ovms.oci.transport import Place
+from ovms.progress import NULL, Progress
+from ovms.spec import mediatypes
+
+#: From what a layout holds to its name in the store; None: it gets none.
+Naming = Callable[[Entry], str | None]
+
+
+def fetch(
+    layout: Layout,
+    place: Place,
+    progress: Progress = NULL,
+    *,
+    name: Naming,
+    check: Callable[[ImageManifest], object] | None = None,
+    platform: Platform | None = None,
+) -> Descriptor:
+    """Copies the artifact at *place* into the store, and returns the descriptor of its manifest or index.
+
+    *name* says what shall stand for it there; it is asked before the bulk is copied, and once more after. *check* and
+    *platform* are those of :func:`ovms.oci.transfer.pull`. The bytes that are kept are the bytes that were hashed.
+
+    Raises:
+        FileProblem, InputError, ReferenceNotFound: there is no layout, or not that artifact in it.
+        BlobNotFound, DigestMismatch: it is not complete, or not what its manifests promise.
+        Unsupported: it is no OVMS artifact, or none for the platform.
+        DiskFull: said before the first blob is copied.
+    """
+    with layout.using(), source.opened(place) as files:
+        entry = files.select(place)
+        top = entry.descriptor
+        manifest = files.manifest(top)
+        raws = [manifest.raw]
+        if isinstance(manifest, ImageIndex):
+            top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
+            manifest = _choose(files, manifest, platform)
+            raws.append(manifest.raw)
+        else:
+            top = manifest.descriptor()
+        check_image(manifest, place)
+        name(entry)
+        missing = [blob for blob in manifest.blobs if not layout.has(blob)]
+        fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
+        documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
+        _copy(layout, files, documents, missing, progress)
+        if check is not None:
+            check(manifest)
+        _copy(layout, files, [blob for blob in manifest.blobs if blob not in documents], missing, progress)
+        layout.sync()
+        for raw in raws:
+            layout.add_bytes(raw)
+        if (chosen := name(entry)) is not None:
+            layout.set_name(chosen, top)
+        return top
+
+
+def _choose(files: Source, index: ImageIndex, platform: Platform | None) -> ImageManifest:
+    manifest = files.manifest(fitting(index, platform, files.what)[0])
+    if isinstance(manifest, ImageIndex):
+        raise RegistryProtocol(f"{files.what}: the index names an index where a manifest belongs", rule="OCI-18")
+    return manifest
+
+
+def _needed(files: Source, missing: list[Descriptor]) -> int:
+    # Opens every one, too: what is not there, or of another size, is found before anything is copied.
+    needed = 0
+    for blob in missing:
+        with files.blob(blob) as content:
+            needed += content.allocated
+    return needed
+
+
+def _copy(
+    layout: Layout, files: Source, blobs: list[Descriptor], missing: list[Descriptor], progress: Progress
+) -> None:
+    for blob in blobs:
+        if blob not in missing:
+            with progress.task(label(blob), blob.size) as task:
+                task.note("exists already")
+    wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
+    workers.run_all([_job(layout, files, blob, progress) for blob in wanted])
+
+
+def _job(layout: Layout, files: Source, blob: Descriptor, progress: Progress) -> workers.Job:
+    def copy(stopped: Callable[[], bool]) -> None:
+        with (
+            progress.task(label(blob), blob.size) as task,
+            files.blob(blob) as content,
+            layout.writer() as writer,
+        ):
+            if not (content.whole and writer.clone(content.fd, task.advance)):
+                for data in source.pieces(content, f"{files.what}: {blob.digest}"):
+                    if stopped():
+                        return
+                    writer.write(data)
+                    task.advance(len(data))
+            writer.commit(expected=blob, durable=False)
+
+    return copy

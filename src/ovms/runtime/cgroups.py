@@ -1,0 +1,185 @@
+"""Control groups: what bounds a VMM's memory and threads, and tells whether the kernel ended it for want of memory.
+
+Both versions: v2 below ``/sys/fs/cgroup/ovms/`` (root) or in what the user's service manager delegates; v1 below the
+cgroup that we are in. Source: the kernel's ``admin-guide/cgroup-v2.rst`` and ``cgroup-v1/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+#: What the groups are called that hold ours.
+PARENT: Final = "ovms"
+_PROCS: Final = "cgroup.procs"
+#: The controllers that we use; one that is missing is said.
+CONTROLLERS: Final = ("memory", "pids")
+_OOM: Final = re.compile(r"^oom_kill ([0-9]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a VMM may use: bytes of memory, and threads."""
+
+    memory: int
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups that were made for one VMM, and which controllers are missing: controller → why."""
+
+    directories: tuple[Path, ...]
+    missing: Mapping[str, str]
+
+    @property
+    def procs(self) -> tuple[Path, ...]:
+        """The files that take a process's number."""
+        return tuple(directory / _PROCS for directory in self.directories)
+
+
+@dataclass(frozen=True)
+class _Hierarchy:
+    parent: Path
+    version: int
+    controllers: tuple[str, ...]
+
+
+def make(instance_id: str, limits: Limits, *, proc: Path = Path("/proc/self")) -> Groups:
+    """Makes the groups of an instance, as far as this host lets us."""
+    directories: list[Path] = []
+    missing = dict.fromkeys(CONTROLLERS, "this host has no such cgroup controller")
+    for hierarchy in _hierarchies(proc):
+        directory = hierarchy.parent / PARENT / instance_id
+        wanted = [name for name in hierarchy.controllers if name in missing]
+        if not wanted:
+            continue
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if hierarchy.version == 2:
+                _delegate(directory, wanted)
+            for name in wanted:
+                _set(directory, name, hierarchy.version, limits)
+                del missing[name]
+            directories.append(directory)
+        except OSError as exc:
+            reason = exc.strerror or type(exc).__name__
+            missing.update({name: f"cgroup {directory}: {reason}" for name in wanted if name in missing})
+            _remove(directory)
+    return Groups(tuple(directories), missing)
+
+
+def _hierarchies(proc: Path) -> list[_Hierarchy]:
+    try:
+        mine = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return []
+    answer: list[_Hierarchy] = []
+    for fields in mounts:
+        if "-" not in fields:
+            continue
+        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+        root, point = fields[3], Path(fields[4])
+        if kind == "cgroup2":
+            own = next((path for number, _, path in mine if number == "0"), "/")
+            parent = _writable_parent(point, _below(own, root))
+            try:
+                names = (point / "cgroup.controllers").read_text().split()
+            except OSError:
+                names = []
+            answer.append(_Hierarchy(parent, 2, tuple(n for n in CONTROLLERS if n in names)))
+        elif kind == "cgroup":
+            for controller in CONTROLLERS:
+                path = next((path for _, names, path in mine if controller in names.split(",")), None)
+                if controller in options and path is not None:
+                    answer.append(_Hierarchy(point / _below(path, root), 1, (controller,)))
+    return answer
+
+
+def _below(path: str, root: str) -> str:
+    # what is mounted may be a part of the hierarchy, as in a container
+    return path.removeprefix(root if root != "/" else "").lstrip("/")
+
+
+def _writable_parent(point: Path, own: str) -> Path:
+    """The highest group that is ours to divide: processes may be in leaves alone, so our own group will not do."""
+    if os.access(point, os.W_OK):
+        return point
+    path = point
+    for part in Path(own).parts:
+        path /= part
+        if os.access(path, os.W_OK) and os.access(path / _PROCS, os.W_OK):
+            return path
+    return point
+
+
+def _delegate(directory: Path, controllers: Sequence[str]) -> None:
+    # from the top: a group hands on what it has itself
+    for group in (directory.parent.parent, directory.parent):
+        has = (group / "cgroup.subtree_control").read_text().split()
+        for name in controllers:
+            if name not in has:
+                (group / "cgroup.subtree_control").write_text(f"+{name}")
+
+
+def _set(directory: Path, controller: str, version: int, limits: Limits) -> None:
+    if controller == "pids":
+        (directory / "pids.max").write_text(str(limits.tasks))
+    elif version == 2:
+        (directory / "memory.max").write_text(str(limits.memory))
+        with contextlib.suppress(OSError):  # a guest's memory on swap is slow, but no harm
+            (directory / "memory.oom.group").write_text("1")
+    else:
+        (directory / "memory.limit_in_bytes").write_text(str(limits.memory))
+
+
+def oom_killed(directories: Sequence[Path]) -> bool:
+    """Whether the kernel has ended a process of these groups because they had no memory left."""
+    for directory in directories:
+        for name in ("memory.events", "memory.oom_control"):
+            with contextlib.suppress(OSError):
+                match = _OOM.search((directory / name).read_text())
+                if match is not None and int(match[1]) > 0:
+                    return True
+    return False
+
+
+def usage(directories: Sequence[Path]) -> int | None:
+    """The bytes of memory that these groups use now; None where nobody counts them."""
+    for directory in directories:
+        for name in ("memory.current", "memory.usage_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                return int((directory / name).read_text())
+    return None
+
+
+def remove(directories: Sequence[Path]) -> None:
+    """Removes the groups of a VMM that has ended."""
+    for directory in directories:
+        if directory.parent.name == PARENT:
+            _remove(directory)
+
+
+def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: float = 60.0) -> None:
+    """Removes groups that killed starts have left: of none of these instances, without processes, older than *age* s."""
+    for hierarchy in _hierarchies(proc):
+        with contextlib.suppress(OSError):
+            for directory in (hierarchy.parent / PARENT).iterdir():
+                if directory.name in instances or not directory.is_dir():
+                    continue
+                if time.time() - directory.stat().st_mtime > age:
+                    _remove(directory)  # one that is in use can't be
+
+
+def _remove(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+    with contextlib.suppress(OSError):
+        directory.parent.rmdir()  # with the last one

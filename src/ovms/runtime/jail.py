@@ -1,0 +1,206 @@
+"""Which jail a VM gets on this host: all of it where the host allows that, and what is missing is known and said.
+
+As root each VM has a user of its own, of a range that nothing else uses; otherwise it runs as the user that started it, in a
+user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0011.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+from collections.abc import Container, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from ovms import fsutil, process
+from ovms.errors import OvmsError, UsageError
+from ovms.runtime import cgroups
+from ovms.spec import limits
+from ovms.spec.choices import Accel
+from ovms.vmm import watch
+from ovms.vmm.jail import Jail, Namespace, User
+from ovms.vmm.model import Machine, VmFiles
+from ovms.vmm.qemu.binary import Cache, stamp_of
+
+#: The first of the users that VMs get, and how many there are: above what distributions hand out to containers.
+UID_FIRST: Final = 0x7A00_0000
+UID_COUNT: Final = 0x0010_0000
+#: Descriptors that a VMM may have open: its disks, sockets and the guest's notifiers.
+NOFILE_MAX: Final = 4096
+#: Threads: one for each virtual CPU, 64 for block requests, some of its own.
+TASKS_SPARE: Final = 192
+#: Memory beyond the guest's own: what QEMU needs, and what TCG keeps of translated code.
+OVERHEAD: Final = {Accel.KVM: 384 * limits.MIB, Accel.TCG: 1536 * limits.MIB}
+_KVM: Final = Path("/dev/kvm")
+
+
+class Part(StrEnum):
+    """A part of the jail that can be left out by ``--security-opt PART=off``."""
+
+    USER = "user"
+    NAMESPACES = "namespaces"
+    ROOT = "root"
+    NETWORK = "network"
+    SECCOMP = "seccomp"
+    CGROUPS = "cgroups"
+    LIMITS = "limits"
+
+
+@dataclass(frozen=True)
+class SecurityOptions:
+    """What the user wants looser: the parts that are left out."""
+
+    off: frozenset[Part] = field(default_factory=frozenset)
+
+    @classmethod
+    def parse(cls, texts: list[str]) -> SecurityOptions:
+        """Reads what follows each ``--security-opt``.
+
+        Raises:
+            UsageError: not of the form.
+        """
+        off: set[Part] = set()
+        for text in texts:
+            name, equals, value = text.partition("=")
+            if name not in list(Part) or not equals or value not in ("on", "off"):
+                raise UsageError(
+                    f"{text[:80]!a} is no security option",
+                    hint=f"write PART=off, where PART is one of {', '.join(Part)}",
+                )
+            if value == "off":
+                off.add(Part(name))
+        return cls(frozenset(off))
+
+
+_ALL: Final = frozenset(Namespace) - {Namespace.NETWORK}
+
+
+def plan(
+    instance_id: str,
+    machine: Machine,
+    options: SecurityOptions,
+    *,
+    cache: Cache,
+    own_network: bool,
+    taken: Container[int],
+    root: bool | None = None,
+) -> Jail:
+    """The jail for a new VM; its cgroups exist then.
+
+    *own_network*: whether the VM's network comes from outside its process, so that this can do without the host's.
+    *taken*: users that other VMs have. *root*: whether we are (None: find out).
+    """
+    is_root = os.geteuid() == 0 if root is None else root
+    able, why_not = _able(cache, is_root)
+    missing: dict[str, str] = dict(why_not)
+    for part in options.off:
+        missing[str(part)] = "left out by --security-opt"
+    namespaces, own_root = able.namespaces, able.own_root
+    if Part.NAMESPACES in options.off:
+        namespaces, own_root = frozenset(), False
+    if Part.ROOT in options.off:
+        own_root = False
+    if namespaces and own_network and Part.NETWORK not in options.off:
+        namespaces |= {Namespace.NETWORK}
+    elif Part.NETWORK not in options.off and Part.NAMESPACES not in options.off:
+        missing.setdefault(str(Part.NETWORK), "user-mode networking runs inside QEMU: install passt to have it outside")
+    user: User | None = _user(machine, is_root, taken)
+    if Part.USER in options.off:
+        namespaces -= {Namespace.USER}
+        user = None
+        if not is_root and namespaces:
+            namespaces, own_root = frozenset(), False
+            missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
+    groups = cgroups.Groups((), {})
+    if Part.CGROUPS not in options.off:
+        groups = cgroups.make(instance_id, _bounds(machine))
+        missing.update({f"cgroup {name}": why for name, why in groups.missing.items()})
+    return Jail(
+        namespaces=namespaces,
+        user=user,
+        own_root=own_root,
+        seccomp=Part.SECCOMP not in options.off,
+        limits={} if Part.LIMITS in options.off else _limits(),
+        cgroups=groups.procs,
+        missing=missing,
+    )
+
+
+def renew(jail: Jail, instance_id: str, machine: Machine) -> Jail:
+    """The same jail for another VM of the same instance: its cgroups are made anew, so that they tell of this one."""
+    return replace(jail, cgroups=cgroups.make(instance_id, _bounds(machine)).procs) if jail.cgroups else jail
+
+
+def _bounds(machine: Machine) -> cgroups.Limits:
+    return cgroups.Limits(machine.memory + OVERHEAD[machine.accel], machine.vcpus + TASKS_SPARE)
+
+
+def _limits() -> Mapping[int, int]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = NOFILE_MAX if most == resource.RLIM_INFINITY else min(NOFILE_MAX, most)
+    return {resource.RLIMIT_NOFILE: files, resource.RLIMIT_CORE: 0}
+
+
+def _user(machine: Machine, is_root: bool, taken: Container[int]) -> User:
+    if not is_root:
+        return User(os.geteuid(), os.getegid())
+    uid = next(uid for uid in range(UID_FIRST, UID_FIRST + UID_COUNT) if uid not in taken)
+    if machine.accel is Accel.KVM:
+        info = _KVM.stat()
+        if info.st_mode & 0o006 != 0o006:
+            return User(uid, info.st_gid)  # the group that may open it
+    return User(uid, uid)
+
+
+# --- what the host allows --------------------------------------------------------------------------------------------
+
+
+def _able(cache: Cache, is_root: bool) -> tuple[Jail, Mapping[str, str]]:
+    """The namespaces and the root that this host lets us make, tried for real once each boot."""
+    stamp = f"{process.boot_id()}:{os.geteuid()}:{stamp_of(watch.PROGRAM)}"
+    known = cache.get("jail", stamp)
+    for level, jail in enumerate(_levels(is_root)):
+        if isinstance(known, dict) and known.get("level") == level:
+            return jail, {str(k): str(v) for k, v in known["missing"].items()}
+    missing: dict[str, str] = {}
+    for level, jail in enumerate(_levels(is_root)):
+        reason = probe(jail)
+        if reason is None:
+            cache.put("jail", stamp, {"level": level, "missing": missing})
+            return jail, missing
+        missing[str(Part.NAMESPACES if level else Part.USER if is_root else Part.NAMESPACES)] = reason
+        if not jail.namespaces:
+            break
+    return Jail(), missing
+
+
+def _levels(is_root: bool) -> list[Jail]:
+    user = User(UID_FIRST + UID_COUNT - 1, UID_FIRST + UID_COUNT - 1) if is_root else User(os.geteuid(), os.getegid())
+    whole = Jail(_ALL | {Namespace.NETWORK}, user, own_root=True)
+    without_user = replace(whole, namespaces=whole.namespaces - {Namespace.USER})
+    levels = [whole, *([without_user] if is_root else []), Jail(frozenset(), user)]
+    return [replace(jail, namespaces=jail.namespaces - {Namespace.NETWORK}) for jail in levels]
+
+
+def probe(jail: Jail) -> str | None:
+    """Why a program can't be run in *jail* on this host; None when it can."""
+    with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
+        files = VmFiles(Path(scratch))
+        try:
+            watched = _run_true(jail, files)
+        except OvmsError as exc:
+            return exc.message
+        watched.watcher.wait(5.0)
+        return None
+
+
+def _run_true(jail: Jail, files: VmFiles) -> watch.Watched:
+    with ExitStack() as held:
+        listen = held.enter_context(fsutil.listen_unix(files.console))
+        _, console = watch.socket_pair(held)
+        _, events = watch.socket_pair(held)
+        return watch.start(watch.Launch(["/usr/bin/true"], [], console, listen.fileno(), events), jail, files)

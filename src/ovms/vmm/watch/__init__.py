@@ -1,0 +1,271 @@
+"""Starts a VMM in its jail, with a watcher beside it that outlives us: what ``watch.c`` does, from Python.
+
+::
+
+    instances/<uuid>/
+    ├── vmm.pid                 "VMM-PID WATCHER-PID", written before the VMM runs
+    ├── exit                    how the VMM ended: wait status, time (ns), CPU times (µs), most memory (bytes)
+    ├── console.log(.1)         what the serial console printed; at LOG_MAX the one becomes the other
+    ├── console.idx(.1)         pairs of 64-bit numbers: the console's byte of that number came at that time (ns)
+    ├── events.out              the VMM's events, as they came (at most 4 MiB)
+    └── vmm.log                 the VMM's stderr (at most 1 MiB)
+
+Why it is a program of its own, and in C: ADR 0017.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ovms import process
+from ovms.errors import HostError, VmmError, VmmTimeout
+from ovms.process import ProcessId
+from ovms.spec import limits
+from ovms.vmm.jail import Jail, Namespace
+from ovms.vmm.model import VmFiles
+
+PROGRAM: Final = Path(__file__).parent / "watch"
+#: Bytes of console.log; there are two of them at the most.
+LOG_MAX: Final = 16 * limits.MIB
+#: Seconds from the watcher's start until the VMM was executed.
+_TIMEOUT: Final = 30.0
+_ANSWER_MAX: Final = 512
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A VMM to start.
+
+    Attributes:
+        argv: its program (a path) and arguments.
+        keep: descriptors that it inherits, under their numbers.
+        hold: descriptors that the watcher keeps open, under their numbers.
+        console, listen, events: our end of the console's socket pair, the socket for those who want it, and our end of a
+            QMP channel.
+        trees: files and directories of its own root, beside the system's: path there (no slash before it) → path here.
+        devices: further device nodes, by their names in ``/dev``.
+        at_end: a program and its arguments that the watcher becomes when the VMM has ended.
+    """
+
+    argv: Sequence[str]
+    keep: Sequence[int]
+    console: int
+    listen: int
+    events: int
+    hold: Sequence[int] = ()
+    trees: Mapping[str, Path] = field(default_factory=dict)
+    devices: Sequence[str] = ()
+    at_end: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A VMM that was executed, and its watcher."""
+
+    vmm: ProcessId
+    watcher: ProcessId
+
+
+class JailRefused(HostError):
+    """The host does not let us make a part of the jail."""
+
+    def __init__(self, stage: str, number: int) -> None:
+        super().__init__(
+            f"this host does not let ovms confine the VM ({stage}: {os.strerror(number)})",
+            hint="'ovm doctor' tells what is missing; --security-opt leaves out one part of the jail at a time",
+            stage=stage,
+        )
+        self.stage = stage
+
+
+def start(launch: Launch, jail: Jail, files: VmFiles) -> Watched:
+    """Starts a VMM. It, and its watcher, live on when we end.
+
+    Raises:
+        JailRefused: the jail can't be made on this host.
+        VmmError: the program can't be executed.
+        VmmTimeout: nothing came of it in time.
+    """
+    with contextlib.ExitStack() as held:
+        words, inherited = _words(launch, jail, files, held)
+        try:
+            running = subprocess.Popen(
+                [str(PROGRAM), *words, "--", *launch.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=inherited,
+                start_new_session=True,
+                env=dict(process.CLEAN_ENV),
+                cwd="/",
+            )
+        except OSError as exc:
+            raise HostError(
+                f"cannot run {PROGRAM}: {exc.strerror}", hint="install ovms again: a part of it is missing"
+            ) from exc
+        answer = _answer(running)
+    return _read(answer, files)
+
+
+def _answer(running: subprocess.Popen[bytes]) -> bytes:
+    # The first process ends at once; its child answers, and closes the pipe.
+    assert running.stdout is not None
+    with running.stdout:
+        try:
+            answer, _ = running.communicate(timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            raise VmmTimeout(f"the VMM was not executed within {_TIMEOUT:g} s") from None
+    return answer[:_ANSWER_MAX]
+
+
+def _read(answer: bytes, files: VmFiles) -> Watched:
+    words = answer.decode("ascii", "replace").split()
+    if len(words) == 3 and words[0] == "ok":
+        return Watched(_identity(int(words[1])), _identity(int(words[2])))
+    if len(words) == 3 and words[0] == "error":
+        if words[1] == "exec":
+            raise VmmError(f"the VMM cannot be executed: {os.strerror(int(words[2]))}")
+        raise JailRefused(words[1], int(words[2]))
+    raise VmmError(f"the watcher of {files.directory} died")
+
+
+def _identity(pid: int) -> ProcessId:
+    # one that has ended already has an identity, too: nobody's
+    return ProcessId.of(pid) or ProcessId(pid, 0, process.boot_id())
+
+
+def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStack) -> tuple[list[str], list[int]]:
+    inherited = [launch.console, launch.listen, launch.events, *launch.keep, *launch.hold]
+    words = [f"console={launch.console}", f"listen={launch.listen}", f"events={launch.events}", f"log-max={LOG_MAX}"]
+    words += [f"keep={fd}" for fd in launch.keep]
+    words += [f"hold={fd}" for fd in launch.hold]
+
+    def inherit(path: Path, flags: int, mode: int = 0o600) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC, mode)
+        held.callback(os.close, fd)
+        inherited.append(fd)
+        return fd
+
+    for name, path in (
+        ("log", files.console_log),
+        ("old", files.old(files.console_log)),
+        ("index", files.console_index),
+        ("old-index", files.old(files.console_index)),
+        ("said", files.vmm_log),
+        ("event-log", files.events),
+    ):
+        words.append(f"{name}={inherit(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)}")
+    for stale in (files.exit, files.pid):
+        stale.unlink(missing_ok=True)
+    words.append(f"dir={inherit(files.directory, os.O_PATH | os.O_DIRECTORY)}")
+    words += _jail_words(launch, jail, inherit)
+    words += [f"at-end={word}" for word in launch.at_end]
+    return words, inherited
+
+
+def _jail_words(launch: Launch, jail: Jail, inherit: Callable[[Path, int], int]) -> list[str]:
+    words = [f"ns={sum(int(namespace) for namespace in jail.namespaces)}", f"seccomp={int(jail.seccomp)}"]
+    if jail.user is not None:
+        words.append(f"user={jail.user.uid}:{jail.user.gid}")
+    words += [f"limit={int(resource)}:{value}" for resource, value in sorted(jail.limits.items())]
+    words += [f"cgroup={inherit(path, os.O_WRONLY)}" for path in jail.cgroups]
+    if not jail.own_root:
+        return words
+    words.append("root=/tmp")
+    trees, links = system_trees()
+    for name, path in {**trees, **launch.trees}.items():
+        words.append(f"tree={name}:{path}")
+    for device in ("null", "zero", "full", "random", "urandom", *launch.devices):
+        words.append(f"dev=dev/{device}:/dev/{device}")
+    words += [f"link={name}:{target}" for name, target in links.items()]
+    return words
+
+
+def system_trees() -> tuple[dict[str, Path], dict[str, str]]:
+    """What a program of the system needs to run: trees (name → path), and symbolic links (name → target)."""
+    trees, links = {"usr": Path("/usr")}, {}
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+        path = Path("/", name)
+        if path.is_symlink():
+            links[name] = str(path.readlink())
+        elif path.is_dir():
+            trees[name] = path
+    for path in (Path("/etc/ld.so.cache"), Path("/etc/alternatives")):
+        if path.exists():
+            trees[str(path).lstrip("/")] = path
+    return trees, links
+
+
+def find(files: VmFiles) -> Watched | None:
+    """The living VMM of an instance whose starter died before it could note it."""
+    try:
+        vmm_pid, watcher_pid = (int(word) for word in files.pid.read_bytes()[:64].split())
+    except (OSError, ValueError):
+        return None
+    vmm, watcher = ProcessId.of(vmm_pid), ProcessId.of(watcher_pid)
+    # the numbers may be of others by now: only a child of a watcher of this directory is meant
+    if vmm is None or watcher is None or process.parent(vmm_pid) != watcher_pid:
+        return None
+    return Watched(vmm, watcher) if _watches(watcher_pid, files.directory) else None
+
+
+def _watches(pid: int, directory: Path) -> bool:
+    try:
+        here = directory.stat()
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                there = entry.stat()
+                if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a VMM ended: a return code as :mod:`subprocess` gives it, when (ns since the epoch), and what it had used."""
+
+    returncode: int
+    time_ns: int
+    user_us: int
+    system_us: int
+    memory_max: int
+
+
+def read_exit(files: VmFiles) -> Exit | None:
+    """How the VMM of an instance ended; None while it has not, or when nobody saw it."""
+    try:
+        status, *rest = (int(word) for word in files.exit.read_bytes()[:256].split())
+        return Exit(os.waitstatus_to_exitcode(status), *rest)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def wait_exit(files: VmFiles, watcher: ProcessId, timeout: float) -> Exit | None:
+    """How a VMM ended that has just ended: its watcher is given *timeout* seconds to write that down."""
+    deadline = time.monotonic() + timeout
+    while (seen := read_exit(files)) is None and watcher.alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return seen or read_exit(files)
+
+
+def socket_pair(held: contextlib.ExitStack) -> tuple[int, int]:
+    """Two connected sockets: the VMM's end and ours. They are closed with *held*."""
+    theirs, ours = socket.socketpair()
+    for end in (theirs, ours):
+        held.callback(end.close)
+    return theirs.fileno(), ours.fileno()
+
+
+__all__ = ["Exit", "Jail", "JailRefused", "Launch", "Namespace", "Watched", "find", "read_exit", "socket_pair", "start"]

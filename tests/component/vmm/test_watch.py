@@ -1,0 +1,490 @@
+"""The watcher and the jail: programs of the tests' own run in it, and try what a VMM that was taken over would try."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovms import fsutil
+from ovms.errors import VmmError
+from ovms.memory import template
+from ovms.process import ProcessId
+from ovms.runtime import jail as jails
+from ovms.spec.digest import of_bytes
+from ovms.vmm import watch
+from ovms.vmm.jail import Jail, Namespace, User
+from ovms.vmm.model import VmFiles
+
+SOURCE = watch.PROGRAM.parent / "watch.c"
+PLAIN = Jail()
+PYTHON = "/usr/bin/python3"
+
+
+def full_jail() -> Jail:
+    root = os.geteuid() == 0
+    user = User(jails.UID_FIRST + 7, jails.UID_FIRST + 7) if root else User(os.geteuid(), os.getegid())
+    return Jail(
+        frozenset(Namespace),
+        user,
+        own_root=True,
+        limits={resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0},
+    )
+
+
+@pytest.fixture(scope="module")
+def jail() -> Jail:
+    full = full_jail()
+    if reason := jails.probe(full):
+        pytest.skip(f"this host gives no jail: {reason}")
+    return full
+
+
+@dataclass
+class Vm:
+    """A program that stands for a VMM, with its console."""
+
+    watched: watch.Watched
+    files: VmFiles
+    console: socket.socket
+    events: socket.socket
+
+    def end(self) -> watch.Exit:
+        self.console.close()
+        self.events.close()
+        assert self.watched.watcher.wait(20)
+        seen = watch.read_exit(self.files)
+        assert seen is not None
+        return seen
+
+
+@contextlib.contextmanager
+def started(
+    directory: Path,
+    argv: Sequence[str],
+    jail: Jail = PLAIN,
+    *,
+    keep: Sequence[int] = (),
+    hold: Sequence[int] = (),
+    at_end: Sequence[str] = (),
+) -> Iterator[Vm]:
+    directory.mkdir(exist_ok=True)
+    files = VmFiles(directory)
+    with contextlib.ExitStack() as held:
+        listen = held.enter_context(fsutil.listen_unix(files.console))
+        vmm_console, console = socket.socketpair()
+        vmm_events, events = socket.socketpair()
+        launch = watch.Launch(argv, keep, console.fileno(), listen.fileno(), events.fileno(), hold, at_end=at_end)
+        try:
+            watched = watch.start(launch, jail, files)
+        except BaseException:
+            vmm_console.close()
+            vmm_events.close()
+            raise
+        finally:
+            console.close()
+            events.close()
+        vm = Vm(watched, files, vmm_console, vmm_events)
+    try:
+        yield vm
+    finally:
+        vm.console.close()
+        vm.events.close()
+        watched.vmm.kill()
+        assert watched.watcher.wait(20)
+
+
+def in_jail(directory: Path, jail: Jail, code: str, **options: Any) -> Any:
+    """What a Python program prints as JSON that runs in the jail in place of a VMM."""
+    program = [PYTHON, "-ISc", textwrap.dedent(code)]
+    with started(directory, program, jail, **options) as vm:
+        vm.console.close()
+        vm.events.close()
+        assert vm.watched.watcher.wait(30)
+        said = vm.files.vmm_log.read_text()
+    try:
+        return json.loads(said.splitlines()[-1])  # before it what programs said that it ran
+    except (ValueError, IndexError):
+        raise AssertionError(said) from None
+
+
+# --- watching --------------------------------------------------------------------------------------------------------
+
+
+def test_the_binary_is_what_its_source_says() -> None:
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    assert f"watch.c sha256:{digest}".encode() in watch.PROGRAM.read_bytes(), "run scripts/build-native.sh"
+
+
+def test_the_source_builds(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    script = Path(__file__).parents[3] / "scripts" / "build-native.sh"
+    subprocess.run([script, tmp_path / "watch"], check=True, timeout=60)
+    assert (tmp_path / "watch").stat().st_size < 32768
+
+
+@pytest.mark.parametrize(
+    ("program", "returncode"),
+    [("exit 0", 0), ("exit 7", 7), ("kill -SEGV $$", -signal.SIGSEGV), ("kill -KILL $$", -signal.SIGKILL)],
+)
+def test_how_it_ended_is_written_down(tmp_path: Path, program: str, returncode: int) -> None:
+    before = time.time_ns()
+    with started(tmp_path, ["/bin/sh", "-c", f"sleep 0.05; {program}"]) as vm:
+        assert watch.read_exit(vm.files) is None
+        seen = vm.end()
+    assert seen.returncode == returncode
+    assert before < seen.time_ns < time.time_ns()
+    assert seen.memory_max > 100_000
+
+
+def test_it_lives_on_without_us_and_is_nobody_s_zombie(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        assert watch.find(vm.files) == vm.watched
+        for pid in (vm.watched.vmm.pid, vm.watched.watcher.pid):
+            assert os.getsid(pid) != os.getsid(0)
+        with pytest.raises(ChildProcessError):
+            os.waitpid(vm.watched.watcher.pid, os.WNOHANG)
+        vm.watched.vmm.kill()
+        assert vm.end().returncode == -signal.SIGKILL
+        assert watch.find(vm.files) is None
+
+
+def test_signals_for_everybody_do_not_end_the_watcher(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            vm.watched.watcher.signal(number)
+        vm.watched.vmm.signal(signal.SIGTERM)
+        assert vm.end().returncode == -signal.SIGTERM
+
+
+def test_a_stale_pid_file_names_nobody(tmp_path: Path) -> None:
+    files = VmFiles(tmp_path)
+    for content in (b"", b"x y\n", f"{os.getpid()} {os.getppid()}\n".encode(), b"1 0\n", b"999999999 999999998\n"):
+        files.pid.write_bytes(content)
+        assert watch.find(files) is None
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(VmmError, match="No such file"), started(tmp_path, ["/nowhere/qemu"]):
+        pass
+    assert not VmFiles(tmp_path).pid.exists()
+
+
+def test_what_the_console_prints_is_kept_with_its_time(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        times = []
+        for text in (b"one\n", b"two\n"):
+            times.append(time.time_ns())
+            vm.console.sendall(text)
+            time.sleep(0.05)
+        assert vm.files.console_log.read_bytes() == b"one\ntwo\n"
+        entries = list(struct.iter_unpack("<QQ", vm.files.console_index.read_bytes()))
+        assert [at for at, _ in entries] == [0, 4]
+        for (_, then), sent in zip(entries, times, strict=True):
+            assert sent <= then < sent + 10**10
+
+
+def test_those_who_ask_for_the_console_see_it_and_type(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm, contextlib.ExitStack() as held:
+        clients = [held.enter_context(fsutil.connect_unix(vm.files.console, timeout=10)) for _ in range(3)]
+        time.sleep(0.05)
+        vm.console.sendall(b"hello")
+        assert [client.recv(100) for client in clients] == [b"hello"] * 3
+        clients[1].sendall(b"keys")
+        assert vm.console.recv(100) == b"keys"
+        clients[0].close()
+        vm.console.sendall(b"more")
+        assert clients[2].recv(100) == b"more"
+
+
+def test_a_client_that_reads_nothing_holds_nobody_up(tmp_path: Path) -> None:
+    with (
+        started(tmp_path, ["/bin/sleep", "60"]) as vm,
+        fsutil.connect_unix(vm.files.console, timeout=10) as lazy,
+    ):
+        vm.console.settimeout(10)
+        for _ in range(64):
+            vm.console.sendall(b"x" * 65536)
+        deadline = time.monotonic() + 10
+        while vm.files.console_log.stat().st_size < 64 * 65536 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert vm.files.console_log.stat().st_size == 64 * 65536
+        assert lazy.recv(1) == b"x"
+
+
+def test_a_guest_that_takes_no_keys_does_not_make_us_collect_them(tmp_path: Path) -> None:
+    with (
+        started(tmp_path, ["/bin/sleep", "60"]) as vm,
+        fsutil.connect_unix(vm.files.console, timeout=1) as typist,
+    ):
+        with pytest.raises(TimeoutError):
+            for _ in range(1000):
+                typist.sendall(b"k" * 65536)
+        vm.console.sendall(b"still here")
+        time.sleep(0.1)
+        assert vm.files.console_log.read_bytes() == b"still here"
+
+
+def test_the_console_log_is_begun_anew_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOG_MAX", 100_000)
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        data = b"".join(b"%07d\n" % i for i in range(40_000))
+        vm.console.settimeout(10)
+        vm.console.sendall(data)
+        deadline = time.monotonic() + 10
+        new = old = b""
+        while time.monotonic() < deadline:
+            new, old = vm.files.console_log.read_bytes(), vm.files.old(vm.files.console_log).read_bytes()
+            if data.endswith(old + new) and new.endswith(b"0039999\n"):
+                break
+            time.sleep(0.02)
+        assert data.endswith(old + new)
+        assert len(old) + len(new) <= 2 * (100_000 + 65536)
+        base = struct.unpack_from("<Q", vm.files.console_index.read_bytes())[0]
+        assert data[base : base + len(new)] == new
+        assert struct.unpack_from("<Q", vm.files.old(vm.files.console_index).read_bytes())[0] == base - len(old)
+
+
+def test_events_are_asked_for_and_kept_up_to_a_limit(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        assert json.loads(vm.events.recv(1000)) == {"execute": "qmp_capabilities"}
+        vm.events.settimeout(10)
+        for _ in range(100):
+            vm.events.sendall(b"e" * 65536)
+        vm.events.close()
+        time.sleep(0.1)
+        assert vm.files.events.stat().st_size == 4 << 20
+
+
+def test_what_the_vmm_says_is_kept_up_to_a_limit(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sh", "-c", "head -c 3000000 /dev/zero >&2"]) as vm:
+        assert vm.end().returncode == 0
+        assert vm.files.vmm_log.stat().st_size == 1 << 20
+
+
+def test_something_is_run_at_the_end(tmp_path: Path) -> None:
+    after = ["/bin/sh", "-c", f"cat {tmp_path}/exit > {tmp_path}/seen"]
+    with started(tmp_path, ["/bin/sh", "-c", "exit 3"], at_end=after) as vm:
+        assert vm.end().returncode == 3
+    assert (tmp_path / "seen").read_bytes() == (tmp_path / "exit").read_bytes()
+
+
+def test_a_killed_copier_is_no_end(tmp_path: Path) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"]) as vm:
+        children = Path(f"/proc/{vm.watched.watcher.pid}/task/{vm.watched.watcher.pid}/children")
+        if not children.exists():
+            pytest.skip("this kernel does not list children")
+        copier = next(int(pid) for pid in children.read_text().split() if int(pid) != vm.watched.vmm.pid)
+        os.kill(copier, signal.SIGKILL)
+        time.sleep(0.05)
+        assert vm.watched.vmm.alive()
+        vm.watched.vmm.kill()
+        assert vm.end().returncode == -signal.SIGKILL
+
+
+# --- the jail --------------------------------------------------------------------------------------------------------
+
+
+def test_the_processes_hold_little(tmp_path: Path, jail: Jail) -> None:
+    secret = os.open(tmp_path / "secret", os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(secret, True)
+    try:
+        with started(tmp_path / "vm", ["/bin/sleep", "60"], jail) as vm:
+            watcher = vm.watched.watcher.pid
+            assert len(list(Path(f"/proc/{watcher}/fd").iterdir())) == 1, "the directory, and nothing else"
+            assert sorted(int(fd.name) for fd in Path(f"/proc/{vm.watched.vmm.pid}/fd").iterdir()) == [0, 1, 2]
+            rss = int(Path(f"/proc/{watcher}/statm").read_text().split()[1]) * 4096
+            assert rss < 256 * 1024
+    finally:
+        os.close(secret)
+
+
+def test_what_is_in_force_is_in_proc(tmp_path: Path, jail: Jail) -> None:
+    with started(tmp_path, ["/bin/sleep", "60"], jail) as vm:
+        pid = vm.watched.vmm.pid
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        assert jail.user is not None
+        assert status["Uid"].split() == [str(jail.user.uid)] * 4
+        assert status["NSpid"].split()[-1] == "1"
+        for namespace in Namespace:
+            link = f"ns/{namespace.proc_name}"
+            assert os.readlink(f"/proc/{pid}/{link}") != os.readlink(f"/proc/self/{link}"), namespace  # noqa: PTH115
+
+
+ESCAPES = """
+    import ctypes, errno, json, os, resource, socket, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    answer = {}
+
+    def attempt(name, action):
+        try:
+            result = action()
+            answer[name] = "done" if result is None else result
+        except OSError as exc:
+            answer[name] = errno.errorcode[exc.errno]
+        except (ValueError, ImportError) as exc:
+            answer[name] = str(exc)
+
+    def call(number, *arguments):
+        ctypes.set_errno(0)
+        if libc.syscall(number, *arguments) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, "")
+
+    for path in ("/etc/shadow", "/etc/passwd", "/root", "/home", "/work", "/var", "/sys", "/run", "/dev/mem", "/dev/sda",
+                 "/proc/1/root/etc/shadow", "/proc/kcore", SECRET):
+        attempt("open " + path, lambda: os.close(os.open(path, os.O_RDONLY)))
+    attempt("write /usr", lambda: os.close(os.open("/usr/evil", os.O_WRONLY | os.O_CREAT)))
+    attempt("write /", lambda: os.close(os.open("/evil", os.O_WRONLY | os.O_CREAT)))
+    attempt("core_pattern", lambda: os.close(os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY)))
+    attempt("processes", lambda: sorted(int(n) for n in os.listdir("/proc") if n.isdigit()))
+    attempt("kill host", lambda: os.kill(PARENT, 0))
+    attempt("connect", lambda: socket.create_connection(("127.0.0.1", PORT), 2).close())
+    attempt("abstract", lambda: socket.socket(socket.AF_UNIX).connect("\\0ovms-test-PORT".replace("PORT", str(PORT))))
+    attempt("interfaces", lambda: [name for _, name in socket.if_nameindex()])
+    attempt("raw socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).close())
+    attempt("setuid", lambda: os.setuid(0))
+    attempt("nofile", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000)))
+    attempt("mount", lambda: call(165, b"x", b"/tmp", b"tmpfs", 0, 0))
+    attempt("unshare", lambda: call(272, 0x10000000))
+    attempt("clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))
+    attempt("ptrace", lambda: call(101, 0, 0, 0, 0))
+    attempt("bpf", lambda: call(321, 0, 0, 0))
+    attempt("io_uring", lambda: call(425, 1, 0))
+    attempt("keyctl", lambda: call(250, 0, -3))
+    attempt("userfaultfd", lambda: call(323, 0))
+    attempt("chroot", lambda: os.chroot("/tmp"))
+    attempt("mknod", lambda: os.mknod("/tmp/disk", 0o60600, os.makedev(254, 0)))
+    attempt("suid", lambda: [name for name in ("/usr/bin/su", "/usr/bin/passwd", "/usr/bin/mount") if os.path.exists(name)
+                             and os.spawnv(os.P_WAIT, name, [name, "--version"]) == 0 and os.geteuid() == 0])
+    attempt("reopen layer", lambda: os.close(os.open("/proc/self/fd/LAYER", os.O_RDWR)))
+    attempt("write layer", lambda: os.write(LAYER, b"x"))
+    attempt("chmod layer", lambda: os.fchmod(LAYER, 0o666))
+    attempt("write template", lambda: os.pwrite(TEMPLATE, b"x", 0))
+    attempt("grow template", lambda: os.ftruncate(TEMPLATE, 1 << 30))
+    def shared():
+        import mmap
+        mmap.mmap(TEMPLATE, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
+
+    attempt("map template", shared)
+    attempt("fill tmp", lambda: os.write(os.open("/tmp/big", os.O_WRONLY | os.O_CREAT), bytes(8 << 20)))
+    sys.stderr.write(json.dumps(answer))
+"""
+
+
+@pytest.mark.spec("SEC-7")
+def test_it_does_not_get_out(tmp_path: Path, jail: Jail) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    tmp_path.chmod(0o755)
+    layer = tmp_path / "layer"
+    layer.write_bytes(b"layer" * 1000)
+    layer.chmod(0o444)
+    image = tmp_path / "image"
+    image.write_bytes(b"memory" * 4096)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+        layer.open("rb") as opened,
+        template.opened(image, of_bytes(b"x"), ()) as memory,
+    ):
+        port = server.getsockname()[1]
+        abstract.bind(f"\0ovms-test-{port}")
+        abstract.listen()
+        code = ESCAPES
+        for name, value in (
+            ("SECRET", repr(str(secret))),
+            ("PORT", str(port)),
+            ("PARENT", str(os.getpid())),
+            ("LAYER", str(opened.fileno())),
+            ("TEMPLATE", str(memory)),
+        ):
+            code = code.replace(name, value)
+        answer = in_jail(tmp_path / "vm", jail, code, keep=(opened.fileno(), memory))
+    assert answer.pop("processes") == [1], "it sees itself alone"
+    assert set(answer.pop("interfaces")) <= {"lo", "sit0", "tunl0"}
+    assert answer.pop("suid") == []
+    assert answer.pop("fill tmp") in ("ENOSPC", 1 << 20)
+    as_owner = os.geteuid() != 0
+    if as_owner:
+        answer.pop(
+            "chmod layer"
+        )  # a user's own files: what it maps is sealed, and what it reads is checked when started
+        answer.pop("reopen layer")
+    assert [name for name, result in answer.items() if result == "done" or not isinstance(result, str)] == [], answer
+    assert layer.read_bytes() == b"layer" * 1000
+    # it is not just that nothing works in there
+    assert answer["connect"] in ("ECONNREFUSED", "ENETUNREACH")
+    assert answer["map template"] == "EPERM"
+    assert answer["bpf"] == answer["mount"] == answer["unshare"] == "EPERM"
+
+
+def test_without_a_jail_the_same_attempts_succeed(tmp_path: Path) -> None:
+    """The test above can fail."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    code = ESCAPES.replace("SECRET", repr(str(secret))).replace("PARENT", str(os.getpid()))
+    for name, value in (("PORT", "1"), ("LAYER", "0"), ("TEMPLATE", "0")):
+        code = code.replace(name, value)
+    answer = in_jail(tmp_path / "vm", replace(PLAIN, seccomp=False), code)
+    assert answer[f"open {secret}"] == answer["open /etc/passwd"] == answer["kill host"] == "done"
+    assert len(answer["processes"]) > 1
+
+
+@pytest.mark.parametrize("part", list(Namespace))
+def test_each_namespace_can_be_left_out_alone(tmp_path: Path, jail: Jail, part: Namespace) -> None:
+    namespaces = jail.namespaces - {part}
+    needs_root = part is Namespace.USER and os.geteuid() != 0
+    if needs_root:
+        pytest.skip("only root makes namespaces without a user namespace")
+    own_root = not {Namespace.MOUNT, Namespace.PID} - namespaces
+    with started(tmp_path, ["/bin/sleep", "60"], replace(jail, namespaces=namespaces, own_root=own_root)) as vm:
+        for namespace in Namespace:
+            link = f"ns/{namespace.proc_name}"
+            own = os.readlink(f"/proc/{vm.watched.vmm.pid}/{link}") != os.readlink(f"/proc/self/{link}")  # noqa: PTH115
+            assert own == (namespace in namespaces), namespace
+
+
+def test_a_jail_that_cannot_be_made_is_said_and_leaves_nothing(tmp_path: Path, jail: Jail) -> None:
+    # a root of its own in the host's mount namespace would be everybody's
+    shared = replace(jail, namespaces=jail.namespaces - {Namespace.MOUNT})
+    with pytest.raises(watch.JailRefused, match="root: Invalid") as caught, started(tmp_path, ["/bin/true"], shared):
+        pass
+    assert not VmFiles(tmp_path).pid.exists()
+    assert caught.value.code == "host"
+
+
+def test_a_template_is_shared_by_those_who_hold_it(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"memory" * 4096)
+    digest = of_bytes(b"snapshot")
+    with (
+        template.opened(image, digest, ()) as first,
+        started(tmp_path / "vm", ["/bin/sleep", "60"], hold=(first,)) as vm,
+    ):
+        inode = os.fstat(first).st_ino
+        with template.opened(image, digest, (1, vm.watched.watcher.pid)) as second:
+            assert os.fstat(second).st_ino == inode
+        with template.opened(image, of_bytes(b"another"), (vm.watched.watcher.pid,)) as other:
+            assert os.fstat(other).st_ino != inode
+    assert ProcessId.of(vm.watched.watcher.pid) is None
