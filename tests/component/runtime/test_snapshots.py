@@ -391,7 +391,6 @@ WAYS: dict[str, list[Way]] = {
         lambda runtime, found, options, _: (_damage(runtime, found, _flip(0)), options),
         lambda runtime, found, options, _: (_damage(runtime, found, _flip(200)), options),
         lambda runtime, found, options, _: (_damage(runtime, found, _flip(-100)), options),
-        lambda runtime, found, options, _: (_damage(runtime, found, lambda data: data.extend(b"x")), options),
     ],
     "its header is no JSON document of section 4 (RAM-8)": [
         lambda runtime, found, options, _: (_damage(runtime, found, _header_without_json), options),
