@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,12 +57,27 @@ def run(argv: Sequence[object], **env: str) -> Took:
         child = subprocess.Popen(
             [str(a) for a in argv], env={**ENVIRONMENT, **env}, stdout=subprocess.DEVNULL, stderr=said
         )
+        watching = threading.Thread(target=watch, args=(child.pid, most := [0.0]), daemon=True)
+        watching.start()
         _, status, usage = os.wait4(child.pid, 0)
+        took = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
+        watching.join()
         if child.returncode:
             said.seek(0)
             raise SystemExit(f"{argv}: {said.read().decode(errors='replace')}")
-    return Took(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+    return Took(took, usage.ru_utime + usage.ru_stime, most[0])
+
+
+def watch(pid: int, most: list[float]) -> None:
+    """The most memory of a process, in MB. What wait4 tells is at least that of whoever started it."""
+    try:
+        while True:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            most[0] = max(most[0], *(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM")), 0.0)
+            time.sleep(0.05)
+    except OSError:
+        return
 
 
 def noise(path: Path, mib: int) -> str:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, Locked, OvmsError, StoreCorrupt
+from ovms.errors import Locked, OvmsError, StoreCorrupt
 from ovms.oci import collector, workers
 from ovms.oci.collector import Item, Needs
-from ovms.oci.descriptor import Descriptor, ImageManifest
+from ovms.oci.descriptor import ImageManifest
 from ovms.oci.layout import Entry, Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
@@ -415,26 +415,3 @@ def how_back(names: Sequence[str], users: Sequence[User]) -> str:
 def _note_stale(report: Report, layout: Layout, needs: Needs) -> None:
     for item in collector.stale(layout, needs):
         report.add(Fault.STALE, f"{item.path} is of no use any more", path=item.path, item=item)
-
-
-def lacks(layout: Layout, blobs: Iterable[Descriptor]) -> list[Digest]:
-    """Those of *blobs* that are not here, or of another size."""
-    return [blob.digest for blob in blobs if layout.size(blob.digest) != blob.size]
-
-
-def require_whole(layout: Layout, what: str, blobs: Iterable[Descriptor]) -> None:
-    """What can be known of an artifact's blobs without reading them, before it is used.
-
-    Raises:
-        BlobNotFound: one is missing.
-        StoreCorrupt: one has another size than its descriptor says.
-    """
-    for digest in lacks(layout, blobs):
-        if layout.size(digest) is None:
-            hint = "pull or build it again; 'ovm fsck' tells more"
-            raise BlobNotFound(f"{what} is not whole: the store has no blob {digest}", hint=hint, digest=digest)
-        raise StoreCorrupt(
-            f"{what} is damaged: the blob {digest} has another size than its manifest says",
-            hint="'ovm fsck --repair' takes it out of the way, and tells how to get it back",
-            digest=digest,
-        )

@@ -66,7 +66,7 @@ class Answer:
     ) -> None:
         with contextlib.suppress(Exception):
             if kind is None:
-                self._raw.drain_conn() if self._small() else self._raw.close()
+                self._raw.drain_conn() if self._small() or self._at_end() else self._raw.close()
                 self._raw.release_conn()
             else:
                 self._raw.close()
@@ -75,6 +75,10 @@ class Answer:
         # What is left of a small body is read, so that the connection can be used again.
         length = self.header("content-length")
         return length is not None and length.isdigit() and int(length) <= BUFFER
+
+    def _at_end(self) -> bool:
+        inner = getattr(self._raw, "_fp", None)
+        return isinstance(inner, http.client.HTTPResponse) and inner.isclosed()
 
     def header(self, name: str) -> str | None:
         """A header's value."""
@@ -90,15 +94,30 @@ class Answer:
         text = self.header("content-length")
         return int(text) if text is not None and text.isdigit() and len(text) < 20 else None
 
-    def chunks(self) -> Iterator[bytes]:
-        """The body, as it comes.
+    def chunks(self) -> Iterator[memoryview]:
+        """The body, as it comes, all in one buffer: a piece is overwritten when the next is asked for.
 
         Raises:
             Broken: it ends too early, stalls, or the connection breaks.
         """
+        length = self.length()
+        buffer = memoryview(bytearray(BUFFER if length is None else max(1, min(BUFFER, length))))
+        received = 0
         with _translated(self.url):
-            while data := self._raw.read(BUFFER, decode_content=False):
-                yield data
+            while count := self._read_into(buffer):
+                received += count
+                yield buffer[:count]
+        if length is not None and received < length:
+            raise _unreachable(self.url, "the connection was closed too early")
+
+    def _read_into(self, buffer: memoryview) -> int:
+        # Past urllib3, which allocates and copies each piece: a sixth of a pull's processor time. Nothing is ever decoded.
+        inner = getattr(self._raw, "_fp", None)
+        if isinstance(inner, http.client.HTTPResponse):
+            return inner.readinto(buffer)
+        data = self._raw.read(len(buffer), decode_content=False)
+        buffer[: len(data)] = data
+        return len(data)
 
     def read(self, limit: int) -> bytes:
         """The whole body.

@@ -64,7 +64,7 @@ class Partial:
         self.size = self._flushed = 0
         self.resumed = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends *data*; runs of zeroes take no disk.
 
         Raises:

@@ -190,10 +190,10 @@ class RegistryClient:
             self._expect(answer, 200, f"the blob {digest}", repository)
             return True
 
-    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Generator[bytes, None, None]:
+    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Generator[memoryview, None, None]:
         """A blob's bytes from *offset* on, as they come: as many as the descriptor says, not yet checked.
 
-        One attempt: the caller goes on where it broke off.
+        A piece is overwritten when the next is asked for. One attempt: the caller goes on where it broke off.
 
         Raises:
             BlobNotFound: the registry does not have it.

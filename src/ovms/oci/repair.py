@@ -23,8 +23,9 @@ from ovms.errors import StoreCorrupt
 from ovms.oci import collector
 from ovms.oci.collector import WAIT, Needs
 from ovms.oci.descriptor import ImageIndex, ImageManifest
-from ovms.oci.fsck import Fault, Finding, Report, Uses, check, copied_entries, damage, lacks, look
+from ovms.oci.fsck import Fault, Finding, Report, Uses, check, copied_entries, damage, look
 from ovms.oci.layout import Layout, empty_index
+from ovms.oci.whole import lacks
 from ovms.progress import NULL, Progress
 from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, is_digest

@@ -15,9 +15,8 @@ from typing import IO, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
-from ovms.oci import partial, ranges, referrers, workers
+from ovms.oci import partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
-from ovms.oci.fsck import damage
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
@@ -191,7 +190,7 @@ class _Download:
     def _fetch_small(self, blob: Descriptor, task: Task) -> None:
         # Not worth a file that could be gone on with: it comes whole, or again.
         def attempt() -> bytes:
-            return b"".join(self._client.read_blob(self._repository, blob))
+            return b"".join(bytes(piece) for piece in self._client.read_blob(self._repository, blob))
 
         data = self._client.retrying(attempt)
         with self._layout.loose(blob.digest) as receiver:
@@ -224,7 +223,7 @@ class _Download:
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         judge = ranges.Judge(spare=self._spare)
 
-        def take(data: bytes) -> None:
+        def take(data: bytes | memoryview) -> None:
             receiver.write(data)
             task.advance(len(data))
             if stopped():
@@ -240,8 +239,8 @@ class _Download:
         else:
             return
         try:
-            for data in self._ranges(blob, receiver.size, judge.rate, stopped):
-                take(data)
+            for segment in self._ranges(blob, receiver.size, judge.rate, stopped):
+                take(segment)
         except (ranges.NoRanges, ranges.NoGain):
             self._several = False
             self._receive(blob, receiver, task, stopped)
@@ -342,6 +341,8 @@ class _Upload:
         entry = manifest.as_referrer()
         handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
         if manifest.subject is not None and not handled:
+            from ovms.oci import referrers
+
             referrers.add(self._client, self._repository, entry, manifest.subject.digest)
 
     def _job(self, blob: Descriptor) -> workers.Job:
@@ -365,6 +366,8 @@ class _Upload:
         try:
             self._client.push_blob(self._repository, blob, body.open)
         except RegistryProtocol:
+            from ovms.oci.fsck import damage
+
             # what it refuses may well be our fault
             if (why := damage(self._layout, blob.digest)) is None:
                 raise

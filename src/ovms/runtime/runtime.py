@@ -19,8 +19,8 @@ from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot, template
-from ovms.oci.fsck import require_whole
 from ovms.oci.layout import Layout
+from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
 from ovms.runtime import cgroups, jail, restart
 from ovms.runtime import ports as port_forwards

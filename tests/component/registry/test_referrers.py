@@ -139,7 +139,7 @@ def test_what_is_attached_is_found(
     raw, _ = client.get_manifest(replace(ref, tag=None, digest=first.digest))
     layer = strictjson.parse(raw, "x", max_size=len(raw))["layers"][0]
     blob = Descriptor(layer["mediaType"], layer["digest"], layer["size"])
-    assert b"".join(client.read_blob(ref.repository, blob)) == sbom.read_bytes()
+    assert b"".join(map(bytes, client.read_blob(ref.repository, blob))) == sbom.read_bytes()
 
 
 def test_attaching_to_nothing(layout: Layout, client: RegistryClient, ref: Reference, sbom: Path) -> None:

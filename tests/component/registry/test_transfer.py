@@ -126,7 +126,7 @@ def test_what_is_here_is_not_fetched_again(
     fetched: list[Digest] = []
     original = client.read_blob
 
-    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
+    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[memoryview]:
         fetched.append(descriptor.digest)
         return original(repository, descriptor, offset)
 
@@ -329,7 +329,7 @@ def test_after_a_repair_a_pull_fetches_what_is_missing_and_nothing_else(
     fetched: list[Digest] = []
     original = client.read_blob
 
-    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
+    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[memoryview]:
         fetched.append(descriptor.digest)
         return original(repository, descriptor, offset)
 

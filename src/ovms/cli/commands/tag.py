@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.resolve import find
-    from ovms.oci.fsck import require_whole
     from ovms.oci.reference import Reference
     from ovms.oci.transport import new_name
+    from ovms.oci.whole import require_whole
 
     target = Reference.parse(args.target)
     if target.digest is not None:
