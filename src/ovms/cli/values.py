@@ -33,7 +33,7 @@ def add_tls_verify(parser: argparse.ArgumentParser) -> None:
 
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
-    exact = sizes.parse(text)
+    exact = sizes.parse(text.strip())
     if exact is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no size; write 512m or 2g")
     if wrong := sizes.memory_problem(exact):

@@ -43,7 +43,7 @@ DEFAULT_MEMORY: Final = 512 * limits.MIB
 DEFAULT_VCPUS: Final = 1
 RUNTIMES: Final = ("qemu",)
 #: Seconds that a guest gets to power down before it is ended.
-STOP_GRACE: Final = 30.0
+STOP_GRACE: Final = float(limits.STOP_TIMEOUT_DEFAULT)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_a_store_that_has_lost_a_blob(layout: Layout, client: RegistryClient, re
         client.get_manifest(ref)
 
 
-@pytest.mark.spec("OCI-19", "OCI-20")
+@pytest.mark.spec("OCI-20")
 def test_a_snapshot_is_found_by_its_base(
     layout: Layout, client: RegistryClient, ref: Reference, registry: Registry
 ) -> None:

@@ -616,7 +616,7 @@ BROKEN: dict[str, tuple[Break, str, str]] = {
                                 "digest-mismatch", "another digest"),
     "Docker's manifest": (_other_image(mediaType="application/vnd.docker.distribution.manifest.v2+json"),
                           "registry-protocol", "docker"),
-    "a container image": (_other_image(artifactType=None, config={"mediaType": mediatypes.OCI_EMPTY, "size": 2,
+    "a container image": (_other_image(artifactType="application/x", config={"mediaType": mediatypes.OCI_EMPTY, "size": 2,
                           "digest": of_bytes(b"{}")}), "unsupported", "no OVMS artifact"),
     "a layer that is no part": (_other_image(layers=[]), "manifest-invalid", "does not fit"),
     "a blob is missing": (_blob(lambda data: None), "blob-not-found", "lacks the blob"),
