@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -188,6 +187,8 @@ def _levels(is_root: bool) -> list[Jail]:
 
 def probe(jail: Jail) -> str | None:
     """Why a program can't be run in *jail* on this host; None when it can."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
         files = VmFiles(Path(scratch))
         try:
