@@ -18,6 +18,7 @@ from ovms.vmm.model import AGENT_PORT, Machine, PortForward, VmConfig
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
 NETDEV_ID: Final = "net0"
+AGENT_ID: Final = "agent"
 OVERLAY_NODE: Final = "overlay"
 
 _SLOT_RNG: Final = "0x3"
@@ -181,11 +182,11 @@ def _agent(fds: Descriptors) -> tuple[str, ...]:
         return ()
     return (
         "-chardev",
-        f"socket,id=agent,fd={fds.agent},server=on,wait=off",
+        f"socket,id={AGENT_ID},fd={fds.agent},server=on,wait=off",
         "-device",
         f"virtio-serial-pci,id=serial0,max_ports=2,addr={_SLOT_AGENT}",
         "-device",
-        f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        f"virtserialport,bus=serial0.0,nr=1,chardev={AGENT_ID},name={AGENT_PORT}",
     )
 
 
