@@ -11,19 +11,19 @@ import codecs
 import re
 from typing import Final, TextIO
 
-#: CSI, the strings (OSC, DCS, PM, APC, SOS) up to their end, two-byte sequences; each also in its 8-bit form.
-_SEQUENCE: Final = re.compile(
-    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
-    # no string begins within another, or looking for their ends would cost the square of their number
-    "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x18\x1a\x1b\x90\x98\x9c-\x9f]*(?:[\x07\x18\x1a\x9c]|\x1b\\\\|(?=[\x1b\x90\x98\x9d-\x9f]))"
-    "|\x1b[ -/]*[0-OQ-WYZ\\\\`-~]"
+# Of bounded length, so that none has to be waited for without end; what is longer is no sequence, but text with a strange
+# character before it. No string begins within another, or looking for their ends would cost the square of their number.
+_CSI: Final = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,4}"
+_STRING: Final = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x18\x1a\x1b\x90\x98\x9c-\x9f]{0,4096}"
+_BEGUN: Final = rf"(?P<begun>(?:{_CSI}|{_STRING}\x1b?|\x1b[ -/]{{0,4}}|\r{{1,2}})\Z)"
+_WHOLE: Final = (
+    rf"{_CSI}[@-~]|{_STRING}(?:[\x07\x18\x1a\x9c]|\x1b\\|(?=[\x1b\x90\x98\x9d-\x9f]))"
+    r"|\x1b(?:[0-OQ-WYZ\\`-~]|[ -/]{1,4}[0-~])"
+    r"|(?P<end>\r{1,2}\n)|(?P<control>[^\n\t\x20-\x7e\xa0-\U0010ffff])"
 )
-#: A sequence that has begun, and may go on in the next piece.
-_BEGUN: Final = re.compile(
-    "(?:(?:\x1b\\[|\x9b)[0-?]*[ -/]*|(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x18\x1a\x1b\x90\x98\x9c-\x9f]*\x1b?|\x1b[ -/]*|\r)\\Z"
-)
-#: Characters of a sequence that has no end: more is no sequence.
-_SEQUENCE_MAX: Final = 4096
+_LAST: Final = re.compile(_WHOLE)
+_PIECE: Final = re.compile(f"{_BEGUN}|{_WHOLE}")
+_STRANGE: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 class Cleaner:
@@ -37,11 +37,14 @@ class Cleaner:
         """The text of *data* (and of what was held back before) that may be shown."""
         text = self._rest + self._decoder.decode(data, final)
         self._rest = ""
-        text = _SEQUENCE.sub("", text)
-        if not final and (begun := _BEGUN.search(text)) and len(begun[0]) <= _SEQUENCE_MAX:
-            text, self._rest = text[: begun.start()], begun[0]
-        text = text.replace("\r\r\n", "\n").replace("\r\n", "\n")
-        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        shown = (_LAST if final else _PIECE).sub(self._replace, text)
+        # what else is no text: marks that turn the direction of writing, say
+        return shown if shown.isascii() else "".join(c if c.isprintable() or c in "\n\t" else _STRANGE for c in shown)
+
+    def _replace(self, match: re.Match[str]) -> str:
+        if match.lastgroup == "begun":
+            self._rest = match[0]
+        return {"end": "\n", "control": _STRANGE}.get(match.lastgroup or "", "")
 
 
 class Writer:

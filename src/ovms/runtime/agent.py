@@ -40,6 +40,8 @@ SKIP_MAX: Final = 64 * limits.MIB
 _RATE: Final = 100_000
 _BLOCK: Final = 65536
 _DELIMITER: Final = b"\xff"
+#: Seconds that it gets even when the lock came late.
+_LEAST: Final = 1.0
 #: Seconds after which we look whether the guest has opened the port at all.
 _LOOK: Final = 0.3
 
@@ -114,11 +116,12 @@ class Agent:
         try:
             deadline = time.monotonic() + seconds
             self._send(request, deadline)
-            answer = _parse(self._line(deadline, answer_max), answer_max)
+            return _result(command, _parse(self._line(deadline, answer_max), answer_max))
+        except AgentRefused:
+            raise
         except BaseException:
             self.release()
             raise
-        return _result(command, answer)
 
     def send(self, command: str, arguments: Mapping[str, Any] | None = None, *, listen: float = 1.0) -> None:
         """Runs a command that has no answer unless it fails; an error is waited for *listen* seconds.
@@ -143,7 +146,7 @@ class Agent:
         except Locked as exc:
             raise Locked("other commands talk to the guest's agent", hint="try again when they have ended") from exc
         try:
-            self._connect(max(deadline, time.monotonic() + 1.0))
+            self._connect(max(deadline, time.monotonic() + _LEAST))
         except BaseException:
             self.release()
             raise
