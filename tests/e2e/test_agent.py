@@ -118,8 +118,10 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
         (("web:/a", "web:/b"), 2),
     ):
         assert ovm("cp", *words).code == code, words
-    # the disk of a full guest
-    done = ovm("exec", "web", "--", "sh", "-c", "mkdir /run/small && mount -t tmpfs -o size=1m small /run/small")
+    # a full file system in the guest
+    done = ovm(
+        "exec", "web", "--", "sh", "-c", "mkdir /run/small && busybox mount -t tmpfs -o size=1m small /run/small"
+    )
     assert done.code == 0
     done = ovm("cp", "--json", source.with_name("back"), "web:/run/small/x")
     assert (done.code, done.error["code"]) == (13, "guest-failed")
