@@ -97,21 +97,21 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     source = tmp_path / "tool"
     source.write_bytes(os.urandom(2_500_000))
     source.chmod(0o751)
-    ovm.ok("cp", source, "web:/root")
-    assert ovm.ok("exec", "web", "stat", "-c", "%a %s %U", "/root/tool").out == "751 2500000 root\n"
-    assert ovm.ok("cp", "web:/root/tool", tmp_path / "back", "--json").json["target"] == str(tmp_path / "back")
+    ovm.ok("cp", source, "web:/srv")
+    assert ovm.ok("exec", "web", "stat", "-c", "%a %s %U", "/srv/tool").out == "751 2500000 root\n"
+    assert ovm.ok("cp", "web:/srv/tool", tmp_path / "back", "--json").json["target"] == str(tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
     assert (tmp_path / "back").stat().st_mode & 0o100
     (tmp_path / "empty").write_bytes(b"")
-    ovm.ok("cp", tmp_path / "empty", "web:/root/tool")
-    assert ovm.ok("exec", "web", "sh", "-c", "stat -c %s /root/tool; ls -A /root | grep -c tmp || true").out == "0\n0\n"
+    ovm.ok("cp", tmp_path / "empty", "web:/srv/tool")
+    assert ovm.ok("exec", "web", "sh", "-c", "stat -c %s /srv/tool; ls -A /srv | grep -c tmp || true").out == "0\n0\n"
     ovm.ok("cp", "web:/proc/version", tmp_path)
     assert (tmp_path / "version").read_text().startswith("Linux version")
     for words, code in (
         (("web:/nothing", tmp_path), 4),
         (("web:/etc", tmp_path), 3),
         (("web:/dev/zero", tmp_path), 3),
-        ((tmp_path / "nothing", "web:/root"), 3),
+        ((tmp_path / "nothing", "web:/srv"), 3),
         ((source, "web:/nowhere/x"), 4),
         ((source, "web:root"), 3),
         ((source, tmp_path / "x"), 2),
@@ -138,10 +138,10 @@ def test_a_clone_answers_and_so_does_what_it_was_made_of(ovm: Ovm) -> None:
     for name in ("one", "two"):
         assert ovm.ok("run", "-d", "--json", "--name", name, "agent:warm").json["restored"]
     for name in ("one", "two", "web"):
-        assert ovm.ok("exec", name, "--", "sh", "-c", f"echo {name} > /root/name; cat /root/name").out == f"{name}\n"
+        assert ovm.ok("exec", name, "--", "sh", "-c", f"echo {name} > /srv/name; cat /srv/name").out == f"{name}\n"
     ovm.ok("snapshot", "one", "-t", "agent:third")
     ovm.ok("run", "-d", "--name", "three", "agent:third")
-    assert ovm.ok("exec", "three", "--", "cat", "/root/name").out == "one\n"
+    assert ovm.ok("exec", "three", "--", "cat", "/srv/name").out == "one\n"
     ovm.ok("stop", "-t", "0", "one", "two")
     stopped = ovm.ok("stop", "--agent", "-t", "60", "--json", "three", timeout=90).json
     assert stopped[0]["ending"] == "powered-off"
@@ -152,13 +152,13 @@ def test_a_clone_answers_and_so_does_what_it_was_made_of(ovm: Ovm) -> None:
 def test_killed_amid_a_copy(ovm: Ovm, tmp_path: Path) -> None:
     started(ovm)
     (tmp_path / "big").write_bytes(bytes(20 << 20))
-    with ovm.popen("cp", tmp_path / "big", "web:/root/big") as running:
+    with ovm.popen("cp", tmp_path / "big", "web:/srv/big") as running:
         time.sleep(1.5)
         running.kill()
-    assert ovm.ok("exec", "web", "--", "sh", "-c", "[ -e /root/big ] || echo none").out == "none\n"
-    with ovm.popen("cp", tmp_path / "big", "web:/root/big", stderr=subprocess.DEVNULL) as running:
+    assert ovm.ok("exec", "web", "--", "sh", "-c", "[ -e /srv/big ] || echo none").out == "none\n"
+    with ovm.popen("cp", tmp_path / "big", "web:/srv/big", stderr=subprocess.DEVNULL) as running:
         time.sleep(1.5)
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
-    left = ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /root | grep -c '^.big' || true").out
+    left = ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv | grep -c '^.big' || true").out
     assert left == "1\n", "what the killed one left; the interrupted one left nothing"

@@ -101,7 +101,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``ovm`` and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:

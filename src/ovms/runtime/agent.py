@@ -54,6 +54,10 @@ class AgentRefused(GuestError):
         self.said = said
 
 
+class _Silent(AgentUnavailable):
+    """Nothing came in time."""
+
+
 class Agent:
     """The agent of one VM. A context manager: what it holds at its end, it lets go of. Not for several threads at once.
 
@@ -169,13 +173,14 @@ class Agent:
         looked = self._patient
         skipped = 0
         while True:
-            before = deadline if looked else min(deadline, time.monotonic() + _LOOK)
+            until = deadline if looked else min(deadline, time.monotonic() + _LOOK)
             try:
-                skipped += self._skip(before, SKIP_MAX - skipped)
-            except AgentUnavailable:
-                if not looked and self._listens() is False:
+                skipped += self._skip(until, SKIP_MAX - skipped)
+            except _Silent:
+                late = time.monotonic() >= deadline
+                if (late or not self._patient) and self._listens() is False:
                     raise _no_agent() from None
-                if looked or time.monotonic() >= deadline:
+                if late:
                     raise
                 looked = True
                 continue
@@ -268,8 +273,8 @@ def _no_agent() -> AgentUnavailable:
     )
 
 
-def _no_answer() -> AgentUnavailable:
-    return AgentUnavailable(
+def _no_answer() -> _Silent:
+    return _Silent(
         "the guest's agent does not answer in time",
         hint="is qemu-guest-agent installed and running in the guest, and is the guest not paused?",
     )

@@ -60,6 +60,9 @@ def _encoded(size: int) -> int:
     return (size + 2) // 3 * 4
 
 
+_STATUS_MAX: Final = ANSWER_MAX + 2 * _encoded(STREAM_MAX)
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a program in the guest ended: its exit code (128 + N: by signal N), what it said, whether that was cut."""
@@ -128,6 +131,10 @@ def run(
         raise AgentUnavailable(
             f"{exc.message}; {printable(argv[0])} may still run in the guest (process {pid})", hint=exc.hint
         ) from exc
+    except AgentRefused as exc:
+        raise GuestError(
+            f"the guest's agent has forgotten {printable(argv[0])}: it, or the guest, was started anew meanwhile"
+        ) from exc
     except BaseException:
         _end(agent, pid)
         raise
@@ -165,7 +172,7 @@ def _wait(agent: Agent, pid: int, deadline: float | None) -> Finished:
     began = time.monotonic()
     pause, longest = _POLL
     while True:
-        status = agent.execute("guest-exec-status", {"pid": pid}, answer_max=ANSWER_MAX + 2 * _encoded(STREAM_MAX))
+        status = agent.execute("guest-exec-status", {"pid": pid}, answer_max=_STATUS_MAX)
         if field(status, "exited", bool):
             return _finished(status)
         now = time.monotonic()
@@ -191,9 +198,14 @@ def _finished(status: Any) -> Finished:
 
 
 def _end(agent: Agent, pid: int) -> None:
-    # Asks the program to end, and lets the agent forget it. What fails here is not what the user must hear of.
+    # Asks the program to end, and lets the agent forget it. What fails here is not what the user must hear of. An agent
+    # that does not know the program was started anew since, and its number may be that of another.
     with contextlib.suppress(GuestError):
         agent.release()
+        if field(
+            agent.execute("guest-exec-status", {"pid": pid}, timeout=_TIDY, answer_max=_STATUS_MAX), "exited", bool
+        ):
+            return
         kill = {"path": "sh", "arg": ["-c", 'kill -s TERM "$0"', str(pid)]}
         killer = field(agent.execute("guest-exec", kill, timeout=_TIDY), "pid", int)
         _wait(agent, killer, time.monotonic() + _TIDY)

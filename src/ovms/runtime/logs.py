@@ -14,7 +14,6 @@ their numbers for good, so a reader goes on where it was; what was overwritten b
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import os
 import struct
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 from ovms.spec import limits
 from ovms.vmm import watch
@@ -375,16 +374,36 @@ def _record(console: Console, number: int, line: bytes) -> LogRecord:
     return LogRecord(console.time_of(number), "console", line.decode("utf-8", "replace").rstrip("\r"))
 
 
-def tail(records: Iterator[LogRecord], lines: int | None) -> Iterator[LogRecord]:
-    """The last *lines* of few records (None: all of them)."""
-    return records if lines is None else iter(collections.deque(records, lines))
+def said_by_vmm(
+    files: VmFiles, *, tail: int | None = None, watched: Watched | None = None, stop: Stop = lambda: False
+) -> Iterator[LogRecord]:
+    """What the VMM itself said; the arguments are those of :func:`records`.
 
-
-def said_by_vmm(files: VmFiles) -> Iterator[LogRecord]:
-    """What the VMM itself said. Nobody notes when; its last word came at the time of all of them at the latest."""
+    Nobody notes when it came. A record's time is that of the last word that was there when it was read.
+    """
     with contextlib.ExitStack() as held:
-        fd = _opened(files.vmm_log, held)
-        moment = os.fstat(fd).st_mtime_ns // 1000
-        with os.fdopen(os.dup(fd), "rb") as file:
-            while line := file.readline(RECORD_MAX):
+        file = held.enter_context(os.fdopen(os.dup(_opened(files.vmm_log, held)), "rb"))
+        skip = 0 if tail is None else max(0, sum(1 for _ in _said(file)) - tail)
+        file.seek(0)
+        while True:
+            alive = watched is not None and watched.vmm.alive()
+            if watched is not None and not alive:
+                watch.wait_exit(files, watched.watcher, _LAST_WORDS)
+            moment = os.fstat(file.fileno()).st_mtime_ns // 1000
+            for line in _said(file):
+                if alive and not line.endswith(b"\n") and len(line) < RECORD_MAX:
+                    file.seek(-len(line), os.SEEK_CUR)  # it goes on
+                    break
+                if skip:
+                    skip -= 1
+                    continue
                 yield LogRecord(moment, "vmm", line.decode("utf-8", "replace").rstrip("\r\n"))
+            if not alive or stop():
+                return
+            assert watched is not None
+            watched.vmm.wait(POLL)
+
+
+def _said(file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(RECORD_MAX):
+        yield line

@@ -303,18 +303,36 @@ def test_an_interrupt_ends_the_program_too(play: Callable[..., Played], monkeypa
     def answer(name: str, arguments: dict[str, Any]) -> Any:
         if name == "guest-exec":
             return {"pid": 42}
-        raise Refusal("gone")
+        return {"exited": False}
 
+    monkeypatch.setattr(guest, "_TIDY", 0.1)
     played = play(answer)
 
+    original, waits = guest._wait, iter([True])
+
     def interrupted(*arguments: Any) -> Any:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
+        if next(waits, False):
+            raise KeyboardInterrupt
+        return original(*arguments)
 
     monkeypatch.setattr(guest, "_wait", interrupted)
     with Agent(played.files) as agent, pytest.raises(KeyboardInterrupt):
         guest.run(agent, ["sleep"])
     assert played.names().count("guest-exec") == 2
+
+
+def test_a_number_that_may_be_another_s_by_now_is_not_ended(play: Callable[..., Played]) -> None:
+    def answer(name: str, arguments: dict[str, Any]) -> Any:
+        if name == "guest-exec":
+            return {"pid": 42}
+        raise Refusal("Invalid parameter 'pid'")
+
+    played = play(answer)
+    with Agent(played.files) as agent:
+        with pytest.raises(GuestError, match="started anew"):
+            guest.run(agent, ["sleep"])
+        guest._end(agent, 42)
+    assert played.names().count("guest-exec") == 1
 
 
 def test_others_get_their_turn_while_a_program_runs(

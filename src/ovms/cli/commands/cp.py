@@ -13,11 +13,15 @@ import argparse
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import FileProblem, NotFound, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from ovms.runtime.agent import Agent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +52,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
     return Exit.OK
 
 
-def _put(context: Context, agent: object, source: Path, target: str) -> str:
+def _put(context: Context, agent: Agent, source: Path, target: str) -> str:
     from ovms.runtime import guest
-    from ovms.runtime.agent import Agent
 
-    assert isinstance(agent, Agent)
     fd = _open(source)
     try:
         info = os.fstat(fd)
@@ -82,11 +84,9 @@ def _open(source: Path) -> int:
     raise FileProblem(f"{source} is not a regular file", code="file-not-regular", path=str(source))
 
 
-def _get(context: Context, agent: object, source: str, target: Path) -> Path:
+def _get(context: Context, agent: Agent, source: str, target: Path) -> Path:
     from ovms.runtime import guest
-    from ovms.runtime.agent import Agent
 
-    assert isinstance(agent, Agent)
     name = source.rstrip("/").rpartition("/")[2]
     if target.is_dir():
         if not name or name in (".", ".."):
@@ -96,6 +96,6 @@ def _get(context: Context, agent: object, source: str, target: Path) -> Path:
         raise Unsupported(f"{target} is no file, and is not replaced")
     if not target.parent.is_dir():
         raise NotFound(f"there is no directory {target.parent}")
-    with agent, context.progress.task(name, 0) as task:
+    with agent, context.progress.task(name) as task:
         guest.get(agent, source, target, advance=task.advance)
     return target

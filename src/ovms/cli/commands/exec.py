@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ovms.cli import values
+from ovms.cli import output, values
 from ovms.cli.context import Context
-from ovms.cli.exitcodes import Exit
 from ovms.errors import InputError, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from ovms.runtime.guest import Finished
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not argv or not argv[0]:
         raise UsageError("there is no program to run", hint="ovm exec INSTANCE -- PROGRAM [ARGUMENT...]")
+    if argv[0].startswith("-"):
+        raise UsageError(
+            f"{argv[0][:40]!a} stands after INSTANCE, where the program begins", hint="options come before it"
+        )
     if args.tty:
         raise Unsupported(
             "-t: the guest's agent gives a program no terminal",
@@ -64,8 +71,6 @@ def run(args: argparse.Namespace, context: Context) -> int:
             code = guest.refusal_code(exc)
             if code is None:
                 raise
-            from ovms.cli import output
-
             output.complain(exc, as_json=args.json)
             return code
     _show(args, done)
@@ -94,12 +99,10 @@ def _stdin() -> bytes:
     return data
 
 
-def _show(args: argparse.Namespace, done: object) -> None:
-    from ovms.cli import output
+def _show(args: argparse.Namespace, done: Finished) -> None:
     from ovms.cli.terminal import writer
-    from ovms.runtime.guest import STREAM_MAX, Finished
+    from ovms.runtime.guest import STREAM_MAX
 
-    assert isinstance(done, Finished)
     if args.json:
         output.answer_json(
             {
@@ -116,6 +119,3 @@ def _show(args: argparse.Namespace, done: object) -> None:
         write.end()
     if done.truncated:
         output.say(f"the program said more than {STREAM_MAX} bytes, which the guest's agent did not keep")
-
-
-__all__ = ["Exit", "add_arguments", "run"]

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     watched = record.watched if args.follow else None
     with logs.Console(files) as console:
         if args.vmm:
-            _lines(args, write, logs.tail(logs.said_by_vmm(files), args.tail))
+            _lines(args, write, logs.said_by_vmm(files, tail=args.tail, watched=watched))
         elif args.json or args.timestamps or args.since is not None or args.until is not None:
             found = logs.records(console, since=args.since, until=args.until, tail=args.tail, watched=watched)
             _lines(args, write, found)
