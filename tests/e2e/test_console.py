@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -12,7 +13,6 @@ import subprocess
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import pytest
 from support import guests
 from support.cli import OVM, Ovm
 from support.guests import Console
+
+from ovms import fsutil
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ class Terminal:
         return not termios.tcgetattr(self.theirs)[3] & (termios.ICANON | termios.ISIG | termios.ECHO)
 
 
-@contextmanager
+@contextlib.contextmanager
 def terminal(ovm: Ovm, *arguments: str) -> Iterator[Terminal]:
     there = Terminal(ovm, *arguments)
     try:
@@ -126,6 +128,7 @@ def test_several_look_and_all_may_type(ovm: Ovm, web: Console) -> None:
         one.type(b"q")
         assert one.end() == 0
         assert b"web has ended" in one.shown
+        assert b"too many" not in one.shown
         assert b"PONG 00000003" not in one.shown
 
 
@@ -171,6 +174,18 @@ def test_a_guest_that_takes_no_keys_keeps_nobody(ovm: Ovm, web: Console) -> None
             there.read(0.005)
         there.type(b"\x10\x11")
         assert there.end() == 0
+
+
+def test_who_comes_too_late_may_look_and_is_told(ovm: Ovm, web: Console) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(fsutil.connect_unix(web.files.console, timeout=5))
+        there = held.enter_context(terminal(ovm, "console", "web"))
+        there.wait_for(b"nothing that is typed reaches the guest: too many others")
+        held.enter_context(fsutil.connect_unix(web.files.console, timeout=5))
+        there.type(b"\n\x10\x11")
+        assert there.end() == 0
+    assert web.ping() == 1
 
 
 def test_keys_come_through_a_pipe(ovm: Ovm, web: Console) -> None:

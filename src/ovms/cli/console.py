@@ -181,7 +181,7 @@ class Visit:
                     watch.wait_exit(self._files, self._watched.watcher, _LAST_WORDS)
                 if console is not None and console in ready and not _drain(console):
                     console = None
-                    if pidfd is not None:
+                    if pidfd is not None and not select.select([pidfd], [], [], _LAST_WORDS)[0]:
                         output.say("nothing that is typed reaches the guest: too many others are at its console\r")
                 if stdin is not None and stdin in ready:
                     keys = _read_keys(stdin)

@@ -278,21 +278,26 @@ class Console:
 def pieces(
     console: Console, at: int, watched: Watched | None = None, *, stop: Stop = lambda: False, idle: bool = False
 ) -> Iterator[tuple[int, bytes]]:
-    """What was printed from number *at* on, in pieces with the number of their first byte.
+    """What was printed from number *at* on, in pieces with the number of their first byte: all that is there now.
 
     With *watched* it goes on until that VM has ended, or *stop* says so; with *idle* an empty piece comes each time that
     it waited.
     """
+    end = console.end() if watched is None else None  # or a guest that prints without end would never let us go
     while True:
         alive = watched is not None and watched.vmm.alive()
         if watched is not None and not alive:  # its last words are in the files before its end is
             watch.wait_exit(console.files, watched.watcher, _LAST_WORDS)
         while True:
             at, data = console.read(at)
+            if end is not None:
+                data = data[: max(0, end - at)]
             if not data:
                 break
             yield at, data
             at += len(data)
+            if stop():
+                return
         if not alive or stop():
             return
         assert watched is not None

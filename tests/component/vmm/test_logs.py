@@ -156,6 +156,15 @@ def test_a_follower_gets_all_of_it_across_rotations(guest: Guest) -> None:
         assert set(seen) - set(whole) == set() or len(set(seen) - set(whole)) <= 2
 
 
+def test_who_does_not_follow_gets_what_was_there(guest: Guest) -> None:
+    guest.print(b"one\ntwo\n")
+    with logs.Console(guest.files) as console:
+        records = logs.records(console)
+        assert next(records).text == "one"
+        guest.print(b"three\n")
+        assert [record.text for record in records] == ["two"]
+
+
 def test_what_was_overwritten_is_counted(guest: Guest) -> None:
     guest.print(b"first\n")
     with logs.Console(guest.files) as console:
