@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +157,26 @@ def test_a_follower_gets_all_of_it_across_rotations(guest: Guest) -> None:
         assert set(seen) - set(whole) == set() or len(set(seen) - set(whole)) <= 2
 
 
+def test_a_rotation_amid_a_read_is_noticed(guest: Guest) -> None:
+    whole = b"a" * 90_000 + b"b" * 40_000 + b"c" * 65_000
+    guest.print(whole[:90_000])
+    guest.print(whole[90_000:130_000])
+    with logs.Console(guest.files) as console:
+        original, later = console._stand, [whole[130_000:]]
+
+        def stand() -> Any:
+            standing = original()
+            if later:  # between the look at the files and the read
+                guest.print(later.pop())
+            return standing
+
+        console._stand = stand  # type: ignore[method-assign]
+        assert console.read(89_990, 20) == (89_990, whole[89_990:90_010])
+    with logs.Console(guest.files) as console:
+        assert console.first() == 0
+        assert guest.files.console_log.stat().st_size == 65_000, "it was moved"
+
+
 def test_who_does_not_follow_gets_what_was_there(guest: Guest) -> None:
     guest.print(b"one\ntwo\n")
     with logs.Console(guest.files) as console:
@@ -211,7 +232,7 @@ def test_a_hostile_guest_fills_no_memory(guest: Guest) -> None:
 
 
 def test_a_long_line_is_cut_between_characters(guest: Guest) -> None:
-    line = "x" + "東" * 40_000
+    line = "xx" + "東" * 40_000
     guest.print(line.encode()[:90_000])
     guest.print(line.encode()[90_000:] + b"\n")
     found = texts(guest)

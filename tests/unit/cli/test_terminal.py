@@ -71,7 +71,7 @@ def test_time_is_in_proportion(unit: bytes) -> None:
         return time.process_time() - began
 
     seconds(100)
-    assert seconds(160_000) < max(0.5, 100 * seconds(16_000))
+    assert seconds(160_000) < max(0.3, 30 * seconds(16_000))
 
 
 @pytest.mark.parametrize(
