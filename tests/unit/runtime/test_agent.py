@@ -228,8 +228,8 @@ def test_two_take_turns(play: Callable[..., Played], monkeypatch: pytest.MonkeyP
         with Agent(played.files, wait=20) as agent:
             for i in range(20):
                 time.sleep(0.01)
-                order.append(number)
                 answers.append((number, i) == tuple(agent.execute("echo", {"v": [number, i]})["v"]))
+                order.append(number)
 
     talkers = [threading.Thread(target=talk, args=(number,)) for number in range(3)]
     for talker in talkers:

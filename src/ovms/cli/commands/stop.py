@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t",
         "--time",
+        "--timeout",
         metavar="SECONDS",
         type=seconds,
         default=30.0,
