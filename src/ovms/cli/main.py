@@ -157,7 +157,15 @@ def _suggestion(name: str) -> str:
     import difflib
 
     # what Docker users type
-    known = {"images": "ls", "image": "ls", "kill": "stop", "delete": "rm", "start": "run", "commit": "snapshot"}
+    known = {
+        "images": "ls",
+        "image": "ls",
+        "kill": "stop",
+        "delete": "rm",
+        "start": "run",
+        "commit": "snapshot",
+        "attach": "console",
+    }
     near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)
     return f"did you mean 'ovm {near}'?" if near else "'ovm --help' lists the commands"
 
