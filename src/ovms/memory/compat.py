@@ -13,7 +13,7 @@ from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
-from ovms.vmm.model import Machine
+from ovms.vmm.model import AGENT_PORT, Machine
 from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
@@ -34,7 +34,7 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
         cpu_flags=machine.cpu_flags,
         vcpus=machine.vcpus,
         memory=machine.memory,
-        devices=_devices(machine.mac, machine.disk_size),
+        devices=_devices(machine.mac, machine.disk_size, agent=machine.agent),
         kernel=manifest.kernel.ref if manifest.kernel else None,
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
@@ -42,10 +42,11 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
     )
 
 
-def _devices(mac: str, disk_size: int | None) -> tuple[Device, ...]:
+def _devices(mac: str, disk_size: int | None, *, agent: bool) -> tuple[Device, ...]:
     disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
+    port = (Device("virtio-serial", name=AGENT_PORT),) if agent else ()
     network = Device("virtio-net", mac=mac, backend=_NETWORK)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *port)
 
 
 def machine_of(header: Header) -> Machine:
@@ -62,6 +63,7 @@ def machine_of(header: Header) -> Machine:
         header.vcpus,
         network.mac,
         None if disk is None else disk.size,
+        agent=header.device("virtio-serial") is not None,
     )
 
 
@@ -98,7 +100,9 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         return "it is a diff on another snapshot, which this version does not put together"
     mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
     disk = header.device("virtio-blk")
-    if mac is None or header.devices != _devices(mac, None if disk is None else disk.size):
+    # a machine without a port for the agent is one that we build, too
+    agent = header.device("virtio-serial") is not None
+    if mac is None or header.devices != _devices(mac, None if disk is None else disk.size, agent=agent):
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"

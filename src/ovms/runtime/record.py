@@ -7,6 +7,7 @@
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 

@@ -72,6 +72,7 @@ class QemuVmm:
             vcpus,
             mac,
             disk_size,
+            agent=True,
         )
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
@@ -174,6 +175,7 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
     )
 
 
@@ -235,7 +237,7 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
 
 
 def _remove_channels(files: VmFiles) -> None:
-    for path in (files.control, files.console, files.pid):
+    for path in (files.control, files.console, files.agent, files.pid):
         path.unlink(missing_ok=True)
 
 
