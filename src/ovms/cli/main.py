@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "logs": "Show what an instance's console printed",
     "stop": "Power instances down",
     "rm": "Remove instances",
+    "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
     "version": "Show the versions of ovms and of what it uses",
 }

@@ -118,7 +118,7 @@ def plan(
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
         tasks = machine.vcpus + TASKS_SPARE
-        groups = cgroups.make(instance_id, cgroups.Limits(machine.memory + OVERHEAD[machine.accel], tasks))
+        groups = cgroups.make(instance_id, cgroups.Limits(_memory(machine), tasks))
         missing.update({f"cgroup {name}": why for name, why in groups.missing.items()})
     return Jail(
         namespaces=namespaces,
@@ -129,6 +129,10 @@ def plan(
         cgroups=groups.procs,
         missing=missing,
     )
+
+
+def _memory(machine: Machine) -> int:
+    return machine.memory + sum(region.size for region in machine.regions) + OVERHEAD[machine.accel]
 
 
 def _limits() -> Mapping[int, int]:

@@ -21,7 +21,7 @@ from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsuppo
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import jail
+from ovms.runtime import jail, regions
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -32,6 +32,7 @@ from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
+from ovms.vmm.capabilities import Asked, require
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
@@ -155,8 +156,9 @@ class Runtime:
         with (
             self.instances.create(make, artifact.manifest.name, options.name) as record,
             self._memory(plan.restore) as restore,
+            regions.made(plan.machine) as shared,
         ):
-            config = self._config(artifact, record, plan, restore)
+            config = replace(self._config(artifact, record, plan, restore), regions=shared)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
@@ -186,6 +188,16 @@ class Runtime:
             raise
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+        require(
+            vmm,
+            Asked(
+                artifact.manifest,
+                accel=options.accel,
+                memory=options.memory,
+                vcpus=options.vcpus,
+                port_protocols=frozenset(port.protocol for port in options.ports),
+            ),
+        )
         _check_supported(artifact)
         layers = tuple(open_chain([(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]))
         disk_size = layers[-1].virtual_size if layers else None
@@ -225,6 +237,7 @@ class Runtime:
             vcpus=options.vcpus or DEFAULT_VCPUS,
             mac=_new_mac(),
             disk_size=disk_size,
+            regions=regions.of(artifact.manifest),
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
@@ -244,6 +257,12 @@ class Runtime:
             restore=restore,
             jail=record.jail,
         )
+
+    # --- shared memory -----------------------------------------------------------------------------------------
+
+    def inject(self, record: Record, device: str, offset: int, data: bytes) -> None:
+        """Writes into the region of an ivshmem device: see :func:`ovms.runtime.regions.inject`."""
+        regions.inject(self.instances, record, device, offset, data)
 
     # --- stop and remove ---------------------------------------------------------------------------------------
 
@@ -308,14 +327,6 @@ class Runtime:
 
 def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    platform = manifest.metadata.platform
-    if platform.arch != "x86_64" or platform.uefi:
-        what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
-        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS", rule="BIN-4")
-    if manifest.devices:
-        raise Unsupported(
-            f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
-        )
     if manifest.bootstrap is not None:
         raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
     if manifest.kernel is None and not manifest.disk_layers:

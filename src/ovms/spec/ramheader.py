@@ -202,6 +202,10 @@ def check_belongs(header: Header, manifest: Manifest, disk_size: int | None) -> 
         "kernel arguments": (manifest.kernel.args if manifest.kernel else "", header.kernel_args),
         "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), header.disks),
         "disk size": (disk_size, None if disk is None else disk.size),
+        "shared memory": (
+            [(device.name, device.region_size) for device in manifest.devices if device.type == "ivshmem"],
+            [(device.name, device.size) for device in header.devices if device.type == "ivshmem"],
+        ),
     }
     wrong = [name for name, (here, there) in wanted.items() if here != there]
     if wrong:

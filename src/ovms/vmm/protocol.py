@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ovms.spec.choices import Accel
-from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
+from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, Region, RunState, VmConfig, VmFiles
 from ovms.vmm.watch import Watched
 
 
@@ -55,7 +56,11 @@ class Vmm(Protocol):
 
     @property
     def state_format(self) -> str:
-        """The form of the device state that it writes and reads, such as ``qemu-migration-3``."""
+        """The form of the device state that it writes, such as ``qemu-migration-3``."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do. Costs nothing, and does not need the VMM to be installed."""
 
     def choose_accel(self, wanted: Accel | None) -> AccelChoice:
         """The accelerator to use: KVM where a guest really runs on it.
@@ -64,7 +69,16 @@ class Vmm(Protocol):
             AccelUnavailable: *wanted* is KVM, and it does not run guests here.
         """
 
-    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+    def machine(
+        self,
+        accel: Accel,
+        *,
+        memory: int,
+        vcpus: int,
+        mac: str,
+        disk_size: int | None,
+        regions: tuple[Region, ...] = (),
+    ) -> Machine:
         """The shape that a new VM gets on this host."""
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ovms.disk.layers import Layer
+from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
+from ovms.vmm.model import Machine, PortForward, Region, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
@@ -31,6 +33,7 @@ CONFIG = VmConfig(
     ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
 )
 FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11)
+SHARED = replace(CONFIG, machine=replace(MACHINE, regions=tuple(Region(f"r{i}", 4096 << i) for i in range(6))))
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
 
 
@@ -45,6 +48,24 @@ def test_the_whole_command_line(golden: object) -> None:
 
 def test_the_command_line_of_a_restore(golden: object) -> None:
     golden("qemu-restore.txt", "\n".join(build(RESTORED, replace(FDS, ram=12, state=13))) + "\n")  # type: ignore[operator]
+
+
+@pytest.mark.spec("DEV-2", "DEV-3")
+def test_the_command_line_with_shared_memory(golden: object) -> None:
+    plain, shared = build(), build(SHARED, replace(FDS, regions=(20, 21, 22, 23, 24, 25)))
+    added = [word for word in shared if word not in plain]
+    golden("qemu-regions.txt", "\n".join(added) + "\n")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="shorter"):
+        build(SHARED, replace(FDS, regions=(20,)))
+
+
+def test_every_device_has_a_place_of_its_own_on_the_bus() -> None:
+    regions = tuple(Region(f"r{i}", 4096) for i in range(limits.DEVICES_MAX))
+    config = replace(CONFIG, machine=replace(MACHINE, regions=regions))
+    argv = build(config, replace(FDS, regions=tuple(range(20, 20 + len(regions)))))
+    places = re.findall(r"addr=(\S+?)(?:,|$)", "\n".join(argv), re.MULTILINE)
+    assert len(places) == len(set(places)) == 3 + len(regions)
+    assert places[-1] == "0x17.3"
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:

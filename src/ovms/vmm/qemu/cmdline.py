@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, VmConfig
+from ovms.vmm.model import Machine, PortForward, Region, VmConfig
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
@@ -23,6 +23,9 @@ OVERLAY_NODE: Final = "overlay"
 _SLOT_RNG: Final = "0x3"
 _SLOT_NET: Final = "0x4"
 _SLOT_DISK: Final = "0x5"
+#: The first slot of the shared memory regions: four to a slot, so that as many as a manifest may have (32) take eight.
+_SLOT_REGIONS: Final = 0x10
+_REGIONS_A_SLOT: Final = 4
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -38,6 +41,7 @@ class Descriptors:
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
+        regions: the memory of each of the machine's regions.
     """
 
     control: int
@@ -49,11 +53,12 @@ class Descriptors:
     initrd: int | None = None
     ram: int | None = None
     state: int | None = None
+    regions: tuple[int, ...] = ()
 
     def all(self) -> list[int]:
         """All of them."""
         one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
-        return [fd for fd in (*one, *self.layers, *(self.overlay or ())) if fd is not None]
+        return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.regions) if fd is not None]
 
 
 def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) -> list[str]:
@@ -73,6 +78,7 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
         *_network(config.machine.mac, config.ports),
         *_disk(config, fds),
+        *_regions(config.machine.regions, fds.regions),
         *_boot(config, fds),
         *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
     ]
@@ -199,6 +205,17 @@ def layer_nodes(
     if not read_only:
         file["discard"] = top["discard"] = "unmap"
     return file, top
+
+
+def _regions(regions: Sequence[Region], fds: Sequence[int]) -> Iterator[str]:
+    # master: the device's state is saved; its memory is no part of a snapshot
+    for i, (region, fd) in enumerate(zip(regions, fds, strict=True)):
+        slot, function = divmod(i, _REGIONS_A_SLOT)
+        more = ",multifunction=on" if function == 0 and len(regions) > i + 1 else ""
+        backend = {"id": f"shm{i}", "size": region.size, "mem-path": fd_path(fd), "share": True}
+        yield from ("-object", json.dumps({"qom-type": "memory-backend-file", **backend}))
+        address = f"{_SLOT_REGIONS + slot:#x}.{function}"
+        yield from ("-device", f"ivshmem-plain,id=region{i},memdev=shm{i},master=on,addr={address}{more}")
 
 
 def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:

@@ -12,10 +12,12 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
-from ovms.spec import strictjson
+from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
+from ovms.spec.manifest import DiskFormat
 from ovms.vmm import watch
-from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
+from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline
 from ovms.vmm.qemu.control import QemuControl
@@ -41,6 +43,19 @@ class QemuVmm:
     name = "qemu"
     #: A migration stream (its version is 3) of device sections, with the firmware in a RAM section: ``qemu/state.py``.
     state_format = "qemu-migration-3"
+    capabilities = Capabilities(
+        archs=frozenset({"x86_64"}),
+        accels=frozenset(Accel),
+        disk_formats=frozenset(DiskFormat),
+        bios=True,
+        memory_unit=1024,
+        state_formats=(state_format,),
+        live_overlay=True,
+        devices={"ivshmem": limits.DEVICES_MAX},
+        networks=frozenset({"user"}),
+        port_protocols=frozenset({"tcp", "udp"}),
+        power_button=True,
+    )
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache = binary.Cache(cache_dir / "qemu.json")
@@ -61,7 +76,16 @@ class QemuVmm:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return accelerators.choose(self._binary, self._cache, wanted)
 
-    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+    def machine(
+        self,
+        accel: Accel,
+        *,
+        memory: int,
+        vcpus: int,
+        mac: str,
+        disk_size: int | None,
+        regions: tuple[Region, ...] = (),
+    ) -> Machine:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return Machine(
             self._binary.default_machine,
@@ -72,6 +96,7 @@ class QemuVmm:
             vcpus,
             mac,
             disk_size,
+            regions,
         )
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
@@ -110,7 +135,7 @@ class QemuVmm:
             launch = watch.Launch(
                 argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
                 keep=fds.all(),
-                hold=() if fds.ram is None else (fds.ram,),
+                hold=(*(() if fds.ram is None else (fds.ram,)), *fds.regions),
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
@@ -172,6 +197,7 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        regions=config.regions,
     )
 
 
