@@ -142,7 +142,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
             f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
-            hint="free some space ('ovm rmi' removes artifacts), or set OVMS_ROOT to a larger file system",
+            hint="free some space ('ovm df' shows what takes it), or set OVMS_ROOT to a larger file system",
             needed=needed,
             available=free,
             path=str(directory),
@@ -388,32 +388,43 @@ def staging_dir(parent: Path) -> Iterator[Path]:
 
 def sweep_staging(parent: Path) -> int:
     """Removes what killed processes left below *parent* (see :func:`staging_dir`). Returns how many were removed."""
-    removed = 0
     try:
         entries = list(parent.iterdir())
     except FileNotFoundError:
         return 0
-    for path in entries:
-        try:
-            lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            # mkdir happened, the lock file not yet: leave a fresh one to its owner
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 60:
-                    remove_tree(path)
-                    removed += 1
-            continue
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(path)
-            removed += 1
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
-    return removed
+    return sum(remove_abandoned(path) for path in entries)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether *path* is a :func:`staging_dir` whose owner was killed."""
+    return _if_abandoned(path, lambda _: None)
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Removes *path* if it is a :func:`staging_dir` whose owner was killed. Whether it was."""
+    return _if_abandoned(path, remove_tree)
+
+
+def _if_abandoned(path: Path, action: Callable[[Path], None]) -> bool:
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # mkdir happened, the lock file not yet: leave a fresh one to its owner
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60:
+                action(path)
+                return True
+        return False
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        action(path)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
 
 
 def listen_unix(path: Path, *, backlog: int = 8) -> socket.socket:

@@ -34,6 +34,14 @@ def make(mode: str) -> Progress:
     return _JsonLines(sys.stderr) if mode == "json" else NULL
 
 
+def say_beside(progress: Progress, text: str) -> None:
+    """A line of news on stderr, above the bars where there are some."""
+    if isinstance(progress, _Bars):
+        progress.say(text)
+    else:
+        output.say(text)
+
+
 class _Task:
     """One piece of work, whatever draws it."""
 
@@ -107,6 +115,12 @@ class _Bars:
             self._erase()
             self._active.remove(task)
             self._stream.write(self._line(task, finished=True) + "\n")
+            self._draw()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._erase()
+            self._stream.write(f"ovm: {output.safe(text)}\n")
             self._draw()
 
     def _erase(self) -> None:

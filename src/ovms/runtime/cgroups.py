@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -164,6 +165,17 @@ def remove(directories: Sequence[Path]) -> None:
     for directory in directories:
         if directory.parent.name == PARENT:
             _remove(directory)
+
+
+def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: float = 60.0) -> None:
+    """Removes groups that killed starts have left: of none of these instances, without processes, older than *age* s."""
+    for hierarchy in _hierarchies(proc):
+        with contextlib.suppress(OSError):
+            for directory in (hierarchy.parent / PARENT).iterdir():
+                if directory.name in instances or not directory.is_dir():
+                    continue
+                if time.time() - directory.stat().st_mtime > age:
+                    _remove(directory)  # one that is in use can't be
 
 
 def _remove(directory: Path) -> None:

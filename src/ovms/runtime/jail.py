@@ -1,7 +1,7 @@
 """Which jail a VM gets on this host: all of it where the host allows that, and what is missing is known and said.
 
 As root each VM has a user of its own, of a range that nothing else uses; otherwise it runs as the user that started it, in a
-user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0010.
+user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0011.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ def plan(
             missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
-        tasks = machine.vcpus + TASKS_SPARE
-        groups = cgroups.make(instance_id, cgroups.Limits(_memory(machine), tasks))
+        groups = cgroups.make(instance_id, _bounds(machine))
         missing.update({f"cgroup {name}": why for name, why in groups.missing.items()})
     return Jail(
         namespaces=namespaces,
@@ -131,8 +130,14 @@ def plan(
     )
 
 
-def _memory(machine: Machine) -> int:
-    return machine.memory + sum(region.size for region in machine.regions) + OVERHEAD[machine.accel]
+def renew(jail: Jail, instance_id: str, machine: Machine) -> Jail:
+    """The same jail for another VM of the same instance: its cgroups are made anew, so that they tell of this one."""
+    return replace(jail, cgroups=cgroups.make(instance_id, _bounds(machine)).procs) if jail.cgroups else jail
+
+
+def _bounds(machine: Machine) -> cgroups.Limits:
+    memory = machine.memory + sum(region.size for region in machine.regions) + OVERHEAD[machine.accel]
+    return cgroups.Limits(memory, machine.vcpus + TASKS_SPARE)
 
 
 def _limits() -> Mapping[int, int]:

@@ -31,6 +31,19 @@ FILE: Final = "record.json"
 
 
 @dataclass(frozen=True)
+class Restart:
+    """An instance is started again when its VM fails: *most* times at most (None: always); it was *count* times."""
+
+    most: int | None = None
+    count: int = 0
+
+    @property
+    def used_up(self) -> bool:
+        """Whether it is not to be started again any more."""
+        return self.most is not None and self.count >= self.most
+
+
+@dataclass(frozen=True)
 class Record:
     """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
 
@@ -61,6 +74,7 @@ class Record:
     watcher: ProcessId | None = None
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
+    restart: Restart | None = None
 
     @property
     def watched(self) -> Watched | None:
@@ -97,6 +111,7 @@ class Record:
             "watcher": None if self.watcher is None else asdict(self.watcher),
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
+            "restart": None if self.restart is None else asdict(self.restart),
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -108,7 +123,7 @@ class Record:
         """Raises KeyError, TypeError, ValueError or an OvmsError on anything that :meth:`to_json` does not write."""
         if value["version"] != VERSION:
             raise ValueError(f"its version is {value['version']}, and this ovms knows {VERSION}")
-        process, watcher = value["process"], value["watcher"]
+        process, watcher, restart = value["process"], value["watcher"], value["restart"]
         return cls(
             id=str(value["id"]),
             name=str(value["name"]),
@@ -131,6 +146,7 @@ class Record:
             watcher=None if watcher is None else ProcessId(**watcher),
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
+            restart=None if restart is None else Restart(**restart),
         )
 
     def with_overlay(self) -> Record:

@@ -142,6 +142,8 @@ class VmConfig:
     restore: Restore | None = None
     regions: tuple[int, ...] = ()
     jail: Jail = field(default_factory=Jail)
+    #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
+    at_end: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

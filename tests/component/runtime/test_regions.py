@@ -152,6 +152,15 @@ def test_a_paused_instance_has_memory_and_a_stopped_one_has_none(runtime: Runtim
         runtime.inject(record, "mail", 0, b"\5")
 
 
+def test_a_vm_that_is_started_again_has_a_new_region(runtime: Runtime, make: Make) -> None:
+    record, _ = start(runtime, make(DEVICES))
+    runtime.inject(record, "mail", 0, b"old")
+    runtime.stop(record, grace=0)
+    again = runtime.start_again(record)
+    assert word(runtime, again) == 0
+    runtime.inject(again, "mail", 0, b"new")
+
+
 @pytest.mark.spec("SEC-6")
 def test_a_vmm_can_not_make_a_region_smaller_under_us(runtime: Runtime, make: Make) -> None:
     record, _ = start(runtime, make(DEVICES))

@@ -141,6 +141,7 @@ class QemuVmm:
                 events=our_events,
                 trees=_program_trees(self._binary.path),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
+                at_end=config.at_end,
             )
             return watch.start(launch, config.jail, files)
 
