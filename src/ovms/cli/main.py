@@ -43,6 +43,7 @@ COMMANDS: Final = {
     "snapshot": "Snapshot a running instance as an artifact",
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
+    "doctor": "Tell what this host can do for VMs",
     "version": "Show the versions of ovms and of what it uses",
 }
 
