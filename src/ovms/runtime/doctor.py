@@ -32,7 +32,7 @@ from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.vmm.jail import Jail
 from ovms.vmm.model import VmFiles
-from ovms.vmm.qemu import binary, features
+from ovms.vmm.qemu import binary, features, versions
 from ovms.vmm.qemu.vmm import QemuVmm
 
 #: Bytes of disk below which it is said.
@@ -112,8 +112,8 @@ def _qemu(host: Host) -> list[Finding]:
     except OvmsError as exc:
         return [Finding("qemu", Verdict.FAIL, exc.message, "no VM can be run", exc.hint)]
     text = f"{found.version}, {found.default_machine}"
-    if features.number(found.version) < features.OLDEST:
-        oldest = ".".join(map(str, features.OLDEST))
+    if versions.number(found.version) < versions.OLDEST:
+        oldest = ".".join(map(str, versions.OLDEST))
         yours = Finding("qemu", Verdict.WARN, text, f"nobody has tried versions before {oldest}", "install a newer one")
     else:
         yours = Finding("qemu", Verdict.OK, text)

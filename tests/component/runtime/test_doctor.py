@@ -20,7 +20,7 @@ from ovms.runtime import doctor, hostkernel
 from ovms.runtime import jail as jails
 from ovms.runtime.doctor import Finding, Host, Verdict, examine
 from ovms.runtime.root import Root
-from ovms.vmm.qemu import features
+from ovms.vmm.qemu import features, versions
 
 
 def sessions(host: str) -> Session:
@@ -79,7 +79,7 @@ def test_no_qemu_is_no_vm(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_older_qemu_is_said(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "OLDEST", (99, 0))
+    monkeypatch.setattr(versions, "OLDEST", (99, 0))
     assert say("qemu", host).verdict is Verdict.WARN
 
 

@@ -16,6 +16,7 @@ from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.model import Machine, PortForward, Region, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
+from ovms.vmm.qemu.versions import OLDEST, Since, number
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
 CONFIG = VmConfig(
@@ -71,6 +72,24 @@ def test_every_device_has_a_place_of_its_own_on_the_bus() -> None:
     places = re.findall(r"addr=(\S+?)(?:,|$)", "\n".join(argv), re.MULTILINE)
     assert len(places) == len(set(places)) == 3 + len(regions)
     assert places[-1] == "0x17.3"
+
+
+@pytest.mark.spec("RAM-35", "RAM-36")
+@pytest.mark.parametrize("version", ["8.2.0", "11.0.0"])
+def test_the_command_line_of_a_restore_by_a_newer_qemu(golden: object, version: str) -> None:
+    fds = replace(FDS, ram=12, state=13)
+    plain = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True)
+    newer = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True, since=Since.of(version))
+    added = [word for word in newer if word not in plain]
+    golden(f"qemu-restore-{version}.txt", "\n".join(added) + "\n")  # type: ignore[operator]
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert Since.of("7.2.22") == frozenset()
+    assert Since.of("8.1.99") == frozenset()
+    assert Since.of("8.2.0") == Since.of("10.2.1") == {Since.PRIVATE_OF_READONLY}
+    assert Since.of("11.0.0") == set(Since)
+    assert number("10.0.2") > number("9.2.4") > number("7.2.22") > OLDEST
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.model import Machine, PortForward, Region, VmConfig
+from ovms.vmm.qemu.versions import Since
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
@@ -26,6 +27,8 @@ _SLOT_DISK: Final = "0x5"
 #: The first slot of the shared memory regions: four to a slot, so that as many as a manifest may have (32) take eight.
 _SLOT_REGIONS: Final = 0x10
 _REGIONS_A_SLOT: Final = 4
+#: The set of descriptors for the device state; those of the disks count from 0.
+_STATE_SET: Final = 9999
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -61,13 +64,15 @@ class Descriptors:
         return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.regions) if fd is not None]
 
 
-def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) -> list[str]:
-    """The whole command line."""
+def build(
+    binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool, since: frozenset[Since] = frozenset()
+) -> list[str]:
+    """The whole command line, for a QEMU of the version that *since* tells of."""
     return [
         str(binary),
         *_identity(config),
         *machine_args(config.machine),
-        *_memory(config, fds),
+        *_memory(config, fds, since),
         *(("-sandbox", SANDBOX) if sandbox else ()),
         *_channels(fds),
         "-device",
@@ -80,7 +85,7 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         *_disk(config, fds),
         *_regions(config.machine.regions, fds.regions),
         *_boot(config, fds),
-        *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
+        *_incoming(fds.state, since),
     ]
 
 
@@ -113,13 +118,15 @@ def machine_args(machine: Machine) -> list[str]:
     ]
 
 
-def _memory(config: VmConfig, fds: Descriptors) -> list[str]:
+def _memory(config: VmConfig, fds: Descriptors, since: frozenset[Since]) -> list[str]:
     backend: dict[str, Any] = {"id": RAM_ID, "size": config.machine.memory}
     if config.restore is None:
         # shared, so that a snapshot reads it through the descriptor without stopping for a copy through QEMU
         backend.update({"qom-type": "memory-backend-memfd", "share": True})
     else:
         backend.update({"qom-type": "memory-backend-file", "mem-path": fd_path(fds.ram), "share": False})
+        if Since.PRIVATE_OF_READONLY in since:
+            backend.update({"readonly": True, "rom": "off"})
     return ["-object", json.dumps(backend)]
 
 
@@ -227,6 +234,14 @@ def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:
         yield from ("-initrd", fd_path(fds.initrd))
     if config.kernel_args:
         yield from ("-append", config.kernel_args)
+
+
+def _incoming(state: int | None, since: frozenset[Since]) -> list[str]:
+    if state is None:
+        return []
+    if Since.INCOMING_FILE in since:
+        return [*_fd_set(_STATE_SET, state), "-S", "-incoming", f"file:/dev/fdset/{_STATE_SET}"]
+    return ["-S", "-incoming", f"fd:{state}"]
 
 
 def escape(value: str) -> str:

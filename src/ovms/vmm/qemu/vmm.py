@@ -19,7 +19,7 @@ from ovms.vmm import watch
 from ovms.vmm.capabilities import Capabilities
 from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
-from ovms.vmm.qemu import binary, cmdline
+from ovms.vmm.qemu import binary, cmdline, versions
 from ovms.vmm.qemu.control import QemuControl
 from ovms.vmm.qemu.qmp import Qmp
 from ovms.vmm.watch import Watched
@@ -104,7 +104,7 @@ class QemuVmm:
         here = self._binary
         if machine.machine_type not in here.machines:
             return f"it was taken on the machine type {machine.machine_type}, which QEMU {here.version} does not have"
-        if _version(version) > _version(here.version):
+        if versions.number(version) > versions.number(here.version):
             return f"it was taken by QEMU {version}, and an older one ({here.version}) is installed here"
         if machine.cpu != accelerators.cpu_model(machine.accel):
             return f"it needs the CPU model {machine.cpu}, which is not what {machine.accel} gives here"
@@ -133,7 +133,13 @@ class QemuVmm:
             events, our_events = watch.socket_pair(held)
             fds = _open(config, files, held, console, events)
             launch = watch.Launch(
-                argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
+                argv=cmdline.build(
+                    self._binary.path,
+                    config,
+                    fds,
+                    sandbox=self._binary.sandbox,
+                    since=versions.Since.of(self._binary.version),
+                ),
                 keep=fds.all(),
                 hold=(*(() if fds.ram is None else (fds.ram,)), *fds.regions),
                 console=our_console,
@@ -158,10 +164,6 @@ class QemuVmm:
             if event == "SHUTDOWN":
                 last = _ENDINGS.get(str(data.get("reason")), Ending.STOPPED)
         return last
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:3])
 
 
 def _host_cpu_flags() -> tuple[str, ...]:
@@ -206,7 +208,10 @@ def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
     fd = os.memfd_create("ovms-state", os.MFD_CLOEXEC)
     held.callback(os.close, fd)
     fsutil.pwrite_all(fd, restore.state, 0)
-    return fd
+    # QEMU takes from a set of descriptors what can do no more than it asks for
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    held.callback(os.close, reading)
+    return reading
 
 
 def _program_trees(program: Path) -> dict[str, Path]:
