@@ -31,7 +31,7 @@ class Capabilities:
         disk_formats: formats of disk layers.
         disk_layers: how many layers a disk may have.
         memory_max: bytes of memory; *memory_unit* is what it must be a multiple of.
-        vcpus_max: virtual CPUs.
+        vcpus_max: virtual CPUs: one, or a multiple of *vcpus_unit*.
         state_formats: forms of device state that it restores, empty where it takes no snapshots; it writes the first.
         live_overlay: whether a running VM can be given a new overlay (a snapshot with a disk needs it).
         devices: type of the manifest → how many a VM may have.
@@ -53,6 +53,7 @@ class Capabilities:
     memory_max: int = limits.RAM_MAX
     memory_unit: int = 1
     vcpus_max: int = limits.VCPUS_MAX
+    vcpus_unit: int = 1
     state_formats: tuple[str, ...] = ()
     live_overlay: bool = False
     devices: Mapping[str, int] = field(default_factory=dict)
@@ -120,8 +121,11 @@ def _memory(asked: Asked, can: Capabilities) -> str | None:
 
 
 def _vcpus(asked: Asked, can: Capabilities) -> str | None:
-    too_many = asked.vcpus is not None and asked.vcpus > can.vcpus_max
-    return f"{asked.vcpus} CPUs, of {can.vcpus_max} at most" if too_many else None
+    if asked.vcpus is None or asked.vcpus == 1:
+        return None
+    if asked.vcpus > can.vcpus_max:
+        return f"{asked.vcpus} CPUs, of {can.vcpus_max} at most"
+    return f"CPUs that are no multiple of {can.vcpus_unit}" if asked.vcpus % can.vcpus_unit else None
 
 
 def _devices(asked: Asked, can: Capabilities) -> str | None:

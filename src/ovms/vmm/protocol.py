@@ -13,7 +13,12 @@ from ovms.vmm.watch import Watched
 
 
 class Control(Protocol):
-    """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails."""
+    """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails.
+
+    A snapshot is taken in one connection, in this order: :meth:`pause`, :meth:`add_overlay`, :meth:`save_state`, :meth:`ram`
+    (a VMM that writes state and memory in one go does so in the third, and says in the fourth where the memory is),
+    :meth:`resume`.
+    """
 
     def state(self) -> RunState:
         """What the VM does now."""
@@ -44,7 +49,10 @@ class Control(Protocol):
 
 
 class Vmm(Protocol):
-    """A virtual machine monitor on this host."""
+    """A virtual machine monitor on this host. What every adapter has to keep: ``tests/component/vmm/contract``.
+
+    Nothing that :attr:`capabilities` does not have is asked of it.
+    """
 
     @property
     def name(self) -> str:

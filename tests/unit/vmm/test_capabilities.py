@@ -93,6 +93,11 @@ def test_counts_are_bounded() -> None:
     flat = replace(LEAST, disk_formats=frozenset(DiskFormat), disk_layers=1)
     with pytest.raises(Unsupported, match="2 disk layers, of 1 at most"):
         require(Adapter(flat), ask(disk("raw", "qcow2")))  # type: ignore[arg-type]
+    pairs = Adapter(replace(LEAST, vcpus_unit=2))
+    with pytest.raises(Unsupported, match="CPUs that are no multiple of 2"):
+        require(pairs, ask(vcpus=3))  # type: ignore[arg-type]
+    for count in (1, 2, 4):
+        require(pairs, ask(vcpus=count))  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match="memory that is no multiple of 1048576 bytes"):
         require(Adapter(replace(LEAST, memory_unit=1 << 20)), ask(memory=(64 << 20) + 4096))  # type: ignore[arg-type]
 
@@ -119,7 +124,9 @@ def test_snapshots_need_saved_memory_and_a_new_overlay() -> None:
 def test_every_capability_is_compared_somewhere() -> None:
     # hotplug and the power button are for those who add to a running VM, or ask it to stop: no start needs them
     by_hand = {"hotplug", "power_button", "state_formats", "live_overlay"}
-    compared = {"bios", "uefi", "memory_unit", "disk_layers"} | {key for _, _, has in CASES.values() for key in has}
+    compared = {"bios", "uefi", "memory_unit", "vcpus_unit", "disk_layers"} | {
+        key for _, _, has in CASES.values() for key in has
+    }
     assert {field.name for field in fields(Capabilities)} == compared | by_hand
 
 
