@@ -8,7 +8,6 @@ import fcntl
 import glob
 import os
 import secrets
-import shutil
 import socket
 import stat
 import time
@@ -138,6 +137,8 @@ def read_input(path: Path, what: str, *, max_size: int) -> bytes:
 
 def require_space(directory: Path, needed: int, what: str) -> None:
     """Raises :class:`DiskFull` unless *directory*'s file system has room for *needed* bytes more (and a reserve)."""
+    import shutil
+
     free = shutil.disk_usage(directory).free
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
@@ -320,6 +321,8 @@ def hash_file(fd: int, hasher: Hasher, *, advance: Callable[[int], None] | None 
 
 def remove_tree(path: Path) -> None:
     """Removes a directory tree (never following links out of it); fine when it is gone already."""
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -103,7 +103,7 @@ def check_size(layout: Layout, digest: Digest, said: int) -> None:
     if (size := layout.size(digest)) not in (None, said):
         raise DigestMismatch(
             f"{digest} has {size} bytes, and its descriptor says {said}",
-            hint="the artifact was not built by a conforming tool; build it again with 'ovm build'",
+            hint="'ovm fsck' tells whether the blob is damaged; else the artifact is wrong: build it again",
             rule="OCI-21",
         )
 

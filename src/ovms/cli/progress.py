@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import shutil
 import sys
 import threading
 import time
@@ -148,6 +147,8 @@ class _Bars:
         else:
             line = f"{label} {output.size(task.done)}{self._speed(task)}"
         # a line that wraps could not be erased again
+        import shutil
+
         return line[: max(20, shutil.get_terminal_size().columns - 1)]
 
     def _speed(self, task: _Task) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ovms.spec import limits
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 _SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([KMGTkmgt]?)(?:[Ii]?[Bb])?")
 _FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t": limits.TIB}
@@ -14,6 +16,8 @@ _FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t"
 
 def parse(text: str) -> Decimal | None:
     """The number of bytes; None when *text* is no size."""
+    from decimal import Decimal
+
     match = _SIZE.fullmatch(text)
     return None if match is None else Decimal(match[1]) * _FACTORS[match[2].lower()]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.guests import qemu_children
@@ -21,6 +22,7 @@ from ovms.runtime import jail as jails
 from ovms.runtime.doctor import Finding, Host, Verdict, examine
 from ovms.runtime.root import Root
 from ovms.vmm.qemu import features, versions
+from ovms.vmm.watch import Watched
 
 
 def sessions(host: str) -> Session:
@@ -47,8 +49,18 @@ def fake_proc(tmp_path: Path, **files: str) -> Path:
     return tmp_path / "proc"
 
 
-def test_this_host_is_looked_at_and_nothing_stays(host: Host) -> None:
+def test_this_host_is_looked_at_and_nothing_stays(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Watched] = []
+    run = jails.run
+
+    def noted(*args: Any) -> Watched:
+        started.append(run(*args))
+        return started[-1]
+
+    monkeypatch.setattr(jails, "run", noted)
     found = list(examine(host, sessions))
+    assert started
+    assert [watched for watched in started if watched.vmm.alive() or watched.watcher.alive()] == []
     assert {
         "root",
         "qemu",
