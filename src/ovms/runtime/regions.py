@@ -131,7 +131,10 @@ def _find(record: Record, number: int) -> int:
         for entry in Path(f"/proc/{record.watcher.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if str(entry.readlink()) == wanted:
-                    return os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                    fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                    if os.fstat(fd).st_size == record.machine.regions[number].size:
+                        return fd
+                    os.close(fd)
     except (FileNotFoundError, ProcessLookupError):
         raise StateConflict(f"the instance {record.name} has just ended", instance=record.name) from None
     except OSError as exc:

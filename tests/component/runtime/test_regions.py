@@ -212,4 +212,7 @@ def test_the_command_writes_and_reads(runtime: Runtime, make: Make, tmp_path: Pa
     assert (refused.returncode, refused.stdout) == (3, b"")
     assert b"do not lie within the 65536 bytes" in refused.stderr
     assert ovm("male", "0", data=b"x").returncode == 4
+    command = [sys.executable, "-m", "ovms.cli", "--root", str(runtime.root.path), "inject", record.name, "male", "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as waiting:
+        assert waiting.wait(30) == 4  # not after what may never come
     assert ovm("mail", "-1", data=b"x").returncode == 2

@@ -43,9 +43,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         return Exit.OK
-    # one byte more than fits tells that it does not
-    room = max((region.size for region in record.machine.regions if region.name == args.device), default=0)
-    data = _input(args.file, max(0, room - args.offset) + 1)
+    # what can't be done is said before anybody waits for input
+    context.runtime.inject(record, args.device, args.offset, b"")
+    room = next(region.size for region in record.machine.regions if region.name == args.device)
+    data = _input(args.file, room - args.offset + 1)  # one byte more than fits tells that it does not
     context.runtime.inject(record, args.device, args.offset, data)
     if args.json:
         output.answer_json({**answer, "bytes": len(data)})
