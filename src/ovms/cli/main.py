@@ -42,9 +42,11 @@ COMMANDS: Final = {
     "cp": "Copy a file to or from a guest that has qemu-guest-agent",
     "stop": "Power instances down",
     "rm": "Remove instances",
+    "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
+    "doctor": "Tell what this host can do for VMs",
     "version": "Show the versions of ovms and of what it uses",
 }
 

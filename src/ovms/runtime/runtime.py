@@ -22,7 +22,7 @@ from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import cgroups, jail, restart
+from ovms.runtime import cgroups, jail, regions, restart
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -34,6 +34,7 @@ from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
+from ovms.vmm.capabilities import Asked, require
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
@@ -179,7 +180,8 @@ class Runtime:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
-            running = vmm.start(config, files)
+            with regions.made(config.machine) as shared:
+                running = vmm.start(replace(config, regions=shared), files)
             took = round((time.monotonic() - began) * 1000, 1)
             return self.instances.save(
                 replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
@@ -192,6 +194,16 @@ class Runtime:
             raise
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+        require(
+            vmm,
+            Asked(
+                artifact.manifest,
+                accel=options.accel,
+                memory=options.memory,
+                vcpus=options.vcpus,
+                port_protocols=frozenset(port.protocol for port in options.ports),
+            ),
+        )
         _check_supported(artifact)
         layers = tuple(open_chain([(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]))
         disk_size = layers[-1].virtual_size if layers else None
@@ -231,6 +243,7 @@ class Runtime:
             vcpus=options.vcpus or DEFAULT_VCPUS,
             mac=_new_mac(),
             disk_size=disk_size,
+            regions=regions.of(artifact.manifest),
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
@@ -278,6 +291,12 @@ class Runtime:
             jail=record.jail,
             at_end=restart.at_end(str(self.root.path), record),
         )
+
+    # --- shared memory -----------------------------------------------------------------------------------------
+
+    def inject(self, record: Record, device: str, offset: int, data: bytes) -> None:
+        """Writes into the region of an ivshmem device: see :func:`ovms.runtime.regions.inject`."""
+        regions.inject(self.instances, record, device, offset, data)
 
     # --- stop and remove ---------------------------------------------------------------------------------------
 
@@ -362,14 +381,6 @@ class Runtime:
 
 def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    platform = manifest.metadata.platform
-    if platform.arch != "x86_64" or platform.uefi:
-        what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
-        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS", rule="BIN-4")
-    if manifest.devices:
-        raise Unsupported(
-            f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
-        )
     if manifest.bootstrap is not None:
         raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
     if manifest.kernel is None and not manifest.disk_layers:
