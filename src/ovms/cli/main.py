@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
+    "port": "List and change the forwarded ports of an instance",
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",

@@ -7,7 +7,7 @@ from typing import Any
 from ovms.cli import output
 from ovms.runtime.instances import Status
 from ovms.spec.states import State
-from ovms.vmm.model import Ending
+from ovms.vmm.model import Ending, PortForward
 
 _ENDINGS = {
     Ending.POWERED_OFF: "Exited (powered off)",
@@ -36,10 +36,8 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
         "accel_reason": record.accel_reason,
         "memory": record.machine.memory,
         "cpus": record.machine.vcpus,
-        "ports": [
-            {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
-            for p in record.ports
-        ],
+        "ports": [forward(port) for port in record.ports],
+        "network": str(record.network),
         "pid": None if record.process is None or not status.state.alive else record.process.pid,
     }
     if details:
@@ -47,6 +45,16 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
         answer["runtime_version"] = record.vmm_version
         answer["remove_on_exit"] = record.remove_on_exit
     return answer
+
+
+def forward(port: PortForward) -> dict[str, Any]:
+    """A forwarded port as JSON."""
+    return {
+        "host_ip": port.host_ip,
+        "host_port": port.host_port,
+        "guest_port": port.guest_port,
+        "protocol": port.protocol,
+    }
 
 
 def state_text(status: Status) -> str:

@@ -21,7 +21,7 @@ from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsuppo
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import jail
+from ovms.runtime import jail, network
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -57,6 +57,7 @@ class RunOptions:
     remove_on_exit: bool = False
     runtime: str = "qemu"
     security: SecurityOptions = field(default_factory=SecurityOptions)
+    network: network.Wanted = field(default_factory=network.Wanted)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class _Plan:
     layers: tuple[Layer, ...]
     restore: _Snapshot | None
     not_restored: str | None
+    network: network.Attachment
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,13 @@ class Runtime:
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
                 ram_image=None if plan.restore is None else plan.restore.image,
+                network=plan.network,
                 jail=jail.plan(
                     instance_id,
                     plan.machine,
                     options.security,
                     cache=Cache(self.root.cache / "host.json"),
-                    own_network=False,
+                    own_network=plan.network.kind is not network.Kind.SLIRP,
                     taken=self.instances.users(),
                 ),
             )
@@ -173,7 +176,12 @@ class Runtime:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
-            running = vmm.start(config, files)
+            outside = network.connected(
+                record.network, record.ports, files.directory, mac=record.machine.mac, user=record.jail.user
+            )
+            with outside as link:
+                running = vmm.start(replace(config, network=link.network), files)
+                link.settle()
             took = round((time.monotonic() - began) * 1000, 1)
             return self.instances.save(
                 replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
@@ -204,11 +212,21 @@ class Runtime:
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             not_restored = compat.why_not(vmm, header, choice.accel)
+            state = compat.network_of(header)
+            if not_restored is None:
+                not_restored = network.why_not(options.network, state)
             if not_restored is None and ram.mlock_required:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
-                return _Plan(compat.machine_of(header), reason, layers, _Snapshot(digest, image, control.state), None)
+                return _Plan(
+                    compat.machine_of(header),
+                    reason,
+                    layers,
+                    _Snapshot(digest, image, control.state),
+                    None,
+                    network.choose(options.network, state=state, ports=bool(options.ports)),
+                )
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
                     f"the RAM snapshot cannot be restored: {not_restored}",
@@ -226,7 +244,8 @@ class Runtime:
             mac=_new_mac(),
             disk_size=disk_size,
         )
-        return _Plan(machine, reason, layers, None, not_restored)
+        connected = network.choose(options.network, state=None, ports=bool(options.ports))
+        return _Plan(machine, reason, layers, None, not_restored, connected)
 
     def _config(self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None) -> VmConfig:
         manifest = artifact.manifest
@@ -240,7 +259,6 @@ class Runtime:
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
             layers=plan.layers,
             overlay=directory / record.overlays[0] if record.overlays else None,
-            ports=record.ports,
             restore=restore,
             jail=record.jail,
         )

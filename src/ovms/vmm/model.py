@@ -94,6 +94,28 @@ class PortForward:
         return f"{self.host_ip}:{self.host_port}->{self.guest_port}/{self.protocol}"
 
 
+class Uplink(StrEnum):
+    """What the VM's network card is connected to, as the VMM sees it."""
+
+    #: QEMU's own user network (slirp), in its process. The device state of such a VM holds the network's, too.
+    SLIRP = "slirp"
+    #: A stream socket: frames, each after its length in 32 bits.
+    STREAM = "stream"
+    #: A tap device.
+    TAP = "tap"
+    #: Nothing: the card is there, its link is down.
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a VM is connected. ``fd`` is the socket or the tap device; ``ports`` are forwarded by the VMM (slirp alone)."""
+
+    uplink: Uplink = Uplink.SLIRP
+    fd: int | None = None
+    ports: tuple[PortForward, ...] = ()
+
+
 #: What the memfds are called that hold the memory of snapshots.
 TEMPLATE: Final = "ovms-template"
 
@@ -125,7 +147,7 @@ class VmConfig:
     kernel_args: str
     layers: tuple[Layer, ...]
     overlay: Path | None
-    ports: tuple[PortForward, ...]
+    network: Network = field(default_factory=Network)
     restore: Restore | None = None
     jail: Jail = field(default_factory=Jail)
 

@@ -12,7 +12,7 @@ import pytest
 from ovms.disk.layers import Layer
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
+from ovms.vmm.model import Machine, Network, PortForward, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
@@ -28,7 +28,7 @@ CONFIG = VmConfig(
         Layer(Path("/store/diff"), DiskFormat.QCOW2, 1 << 30),
     ),
     overlay=Path("/instance/overlay-0.qcow2"),
-    ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
+    network=Network(ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp"))),
 )
 FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11)
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))

@@ -7,17 +7,21 @@ that is the same to the letter, and a disk layer must never get to name a file b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, VmConfig
+from ovms.vmm.model import Machine, Network, PortForward, Uplink, VmConfig
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
 NETDEV_ID: Final = "net0"
+NIC_ID: Final = "nic0"
+#: Between the card and a stream there is a hub: so another stream can take the first one's place.
+HUB: Final = 0
+HUB_PORT_ID: Final = "hub0"
 OVERLAY_NODE: Final = "overlay"
 
 _SLOT_RNG: Final = "0x3"
@@ -38,6 +42,7 @@ class Descriptors:
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
+        network: what the network card is connected to.
     """
 
     control: int
@@ -49,10 +54,11 @@ class Descriptors:
     initrd: int | None = None
     ram: int | None = None
     state: int | None = None
+    network: int | None = None
 
     def all(self) -> list[int]:
         """All of them."""
-        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
+        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state, self.network)
         return [fd for fd in (*one, *self.layers, *(self.overlay or ())) if fd is not None]
 
 
@@ -71,7 +77,7 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         "rng-builtin,id=rng0",
         "-device",
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
-        *_network(config.machine.mac, config.ports),
+        *_network(config.machine.mac, config.network),
         *_disk(config, fds),
         *_boot(config, fds),
         *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
@@ -140,15 +146,45 @@ def _channels(fds: Descriptors) -> list[str]:
     ]
 
 
-def _network(mac: str, ports: Sequence[PortForward]) -> list[str]:
-    forwards = "".join(f",hostfwd={p.protocol}:{p.host_ip}:{p.host_port}-:{p.guest_port}" for p in ports)
+def _network(mac: str, network: Network) -> list[str]:
     return [
-        "-netdev",
-        f"user,id={NETDEV_ID}{forwards}",
+        *_uplink(network),
         "-device",
         # no option ROM: nothing boots from the network, and it would be one more block in every snapshot
-        f"virtio-net-pci,netdev={NETDEV_ID},mac={mac},romfile=,addr={_SLOT_NET}",
+        f"virtio-net-pci,id={NIC_ID},netdev={NETDEV_ID},mac={mac},romfile=,addr={_SLOT_NET}",
     ]
+
+
+def _uplink(network: Network) -> list[str]:
+    match network.uplink:
+        case Uplink.SLIRP:
+            forwards = "".join(f",hostfwd={forward(port)}" for port in network.ports)
+            return ["-netdev", f"user,id={NETDEV_ID}{forwards}"]
+        case Uplink.TAP:
+            # no virtio headers, no offloads: the guest gets the same card whatever it is connected to
+            return ["-netdev", f"tap,id={NETDEV_ID},fd={network.fd},vhost=off"]
+        case Uplink.STREAM:
+            stream = stream_id(0)
+            return [
+                "-netdev",
+                f"stream,id={stream},addr.type=fd,addr.str={network.fd}",
+                "-netdev",
+                f"hubport,id={HUB_PORT_ID},hubid={HUB},netdev={stream}",
+                "-netdev",
+                f"hubport,id={NETDEV_ID},hubid={HUB}",
+            ]
+        case Uplink.NONE:
+            return ["-netdev", f"hubport,id={NETDEV_ID},hubid={HUB}"]
+
+
+def stream_id(number: int) -> str:
+    """What the stream of that number is called; the one of a start is 0."""
+    return f"stream{number}"
+
+
+def forward(port: PortForward) -> str:
+    """A forward as slirp takes it."""
+    return f"{port.protocol}:{port.host_ip}:{port.host_port}-:{port.guest_port}"
 
 
 def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:

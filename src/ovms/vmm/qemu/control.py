@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import string
 from pathlib import Path
 from typing import Any, Final
 
-from ovms.errors import VmmError
+from ovms.errors import PortInUse, VmmError
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import TEMPLATE, GuestRam, Machine, RunState
+from ovms.vmm.model import TEMPLATE, GuestRam, Machine, PortForward, RunState
 from ovms.vmm.qemu import cmdline, state
 from ovms.vmm.qemu.qmp import Qmp
 from ovms.vmm.watch import Watched
@@ -161,6 +162,41 @@ class QemuControl:
         if len(data) != state.BIOS_SIZE:
             raise VmmError(f"QEMU wrote {len(data)} bytes of firmware, not {state.BIOS_SIZE}")
         return data
+
+    def add_forward(self, port: PortForward) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        if said := self._human(f"hostfwd_add {cmdline.NETDEV_ID} {cmdline.forward(port)}"):
+            raise PortInUse(f"the port cannot be forwarded: {said}", hint="choose another port", port=port.host_port)
+
+    def remove_forward(self, port: PortForward) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        rule = cmdline.forward(port).rpartition("-")[0]
+        said = self._human(f"hostfwd_remove {cmdline.NETDEV_ID} {rule}")
+        if not said.endswith("removed"):
+            raise VmmError(f"QEMU does not remove the forward {port}: {said}")
+
+    def _human(self, command: str) -> str:
+        # there is no QMP for these; the words are ours alone
+        answer = self._qmp.execute("human-monitor-command", {"command-line": command})
+        return str(answer).strip()
+
+    def replace_stream(self, fd: int) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        old = [name for name in self._netdevs() if name.startswith(cmdline.stream_id(0)[:-1])]
+        number = max((int(name.lstrip(string.ascii_lowercase)) for name in old), default=-1) + 1
+        for name in (cmdline.HUB_PORT_ID, *old):
+            with contextlib.suppress(VmmError):  # whoever was here before us may have come half the way
+                self._qmp.execute("netdev_del", {"id": name})
+        new = cmdline.stream_id(number)
+        self._qmp.execute("getfd", {"fdname": new}, fds=(fd,))
+        self._qmp.execute("netdev_add", {"type": "stream", "id": new, "addr": {"type": "fd", "str": new}})
+        port = {"type": "hubport", "id": cmdline.HUB_PORT_ID, "hubid": cmdline.HUB, "netdev": new}
+        self._qmp.execute("netdev_add", port)
+
+    def _netdevs(self) -> list[str]:
+        # "info network" alone lists them, a line each, some with a mark before the name
+        lines = self._human("info network").splitlines()
+        return [line.partition(":")[0].strip(" \\-") for line in lines]
 
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""

@@ -15,7 +15,7 @@ from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
 from ovms.vmm import watch
-from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
+from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, Uplink, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline
 from ovms.vmm.qemu.control import QemuControl
@@ -95,7 +95,7 @@ class QemuVmm:
             watched = self._spawn(config, files)
             undo.callback(watched.vmm.kill)
             try:
-                _wait_until_running(files, restored=config.restore is not None)
+                _wait_until_running(files, config)
             except VmmError as exc:
                 raise _explain(exc, watched, files) from exc
             undo.pop_all()
@@ -172,6 +172,7 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        network=config.network.fd,
     )
 
 
@@ -191,7 +192,8 @@ def _program_trees(program: Path) -> dict[str, Path]:
     return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
 
 
-def _wait_until_running(files: VmFiles, *, restored: bool) -> None:
+def _wait_until_running(files: VmFiles, config: VmConfig) -> None:
+    restored, linked = config.restore is not None, config.network.uplink is not Uplink.NONE
     deadline = time.monotonic() + START_TIMEOUT
     with Qmp.connect(files.control, timeout=START_TIMEOUT) as qmp:
         while restored:
@@ -202,6 +204,9 @@ def _wait_until_running(files: VmFiles, *, restored: bool) -> None:
             if time.monotonic() > deadline:
                 raise VmmTimeout(f"QEMU did not load the device state within {START_TIMEOUT:g} s")
             time.sleep(0.0005)
+        if restored or not linked:
+            # a snapshot has the link as it was then
+            qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": linked})
         if restored:
             qmp.execute("cont")
         answer = qmp.execute("query-status")
