@@ -31,17 +31,18 @@ class Done:
 
 @dataclass(frozen=True)
 class Ovm:
-    """``ovm`` over a root directory of the test's own."""
+    """``ovm`` over a root directory of the test's own; ``prefix`` is a command that runs it."""
 
     root: Path
     home: Path
+    prefix: tuple[str, ...] = ()
 
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "HOME": str(self.home), "OVMS_ROOT": str(self.root), **(extra or {})}
 
     def __call__(self, *arguments: object, timeout: float = 60, env: Mapping[str, str] | None = None) -> Done:
         done = subprocess.run(
-            [OVM, *map(str, arguments)],
+            [*self.prefix, OVM, *map(str, arguments)],
             env=self.env(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -60,4 +61,4 @@ class Ovm:
         return done
 
     def popen(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([OVM, *map(str, arguments)], env=self.env(), **options)
+        return subprocess.Popen([*self.prefix, OVM, *map(str, arguments)], env=self.env(), **options)

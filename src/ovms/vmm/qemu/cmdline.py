@@ -167,7 +167,7 @@ def _uplink(network: Network) -> list[str]:
             stream = stream_id(0)
             return [
                 "-netdev",
-                f"stream,id={stream},addr.type=fd,addr.str={network.fd}",
+                f"socket,id={stream},fd={network.fd}",
                 "-netdev",
                 f"hubport,id={HUB_PORT_ID},hubid={HUB},netdev={stream}",
                 "-netdev",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
-import string
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ _RUNNING: Final = frozenset({"running"})
 _PAUSED: Final = frozenset(
     {"paused", "prelaunch", "postmigrate", "finish-migrate", "inmigrate", "save-vm", "restore-vm"}
 )
+_STREAM: Final = re.compile(rf"\b{cmdline.stream_id(0)[:-1]}([0-9]+): index=")
 #: Flushing a large disk cache can take its time.
 _DISK_TIMEOUT: Final = 120.0
 
@@ -182,21 +183,17 @@ class QemuControl:
 
     def replace_stream(self, fd: int) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
-        old = [name for name in self._netdevs() if name.startswith(cmdline.stream_id(0)[:-1])]
-        number = max((int(name.lstrip(string.ascii_lowercase)) for name in old), default=-1) + 1
-        for name in (cmdline.HUB_PORT_ID, *old):
+        # only "info network" lists them
+        old = [int(number) for number in _STREAM.findall(self._human("info network"))]
+        for name in (cmdline.HUB_PORT_ID, *map(cmdline.stream_id, old)):
             with contextlib.suppress(VmmError):  # whoever was here before us may have come half the way
                 self._qmp.execute("netdev_del", {"id": name})
-        new = cmdline.stream_id(number)
+        new = cmdline.stream_id(max(old, default=-1) + 1)
         self._qmp.execute("getfd", {"fdname": new}, fds=(fd,))
-        self._qmp.execute("netdev_add", {"type": "stream", "id": new, "addr": {"type": "fd", "str": new}})
+        # not "stream": QEMU 7.2 looks for its descriptor in a thread that knows no names of descriptors
+        self._qmp.execute("netdev_add", {"type": "socket", "id": new, "fd": new})
         port = {"type": "hubport", "id": cmdline.HUB_PORT_ID, "hubid": cmdline.HUB, "netdev": new}
         self._qmp.execute("netdev_add", port)
-
-    def _netdevs(self) -> list[str]:
-        # "info network" alone lists them, a line each, some with a mark before the name
-        lines = self._human("info network").splitlines()
-        return [line.partition(":")[0].strip(" \\-") for line in lines]
 
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""
