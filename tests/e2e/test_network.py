@@ -85,6 +85,9 @@ def test_what_a_guest_reaches_and_what_reaches_it(ovm: Ovm, world: netns.World, 
     assert netns.ANSWER in shell(page)
     # by name: the host's resolver is on its loopback alone
     assert netns.RESOLVED in shell("busybox nslookup ovms.test 10.0.2.3")
+    # what it is told when it asks
+    shell(r"printf '#!/bin/bash\necho told $1 $ip $router $dns\n' > /tmp/told; chmod +x /tmp/told")
+    assert "told bound 10.0.2.15 10.0.2.2 10.0.2.3\n" in shell("busybox udhcpc -f -q -n -i eth0 -s /tmp/told")
     # by IPv6, with an address that the network has given it
     shell("sleep 2")  # the router's advertisement
     assert netns.ANSWER in shell(fetch(netns.OUTSIDE_6, netns.OUTSIDE_PORT))
@@ -105,11 +108,22 @@ def test_what_a_guest_reaches_and_what_reaches_it(ovm: Ovm, world: netns.World, 
     assert port_of(clone) != port_of(first)
     answers = [json.loads(world.get(port_of(vm))) for vm in (first, clone)]
     assert answers[0]["token"] == answers[1]["token"]
-    assert netns.ANSWER in Shell(ovm, clone["instance_id"])(page)
+    cloned = Shell(ovm, clone["instance_id"])
+    assert netns.ANSWER in cloned(page)
+
+    # without a network, the card is there and its link down, also in a clone that had one
+    alone = ovm.ok("run", "-d", "--json", "--network=none", "demo:warm").json
+    assert alone["restored"]
+    assert "0\n" in Shell(ovm, alone["instance_id"])("cat /sys/class/net/eth0/carrier")
+    assert "1\n" in cloned("cat /sys/class/net/eth0/carrier")
+    ovm.ok("snapshot", alone["name"], "-t", "demo:alone", timeout=120)
+    linked = ovm.ok("run", "-d", "--json", "-p", "80", "demo:alone").json
+    assert linked["restored"]
+    assert json.loads(world.get(port_of(linked)))["token"] == answers[0]["token"]
 
     # other ports while it runs
     listed = ovm.ok("port", clone["name"], "--add", "80", "--rm", f"{port_of(clone)}:80", "--json").json
     assert [p["guest_port"] for p in listed] == [80]
     assert listed[0]["host_port"] != port_of(clone)
     assert json.loads(world.get(listed[0]["host_port"]))["token"] == answers[0]["token"]
-    assert netns.ANSWER in Shell(ovm, clone["instance_id"])(page)
+    assert netns.ANSWER in cloned(page)

@@ -3,8 +3,9 @@
 ::
 
     instances/<uuid>/
-    └── network.json            what runs or stands outside the VMM for this VM's network: passt and its fence (processes,
-                                and the ports that they forward), or a redirect in a network namespace
+    ├── network.json            what runs or stands outside the VMM for this VM's network: passt and its fence (processes,
+    │                           and the ports that they forward), or a redirect in a network namespace
+    └── resolv.conf             what passt is shown, where the host's would not do
 
 The file is written before the VMM runs, so whoever is killed, the next command finds what is left. Which network fits
 which snapshot, and why passt stands behind a fence: ADR 0012.
@@ -244,7 +245,7 @@ def _start_passt(
     from ovms.vmm import watch
 
     theirs, ours = watch.socket_pair(held)
-    running = passt.start(ours, ports, mac=mac, user=user or _somebody())
+    running = passt.start(ours, ports, directory, mac=mac, user=user or _somebody())
     held.callback(running.forget)
     _note(directory, Outside(running.processes, ports))
     return running, theirs

@@ -3,6 +3,10 @@
 Guests see what QEMU's own user network shows them, so that snapshots go from the one to the other: the guest is
 10.0.2.15, the router 10.0.2.2, the resolver 10.0.2.3, and fec0::/64 for IPv6; frames have at most 1500 bytes.
 
+passt forwards what is sent to 10.0.2.3 to the host's resolver, also to one on the host's loopback (systemd-resolved,
+dnsmasq). But it tells a guest that asks by DHCP of resolvers only that are somewhere else; where there is none, it is
+shown a resolv.conf that names 10.0.2.3, too.
+
 Source: passt(1), of 2023-03-09 (Debian 12) and later.
 """
 
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ovms import process
+from ovms import fsutil, process
 from ovms.errors import HostError, PortInUse
 from ovms.process import ProcessId
 from ovms.vmm.jail import User
@@ -33,6 +37,7 @@ _SAID_MAX: Final = 16384
 _ADDRESSES: Final = ("-a", "10.0.2.15", "-n", "24", "-g", "10.0.2.2", "--dns-forward", "10.0.2.3")
 _ADDRESSES_6: Final = ("-a", "fec0::15", "--dns-forward", "fec0::3")
 #: The router's hardware address: QEMU's own user network has the same.
+_RESOLVER: Final = "10.0.2.3"
 _ROUTER: Final = "52:55:0a:00:02:02"
 _MTU: Final = 1500
 _FILTERS: Final = re.compile(r"^Seccomp_filters:\s+([0-9]+)$", re.MULTILINE)
@@ -101,14 +106,43 @@ def command(program: Path, ports: Sequence[PortForward], user: User | None, host
     return argv
 
 
-def start(fd: int, ports: Sequence[PortForward], *, mac: str, user: User) -> Passt:
-    """Starts passt for a VM at the other end of *fd*. It ends when that does.
+def resolvers(text: str) -> str | None:
+    """What passt is shown for a resolv.conf of *text*; None where it is to read that itself."""
+    lines = text.splitlines()
+    servers = [words[1] for line in lines if len(words := line.split()) > 1 and words[0] == "nameserver"]
+    local = [server for server in servers if server.startswith("127.")]
+    if not local or any("." in server and server not in local for server in servers):
+        return None
+    others = [line for line in lines if line.startswith(("search ", "domain "))]
+    return "\n".join([*others, f"nameserver {local[0]}", f"nameserver {_RESOLVER}", ""])
+
+
+def _resolv_conf(directory: Path) -> list[str]:
+    path = directory / "resolv.conf"
+    try:
+        shown = resolvers(Path("/etc/resolv.conf").read_text(errors="replace")[:_SAID_MAX])
+    except OSError:
+        shown = None
+    if shown is None:
+        return []
+    fsutil.atomic_write(path, shown.encode(), durable=False)
+    return [f"resolv={path}"]
+
+
+def start(fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, user: User) -> Passt:
+    """Starts passt for a VM at the other end of *fd*. It ends when that does. *directory* is the instance's.
 
     Raises:
         ToolMissing, HostError: it can't be started.
     """
     argv = command(find(), ports, user if os.geteuid() == 0 else None, routes())
-    words = [f"guest={fd}", f"user={user.uid}:{user.gid}", f"mac={mac.replace(':', '')}", "--"]
+    words = [
+        f"guest={fd}",
+        f"user={user.uid}:{user.gid}",
+        f"mac={mac.replace(':', '')}",
+        *_resolv_conf(directory),
+        "--",
+    ]
     try:
         fence = subprocess.Popen(
             [str(FENCE), *words, *argv],

@@ -35,6 +35,7 @@ _CLONE_NEWNET: Final = 0x40000000
 _TUN: Final = Path("/dev/net/tun")
 _CLASS: Final = Path("/sys/class/net")
 _TIMEOUT: Final = 10.0
+_PRIVILEGE: Final = "a tap device needs root, or one that was made for you: 'ip tuntap add NAME mode tap user YOU'"
 _T = TypeVar("_T")
 
 
@@ -103,18 +104,15 @@ def _open(name: str, flags: int) -> int:
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
-        raise HostError(
-            f"{_TUN} cannot be opened: {exc.strerror}", hint="load the module tun; --network=user does without"
-        ) from exc
+        hint: str | None = _PRIVILEGE if exc.errno == errno.EACCES else "load the module tun, or use --network=user"
+        raise HostError(f"{_TUN} cannot be opened: {exc.strerror}", hint=hint) from exc
     try:
         fcntl.ioctl(fd, _TUNSETIFF, _ifreq(name, struct.pack("H", flags)))
     except OSError as exc:
         os.close(fd)
         if exc.errno == errno.EBUSY:
             raise InUse(f"the tap device {name} is in use", hint="another VM has it; choose another") from exc
-        hint = None
-        if exc.errno == errno.EPERM:
-            hint = "a tap device needs root, or one that was made for you: 'ip tuntap add NAME mode tap user YOU'"
+        hint = _PRIVILEGE if exc.errno == errno.EPERM else None
         raise HostError(f"the tap device {name} cannot be opened: {exc.strerror}", hint=hint) from exc
     return fd
 

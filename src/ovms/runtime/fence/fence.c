@@ -1,6 +1,6 @@
 /* Starts passt for one VM, and stands between the two: what a guest sends to the host's own loopback goes no further.
  *
- *     fence guest=FD user=UID:GID mac=AABBCCDDEEFF -- PROGRAM ARGUMENT...
+ *     fence guest=FD user=UID:GID mac=AABBCCDDEEFF [resolv=PATH] -- PROGRAM ARGUMENT...
  *
  * passt takes the destination of a frame for that of a connection of the host's. A guest that is its own root can send
  * frames to 127.0.0.1, and passt (all versions up to 2024 at the least) then connects to services that listen there
@@ -20,6 +20,7 @@
  *     user=UID:GID           whom we become; PROGRAM has to see to that by itself
  *     mac=AABBCCDDEEFF       the guest's, which passt is told before the guest says anything (it would not ask a restored
  *                            one that is silent)
+ *     resolv=PATH            PROGRAM finds this file at /etc/resolv.conf, where the host lets us do that
  *
  * Without a C library, as watch.c is; scripts/build-native.sh builds it.
  */
@@ -33,8 +34,9 @@ typedef long i64;
 enum {
     SYS_read = 0, SYS_write = 1, SYS_poll = 7, SYS_rt_sigaction = 13, SYS_sendto = 44, SYS_recvfrom = 45,
     SYS_socketpair = 53, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_fcntl = 72, SYS_setgroups = 116,
-    SYS_setresuid = 117, SYS_setresgid = 119, SYS_capset = 126, SYS_prctl = 157, SYS_getuid = 102, SYS_exit_group = 231,
-    SYS_dup3 = 292, SYS_close_range = 436, SYS_close = 3, SYS_restart_syscall = 219,
+    SYS_setresuid = 117, SYS_setresgid = 119, SYS_capset = 126, SYS_prctl = 157, SYS_getuid = 102, SYS_getgid = 104, SYS_mount = 165, SYS_exit_group = 231,
+    SYS_dup3 = 292, SYS_close_range = 436, SYS_close = 3, SYS_restart_syscall = 219, SYS_openat = 257,
+    SYS_unshare = 272,
 };
 
 static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
@@ -55,6 +57,14 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define POLLIN 1
 #define POLLOUT 4
 #define AF_UNIX 1
+#define AT_FDCWD (-100)
+#define O_WRONLY 01
+#define O_CLOEXEC 02000000
+#define CLONE_NEWNS 0x20000
+#define CLONE_NEWUSER 0x10000000
+#define MS_BIND 4096
+#define MS_REC 16384
+#define MS_PRIVATE (1 << 18)
 #define SOCK_STREAM 1
 #define SOCK_CLOEXEC 02000000
 #define MSG_DONTWAIT 0x40
@@ -280,15 +290,56 @@ static const char *value_of(const char *word, const char *name)
     return *name == 0 && *word == '=' ? word + 1 : 0;
 }
 
+/* n in decimal digits, which end at *end*; the place where they begin. */
+static char *digits_of(u64 n, char *end)
+{
+    do
+        *--end = (char)('0' + n % 10);
+    while (n /= 10);
+    return end;
+}
+
 static void answer(u64 n)
 {
-    char digits[24];
-    int at = 23;
-    digits[at] = '\n';
-    do
-        digits[--at] = (char)('0' + n % 10);
-    while (n /= 10);
-    sys(SYS_write, 1, digits + at, 24 - at, 0);
+    char line[24];
+    line[23] = '\n';
+    char *from = digits_of(n, line + 23);
+    sys(SYS_write, 1, from, line + 24 - from, 0);
+}
+
+static void put(const char *path, const char *words, u64 count)
+{
+    i64 fd = sys(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CLOEXEC, 0);
+    if (fd >= 0) {
+        sys(SYS_write, fd, words, count, 0);
+        sys(SYS_close, fd, 0, 0, 0);
+    }
+}
+
+/* "N N 1": who it is here, it is there. */
+static void map(const char *path, u64 n)
+{
+    char line[64], *end = line + sizeof line, *from = end;
+    *--from = '1', *--from = ' ';
+    from = digits_of(n, from);
+    *--from = ' ';
+    from = digits_of(n, from);
+    put(path, from, (u64)(end - from));
+}
+
+/* In a mount namespace of our own. What fails is left out: names are then resolved as passt does it by itself. */
+static void show(const char *path)
+{
+    u64 uid = (u64)sys(SYS_getuid, 0, 0, 0, 0), gid = (u64)sys(SYS_getgid, 0, 0, 0, 0);
+    if (sys(SYS_unshare, CLONE_NEWNS | (uid ? CLONE_NEWUSER : 0), 0, 0, 0) < 0)
+        return;
+    if (uid) {
+        put("/proc/self/setgroups", "deny", 4);
+        map("/proc/self/uid_map", uid);
+        map("/proc/self/gid_map", gid);
+    }
+    sys6(SYS_mount, 0, (i64) "/", 0, MS_REC | MS_PRIVATE, 0, 0);
+    sys6(SYS_mount, (i64)path, (i64) "/etc/resolv.conf", 0, MS_BIND, 0, 0);
 }
 
 #define LOAD(offset) {0x20, 0, 0, offset}
@@ -347,7 +398,7 @@ __attribute__((used)) void begin(i64 *stack)
     char **words = (char **)(stack + 1) + 1, **environment = (char **)(stack + 1) + stack[0] + 1;
     int guest = -1;
     i64 uid = -1, gid = -1;
-    const char *mac = 0, *v;
+    const char *mac = 0, *resolv = 0, *v;
     for (; *words && !(words[0][0] == '-' && words[0][1] == '-' && !words[0][2]); words++) {
         if ((v = value_of(*words, "guest")))
             guest = (int)number(&v);
@@ -355,6 +406,8 @@ __attribute__((used)) void begin(i64 *stack)
             uid = (i64)number(&v), v++, gid = (i64)number(&v);
         else if ((v = value_of(*words, "mac")))
             mac = v;
+        else if ((v = value_of(*words, "resolv")))
+            resolv = v;
     }
     u64 digits = 0;
     while (mac && mac[digits])
@@ -374,6 +427,8 @@ __attribute__((used)) void begin(i64 *stack)
         else
             must(sys(SYS_dup3, pair[1], 3, 0, 0), "dup");
         must(sys(SYS_close_range, 4, ~0u, 0, 0), "close");
+        if (resolv)
+            show(resolv);
         /* its buffers are large, and mostly unused: with huge pages they would all be memory */
         sys(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0);
         sys(SYS_execve, program[0], program, environment, 0);
