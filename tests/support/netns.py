@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,5 +182,7 @@ def world(scratch: Path) -> Iterator[World]:
         )
 
 
-def run_on(world: World, argv: Sequence[str], timeout: float = 20) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*world.prefix, *argv], capture_output=True, timeout=timeout, check=False)
+def run_in(name: str, script: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a script in a namespace."""
+    argv = ["nsenter", f"--net={path_of(name)}", sys.executable, "-c", script]
+    return subprocess.run(argv, capture_output=True, timeout=20, check=False)

@@ -198,18 +198,7 @@ class Passt:
                 raise HostError(f"passt was not ready within {_TIMEOUT:g} s")
             time.sleep(0.001)
         if theirs is None:
-            raise self._failure()
-
-    def _failure(self) -> HostError | PortInUse:
-        said = _said(self.fence)
-        if match := _PORT.search(said):
-            protocol = "tcp" if match[1] == "t" else "udp"
-            return PortInUse(
-                f"port {match[3]}/{protocol} of {match[2]} cannot be bound",
-                hint="choose another port with -p",
-                port=int(match[3]),
-            )
-        return HostError(f"passt does not start: {said}", hint="--network=user:slirp does without it")
+            raise failure(_said(self.fence))
 
     def forget(self) -> None:
         """Lets it run by itself from here on."""
@@ -218,6 +207,18 @@ class Passt:
         # so that a server that has started it does not keep it as a zombie, and nobody is warned
         _children.append(self.fence)
         _children[:] = [child for child in _children if child.poll() is None]
+
+
+def failure(said: str) -> PortInUse | HostError:
+    """What passt's last words mean."""
+    if match := _PORT.search(said):
+        protocol = "tcp" if match[1] == "t" else "udp"
+        return PortInUse(
+            f"port {match[3]}/{protocol} of {match[2]} cannot be bound",
+            hint="choose another port with -p",
+            port=int(match[3]),
+        )
+    return HostError(f"passt does not start: {said}", hint="--network=user:slirp does without it")
 
 
 _children: list[subprocess.Popen[bytes]] = []

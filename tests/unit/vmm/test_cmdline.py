@@ -12,7 +12,7 @@ import pytest
 from ovms.disk.layers import Layer
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, Network, PortForward, Restore, VmConfig
+from ovms.vmm.model import Machine, Network, PortForward, Restore, Uplink, VmConfig
 from ovms.vmm.qemu import cmdline
 
 MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
@@ -45,6 +45,31 @@ def test_the_whole_command_line(golden: object) -> None:
 
 def test_the_command_line_of_a_restore(golden: object) -> None:
     golden("qemu-restore.txt", "\n".join(build(RESTORED, replace(FDS, ram=12, state=13))) + "\n")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("uplink", Uplink)
+def test_the_card_is_the_same_whatever_it_is_connected_to(uplink: Uplink) -> None:
+    def card(config: VmConfig) -> str:
+        return next(word for word in build(config) if word.startswith("virtio-net"))
+
+    fd = 20 if uplink in (Uplink.STREAM, Uplink.TAP) else None
+    config = replace(CONFIG, network=Network(uplink, fd))
+    assert card(config) == card(CONFIG)
+    argv = build(config)
+    netdevs = [b for a, b in itertools.pairwise(argv) if a == "-netdev"]
+    assert (
+        netdevs
+        == {
+            Uplink.SLIRP: ["user,id=net0"],
+            Uplink.STREAM: [
+                "socket,id=stream0,fd=20",
+                "hubport,id=hub0,hubid=0,netdev=stream0",
+                "hubport,id=net0,hubid=0",
+            ],
+            Uplink.TAP: ["tap,id=net0,fd=20,vhost=off"],
+            Uplink.NONE: ["hubport,id=net0,hubid=0"],
+        }[uplink]
+    )
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
