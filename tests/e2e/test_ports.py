@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,3 +75,29 @@ def test_a_host_without_a_route(ovm: Ovm, echo: str, route: str | None) -> None:
         script = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)"
         assert netns.run_in(name, script).returncode == 0
         inside.ok("rm", "-f", "one")
+
+
+@pytest.mark.spec("RUN-19")
+def test_a_start_or_a_change_that_is_killed_leaves_nothing(ovm: Ovm, echo: str) -> None:
+    if reason := netns.allowed():
+        pytest.skip(reason)
+    with netns.namespace() as name:
+        inside = replace(ovm, prefix=("nsenter", f"--net={netns.path_of(name)}"))
+        for i in range(8):
+            starting = inside.popen(*RUN, f"one-{i}", "-p", "80", echo, stdout=subprocess.DEVNULL)
+            time.sleep(0.15 + 0.04 * i)
+            starting.kill()
+            starting.wait(10)
+            inside.ok("ps")
+        inside.ok(*RUN, "two", "-p", "80", echo)
+        for i in range(6):
+            changing = inside.popen("port", "two", "--add", str(100 + i), stdout=subprocess.DEVNULL)
+            time.sleep(0.1 + 0.03 * i)
+            changing.kill()
+            changing.wait(10)
+            for port in inside.ok("port", "two", "--json").json:
+                script = f"import socket; socket.create_connection(('127.0.0.1', {port['host_port']}), timeout=5)"
+                assert netns.run_in(name, script).returncode == 0
+        inside.ok("rm", "-f", *inside.ok("ps", "-aq").out.split())
+        # of a VM itself nothing is in this namespace but the watcher, so what is left would be of its network
+        assert netns.processes(name) == []

@@ -186,3 +186,14 @@ def run_in(name: str, script: str) -> subprocess.CompletedProcess[bytes]:
     """Runs a script in a namespace."""
     argv = ["nsenter", f"--net={path_of(name)}", sys.executable, "-c", script]
     return subprocess.run(argv, capture_output=True, timeout=20, check=False)
+
+
+def processes(name: str, *, timeout: float = 5) -> list[int]:
+    """The processes that are still in a namespace after a while."""
+    deadline = time.monotonic() + timeout
+    while True:
+        done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, timeout=10, check=True)
+        found = [int(pid) for pid in done.stdout.split()]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)

@@ -7,10 +7,10 @@ the versions of today), so another one takes its place: connections through the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ovms.errors import NotFound, OvmsError, StateConflict, Unsupported, VmmError
+from ovms.errors import NotFound, OvmsError, StateConflict, Unsupported
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.network import Kind
 from ovms.runtime.record import Record
@@ -43,7 +43,7 @@ def change(runtime: Runtime, record: Record, add: Sequence[PortForward], remove:
                 hint="the guest has an address of its own there; or run it with --network=user",
             )
         going = [port for pattern in remove for port in _matching(newest, pattern)]
-        coming = port_forwards.settle(add)
+        coming = _settled(add, going)
         wanted = replace(newest, ports=(*(port for port in newest.ports if port not in going), *coming))
         if wanted.ports == newest.ports:
             return newest
@@ -54,9 +54,18 @@ def change(runtime: Runtime, record: Record, add: Sequence[PortForward], remove:
             try:
                 instances.reconnect(wanted)
             except OvmsError:
-                instances.reconnect(newest)
+                with contextlib.suppress(OvmsError):  # the next command tries again
+                    instances.reconnect(newest)
                 raise
         return instances.save(wanted)
+
+
+def _settled(add: Sequence[PortForward], going: Sequence[PortForward]) -> tuple[PortForward, ...]:
+    # a port of the host that is let go may lead elsewhere in the same breath
+    freed = {(port.host_ip, port.host_port, port.protocol) for port in going}
+    kept = [(port.host_ip, port.host_port, port.protocol) in freed for port in add]
+    settled = iter(port_forwards.settle([port for port, free in zip(add, kept, strict=True) if not free]))
+    return tuple(port if free else next(settled) for port, free in zip(add, kept, strict=True))
 
 
 def _matching(record: Record, pattern: PortForward) -> list[PortForward]:
@@ -83,7 +92,6 @@ def _change_slirp(control: Control, coming: Sequence[PortForward], going: Sequen
         undo.pop_all()
 
 
-def _quietly(call: object, port: PortForward) -> None:
-    assert callable(call)
-    with contextlib.suppress(VmmError, OvmsError):
+def _quietly(call: Callable[[PortForward], None], port: PortForward) -> None:
+    with contextlib.suppress(OvmsError):
         call(port)

@@ -217,6 +217,12 @@ class Instances:
         (directory / FILE).unlink(missing_ok=True)
         fsutil.remove_tree(directory)
 
+    def sweep_network(self, record: Record) -> None:
+        """Sees to it that nothing of the network of a VM is left that has just ended: its ports are free then."""
+        with contextlib.suppress(InstanceNotFound), self.locked(record) as newest:
+            if _ended(newest):
+                network.sweep(self.directory(newest.id))
+
     @contextlib.contextmanager
     def control(self, record: Record) -> Iterator[Control]:
         """The control channel of an instance's living VM (under its lock)."""

@@ -292,6 +292,7 @@ class Runtime:
             running.kill()
         if record.watcher is not None:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
+        network.sweep(self.instances.directory(record.id))
 
     def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
         """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.
@@ -301,6 +302,7 @@ class Runtime:
         if grace > 0:
             record = self.power_down(record)
             if record.process is not None and record.process.wait(grace):
+                self.instances.sweep_network(record)
                 return self.instances.status(record)
         self.kill(record)
         return self.instances.status(self.instances.find(record.id))

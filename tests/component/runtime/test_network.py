@@ -141,13 +141,25 @@ def test_passt_ends_with_its_vm(runtime: Runtime, echo: Found, how: str) -> None
     assert network.outside(directory(runtime, record)) is None
 
 
+@pytest.mark.parametrize("wanted", USER)
+@pytest.mark.parametrize("grace", [0.0, 20.0])
+def test_the_ports_of_a_stopped_vm_are_free_at_once(runtime: Runtime, echo: Found, wanted: str, grace: float) -> None:
+    port = ports.settle([ports.parse("80")])[0]
+    for _ in range(3):
+        record = start(runtime, echo, wanted, f"{port.host_port}:80")
+        Console(directory(runtime, record)).wait_for("READY")
+        runtime.stop(record, grace=grace)
+
+
 @needs_passt
 def test_a_passt_that_does_not_end_is_ended(runtime: Runtime, echo: Found) -> None:
     record = start(runtime, echo, "user:passt")
     found = outside(runtime, record)
     for process in found.processes:
         os.kill(process.pid, signal.SIGSTOP)
-    runtime.kill(record)
+    assert record.process is not None
+    record.process.kill()
+    time.sleep(0.05)
     assert not ended(found)
     runtime.instances.recover()
     assert ended(found)
@@ -209,10 +221,16 @@ def test_ports_change_while_a_vm_runs(runtime: Runtime, echo: Found, wanted: str
     assert connects(kept)
     assert connects(changed.ports[1])
     assert Console(directory(runtime, record)).ping() == 1
+    # a port of the host goes on to another of the guest
+    changed = forwards.change(runtime, changed, [replace(kept, guest_port=82)], [ports.parse("81")])
+    kept = changed.ports[-1]
+    assert (kept.guest_port, kept.host_port) == (82, record.ports[1].host_port)
+    assert connects(kept)
     # again, and what was free before can be had
-    changed = forwards.change(runtime, changed, [record.ports[0]], [changed.ports[1]])
+    changed = forwards.change(runtime, changed, [record.ports[0]], [changed.ports[0]])
     assert connects(record.ports[0])
-    assert changed.ports == (kept, PortForward("127.0.0.1", changed.ports[1].host_port, 53, "udp"), record.ports[0])
+    assert [p.guest_port for p in changed.ports] == [53, 82, 80]
+    assert changed.ports[-1] == record.ports[0]
 
 
 @pytest.mark.parametrize("wanted", USER)
