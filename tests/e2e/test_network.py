@@ -127,3 +127,15 @@ def test_what_a_guest_reaches_and_what_reaches_it(ovm: Ovm, world: netns.World, 
     assert listed[0]["host_port"] != port_of(clone)
     assert json.loads(world.get(listed[0]["host_port"]))["token"] == answers[0]["token"]
     assert netns.ANSWER in cloned(page)
+
+    # in, where the guest speaks first: by IPv4 and by IPv6
+    listed = ovm.ok("port", clone["name"], "--add", "90", "--add", "[::1]::91", "--json").json
+    script = "import socket, sys; print(socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10).recv(9))"
+    for forward, family, address in zip(listed[-2:], ("", "6"), ("INADDR_ANY", "IN6ADDR_ANY"), strict=True):
+        serve = (
+            f"socket(my $s, PF_INET{family}, SOCK_STREAM, 0); "
+            f"bind($s, pack_sockaddr_in{family}({forward['guest_port']}, {address})) or die; "
+            'listen($s, 1); accept(my $c, $s); syswrite($c, "first"); sleep 5'
+        )
+        said = cloned(f"perl -MSocket=:all -e '{serve}' & sleep 2")
+        assert "first" in world.python(script, forward["host_ip"], str(forward["host_port"])), said

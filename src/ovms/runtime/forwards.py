@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ovms.errors import NotFound, OvmsError, StateConflict, Unsupported
 from ovms.runtime import ports as port_forwards
-from ovms.runtime.network import Kind
+from ovms.runtime.network import Kind, check_ports
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.vmm.model import PortForward
@@ -26,7 +26,7 @@ def change(runtime: Runtime, record: Record, add: Sequence[PortForward], remove:
 
     Raises:
         StateConflict: the instance does not run.
-        Unsupported: its network forwards no ports.
+        Unsupported: its network forwards no ports, or not these.
         NotFound: no such forward.
         PortInUse, UsageError, HostError: a port is taken, or not ours to take.
         VmmError: the VMM failed.
@@ -43,6 +43,7 @@ def change(runtime: Runtime, record: Record, add: Sequence[PortForward], remove:
                 hint="the guest has an address of its own there; or run it with --network=user",
             )
         going = [port for pattern in remove for port in _matching(newest, pattern)]
+        check_ports(newest.network.kind, add)
         coming = _settled(add, going)
         wanted = replace(newest, ports=(*(port for port in newest.ports if port not in going), *coming))
         if wanted.ports == newest.ports:

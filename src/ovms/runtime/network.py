@@ -16,14 +16,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ovms import fsutil
-from ovms.errors import JsonInvalid, OvmsError, SnapshotIncompatible, UsageError
+from ovms.errors import JsonInvalid, OvmsError, SnapshotIncompatible, Unsupported, UsageError
 from ovms.process import ProcessId
 from ovms.spec import limits, strictjson
 from ovms.vmm.jail import User
@@ -130,16 +130,17 @@ class Attachment:
         return cls(Kind(value["kind"]), value["name"], None if path is None else Path(path), value["redirect"])
 
 
-def choose(wanted: Wanted, *, state: str | None, ports: bool) -> Attachment:
+def choose(wanted: Wanted, *, state: str | None, ports: Sequence[PortForward]) -> Attachment:
     """What a VM gets on this host.
 
     Args:
         wanted: what the user asks for.
         state: what the network of the snapshot was that is restored (None: it is booted).
-        ports: whether ports are to be forwarded.
+        ports: what is to be forwarded.
 
     Raises:
         UsageError: ports on a network that forwards none.
+        Unsupported: ports on a network that does not forward these.
         ToolMissing: passt is asked for by name, and not installed.
         SnapshotIncompatible: the snapshot does not go with that network.
     """
@@ -147,17 +148,33 @@ def choose(wanted: Wanted, *, state: str | None, ports: bool) -> Attachment:
         raise UsageError(f"-p needs the user network; {wanted.kind} is asked for", hint="leave out -p or --network")
     if why := why_not(wanted, state):
         raise SnapshotIncompatible(f"the RAM snapshot cannot be restored: {why}", rule="RAM-32")
-    if wanted.kind is not None:
-        if wanted.kind is Kind.PASST:
-            from ovms.runtime import passt
+    kind = _kind(wanted, state)
+    check_ports(kind, ports)
+    return Attachment(kind, wanted.name, wanted.path, wanted.redirect)
 
-            passt.find()
-        return Attachment(wanted.kind, wanted.name, wanted.path, wanted.redirect)
-    if state == "user":
-        return Attachment(Kind.SLIRP)
+
+def _kind(wanted: Wanted, state: str | None) -> Kind:
+    if wanted.kind not in (None, Kind.PASST):
+        return wanted.kind
+    if wanted.kind is None and state == "user":
+        return Kind.SLIRP
     from ovms.runtime import passt
 
-    return Attachment(Kind.PASST if passt.installed() else Kind.SLIRP)
+    if wanted.kind is Kind.PASST:
+        passt.find()
+    return wanted.kind or (Kind.PASST if passt.installed() else Kind.SLIRP)
+
+
+def check_ports(kind: Kind, ports: Sequence[PortForward]) -> None:
+    """Whether a network forwards these ports.
+
+    Raises:
+        Unsupported: it does not.
+    """
+    if kind is Kind.SLIRP and any(port.ipv6 for port in ports):
+        raise Unsupported(
+            "QEMU's own user network forwards ports of IPv4 addresses alone", hint="use one, or install passt"
+        )
 
 
 def why_not(wanted: Wanted, state: str | None) -> str | None:

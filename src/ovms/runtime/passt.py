@@ -35,13 +35,14 @@ _NAME: Final = "passt"
 _TIMEOUT: Final = 15.0
 _SAID_MAX: Final = 16384
 _ADDRESSES: Final = ("-a", "10.0.2.15", "-n", "24", "-g", "10.0.2.2", "--dns-forward", "10.0.2.3")
-_ADDRESSES_6: Final = ("-a", "fec0::15", "--dns-forward", "fec0::3")
+_PREFIX_6: Final = "fec0::"
+_RESOLVER_6: Final = "fec0::3"
 #: The router's hardware address: QEMU's own user network has the same.
 _RESOLVER: Final = "10.0.2.3"
 _ROUTER: Final = "52:55:0a:00:02:02"
 _MTU: Final = 1500
 _FILTERS: Final = re.compile(r"^Seccomp_filters:\s+([0-9]+)$", re.MULTILINE)
-_PORT: Final = re.compile(r"'-([tu]) ([0-9.]+)/([0-9]+):")
+_PORT: Final = re.compile(r"'-([tu]) ([0-9a-f.:]+)/([0-9]+):")
 
 
 def installed() -> bool:
@@ -87,7 +88,14 @@ def routes(proc: Path = Path("/proc/net")) -> Routes:
     return Routes(ipv4, ipv6)
 
 
-def command(program: Path, ports: Sequence[PortForward], user: User | None, host: Routes) -> list[str]:
+def address_6(mac: str) -> str:
+    """The address that a guest gives itself on the network, and gets when it asks by DHCPv6."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    interface = bytes([octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]])
+    return _PREFIX_6 + interface.hex(":", 2)
+
+
+def command(program: Path, ports: Sequence[PortForward], user: User | None, host: Routes, mac: str) -> list[str]:
     """The command line; its end of the connection is descriptor 3. *user*: whom it becomes (None: it stays)."""
     argv = [str(program), "--fd", "3", "-f", "-q", "-m", str(_MTU), "-M", _ROUTER, *_ADDRESSES]
     # the gateway's address is no way to the host's own loopback
@@ -95,7 +103,7 @@ def command(program: Path, ports: Sequence[PortForward], user: User | None, host
     if host.ipv6 is None:
         argv.append("-4")
     else:
-        argv += _ADDRESSES_6
+        argv += ["-a", address_6(mac), "--dns-forward", _RESOLVER_6]
     if host.ipv4 is None:
         # without a default route it would take IPv4 for missing, and forwarded ports with it
         argv += ["-i", host.ipv6 or "lo"]
@@ -133,9 +141,14 @@ def start(fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, u
     """Starts passt for a VM at the other end of *fd*. It ends when that does. *directory* is the instance's.
 
     Raises:
-        ToolMissing, HostError: it can't be started.
+        ToolMissing, HostError: it can't be started, or not with these ports.
     """
-    argv = command(find(), ports, user if os.geteuid() == 0 else None, routes())
+    host = routes()
+    if host.ipv6 is None and any(port.ipv6 for port in ports):
+        raise HostError(
+            "ports of IPv6 addresses cannot be forwarded: this host has no route for IPv6", hint="use an IPv4 address"
+        )
+    argv = command(find(), ports, user if os.geteuid() == 0 else None, host, mac)
     words = [
         f"guest={fd}",
         f"user={user.uid}:{user.gid}",
@@ -217,6 +230,11 @@ def failure(said: str) -> PortInUse | HostError:
             f"port {match[3]}/{protocol} of {match[2]} cannot be bound",
             hint="choose another port with -p",
             port=int(match[3]),
+        )
+    if "Overlapping port specifier" in said:
+        return HostError(
+            "this version of passt forwards a port number of the host from one of its addresses only",
+            hint="use another port for each address, or --network=user:slirp",
         )
     return HostError(f"passt does not start: {said}", hint="--network=user:slirp does without it")
 

@@ -225,7 +225,7 @@ class Runtime:
                     layers,
                     _Snapshot(digest, image, control.state),
                     None,
-                    network.choose(options.network, state=state, ports=bool(options.ports)),
+                    network.choose(options.network, state=state, ports=options.ports),
                 )
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
@@ -244,7 +244,7 @@ class Runtime:
             mac=_new_mac(),
             disk_size=disk_size,
         )
-        connected = network.choose(options.network, state=None, ports=bool(options.ports))
+        connected = network.choose(options.network, state=None, ports=options.ports)
         return _Plan(machine, reason, layers, None, not_restored, connected)
 
     def _config(self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None) -> VmConfig:

@@ -83,7 +83,7 @@ def _field(value: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 @dataclass(frozen=True)
 class PortForward:
-    """A port of the host that leads to one of the guest."""
+    """A port of the host that leads to one of the guest. ``host_ip`` is an address of IPv4 or IPv6, as :mod:`ipaddress` writes it."""
 
     host_ip: str
     host_port: int
@@ -91,7 +91,17 @@ class PortForward:
     protocol: str = "tcp"
 
     def __str__(self) -> str:
-        return f"{self.host_ip}:{self.host_port}->{self.guest_port}/{self.protocol}"
+        return f"{self.host}->{self.guest_port}/{self.protocol}"
+
+    @property
+    def ipv6(self) -> bool:
+        """Whether the host's address is one of IPv6."""
+        return ":" in self.host_ip
+
+    @property
+    def host(self) -> str:
+        """Address and port of the host."""
+        return f"[{self.host_ip}]:{self.host_port}" if self.ipv6 else f"{self.host_ip}:{self.host_port}"
 
 
 class Uplink(StrEnum):

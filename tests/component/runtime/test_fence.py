@@ -25,6 +25,9 @@ ECHO = ("/bin/sh", "-c", "exec /bin/cat <&3 >&3")
 ROUTER = bytes.fromhex("52550a000202")
 
 
+ETHERNET = 14
+
+
 def ethernet(kind: int, payload: bytes) -> bytes:
     return ROUTER + MAC + struct.pack(">H", kind) + payload
 
@@ -74,6 +77,10 @@ STOPPED = {
 }
 
 
+#: Frames that the fence sends by itself.
+ANNOUNCED = 2
+
+
 def with_length(frame: bytes) -> bytes:
     return struct.pack(">I", len(frame)) + frame
 
@@ -113,16 +120,24 @@ def frames(sock: socket.socket, count: int) -> list[bytes]:
 
 def test_what_the_program_is_told_first() -> None:
     with fenced(*ECHO) as (sock, _):
-        (first,) = frames(sock, 1)
+        first, second = frames(sock, ANNOUNCED)
     assert first[:14] == b"\xff" * 6 + MAC + b"\x80\x35", "who the guest is, before it says anything"
     assert len(first) == 60
+    solicitation = second[14:]
+    assert second[6:14] == MAC + b"\x86\xdd"
+    assert solicitation[8:24] == socket.inet_pton(socket.AF_INET6, "fe80::5054:ff:fe01:203")
+    assert solicitation[24:40] == socket.inet_pton(socket.AF_INET6, "ff02::2")
+    assert solicitation[40] == 133
+    words = struct.unpack(">20H", solicitation[8:])
+    total = sum(words) + 8 + 58
+    assert (total & 0xFFFF) + (total >> 16) == 0xFFFF, "the checksum"
 
 
 @pytest.mark.parametrize("frame", PASSING.values(), ids=PASSING)
 def test_frames_that_pass(frame: bytes) -> None:
     with fenced(*ECHO) as (sock, _):
         sock.sendall(with_length(frame))
-        assert frames(sock, 2)[1] == frame
+        assert frames(sock, ANNOUNCED + 1)[-1] == frame
 
 
 @pytest.mark.spec("SEC-6")
@@ -131,12 +146,67 @@ def test_frames_that_go_no_further(frame: bytes) -> None:
     after = PASSING["ipv4"]
     with fenced(*ECHO) as (sock, _):
         sock.sendall(with_length(frame) + with_length(after))
-        assert frames(sock, 2)[1] == after
+        assert frames(sock, ANNOUNCED + 1)[-1] == after
+
+
+def segment(flags: int, *, by_ipv6: bool = False, options: int = 0) -> bytes:
+    tcp = struct.pack(">HHIIBBHHH", 80, 40000, 0xFFFFFFFF, 77, 0x50, flags, 512, 0, 0)
+    if by_ipv6:
+        frame = ipv6("fec0::15", "fec0::2")
+        return frame[: ETHERNET + 40] + tcp
+    frame = ipv4(GUEST, "10.0.2.2", bytes(options) + tcp)
+    return frame[:ETHERNET] + bytes([0x45 + options // 4]) + frame[ETHERNET + 1 :]
+
+
+def checksum(data: bytes) -> int:
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    return (total & 0xFFFF) + (total >> 16)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [segment(0x12), segment(0x52, options=8), segment(0x12, by_ipv6=True)],
+    ids=["ipv4", "ipv4 with options", "ipv6"],
+)
+def test_the_handshake_of_a_client_that_waits_is_ended(frame: bytes) -> None:
+    with fenced(*ECHO) as (sock, _):
+        sock.sendall(with_length(frame))
+        got = frames(sock, ANNOUNCED + 2)
+    acks = [f for f in got if f[6:12] == ROUTER and f[:6] == MAC]
+    (ack,) = acks
+    assert frame in got, "and passt gets its own"
+    six = frame[12:14] == b"\x86\xdd"
+    packet, tcp = ack[ETHERNET:], ack[ETHERNET + (40 if six else 20) :]
+    assert ack[12:14] == frame[12:14]
+    ports, sequence, acknowledged, offset, flags = struct.unpack(">IIIBB", tcp[:14])
+    assert (ports, sequence, acknowledged, offset, flags) == (40000 << 16 | 80, 77, 0, 0x50, 0x10)
+    addresses = packet[8:40] if six else packet[12:20]
+    sent = frame[ETHERNET + 8 : ETHERNET + 40] if six else frame[ETHERNET + 12 : ETHERNET + 20]
+    assert addresses == sent[len(sent) // 2 :] + sent[: len(sent) // 2]
+    assert checksum(addresses + struct.pack(">HH", 6, 20) + tcp) == 0xFFFF
+    if six:
+        assert struct.unpack(">H", packet[4:6]) == (20,)
+    else:
+        assert checksum(packet[:20]) == 0xFFFF
+        assert struct.unpack(">H", packet[2:4]) == (40,)
+
+
+OTHERS = [segment(flags) for flags in (0x02, 0x10, 0x18, 0x11, 0x13, 0x16)]
+FRAGMENT = segment(0x12)[: ETHERNET + 6] + b"\x20\0" + segment(0x12)[ETHERNET + 8 :]
+
+
+@pytest.mark.parametrize(
+    "frame", [*OTHERS, FRAGMENT, segment(0x12)[:-1], segment(0x12)[:ETHERNET] + b"\x4f" * 40], ids=range(9)
+)
+def test_nothing_else_is_answered(frame: bytes) -> None:
+    with fenced(*ECHO) as (sock, _):
+        sock.sendall(with_length(frame) + with_length(PASSING["arp"]))
+        assert frames(sock, ANNOUNCED + 2)[ANNOUNCED:] == [frame, PASSING["arp"]]
 
 
 def test_many_frames_in_pieces_come_whole_and_in_order() -> None:
     rng = random.Random(5)
-    passing, stopped = list(PASSING.values()), list(STOPPED.values())
+    passing, stopped = [*PASSING.values(), segment(0x12)], list(STOPPED.values())
     sent = [rng.choice(passing if rng.random() < 0.7 else stopped) for _ in range(3000)]
     expected = [frame for frame in sent if frame in passing]
     data = b"".join(map(with_length, sent))
@@ -152,9 +222,18 @@ def test_many_frames_in_pieces_come_whole_and_in_order() -> None:
     with fenced(*ECHO) as (sock, _):
         sender = threading.Thread(target=send, args=(sock,))
         sender.start()
-        got = frames(sock, len(expected) + 1)[1:]
+        got: list[bytes] = []
+        answers = 0
+        with sock.makefile("rb") as file:
+            while len(got) < ANNOUNCED + len(expected):
+                frame = file.read(struct.unpack(">I", file.read(4))[0])
+                if frame[:6] == MAC:
+                    answers += 1  # between the others, never inside one
+                else:
+                    got.append(frame)
         sender.join(20)
-    assert got == expected
+    assert got[ANNOUNCED:] == expected
+    assert 0 < answers <= expected.count(segment(0x12))
 
 
 def test_a_frame_that_no_network_has_ends_it() -> None:
@@ -180,7 +259,7 @@ def test_the_program_ends_and_is_reaped_when_the_guest_does() -> None:
 
 def test_it_has_no_rights_and_few_descriptors() -> None:
     with fenced(*ECHO) as (sock, fence):
-        frames(sock, 1)
+        frames(sock, ANNOUNCED)
         status = Path(f"/proc/{fence.pid}/status").read_text()
         if os.geteuid() == 0:
             assert len(os.listdir(f"/proc/{fence.pid}/fd")) == 2

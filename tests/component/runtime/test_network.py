@@ -29,7 +29,7 @@ from ovms.errors import (
     UsageError,
 )
 from ovms.oci.reference import Reference
-from ovms.runtime import forwards, network, ports, snapshots, taps
+from ovms.runtime import forwards, network, passt, ports, snapshots, taps
 from ovms.runtime.network import Kind, Wanted
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -113,8 +113,7 @@ def test_with_passt_the_vmm_has_no_network_of_the_hosts(runtime: Runtime, echo: 
     assert "network" not in record.jail.missing
     assert Path(f"/proc/{record.process.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
     assert connects(record.ports[0])
-    fence, passt = outside(runtime, record).processes
-    for process in (fence, passt):
+    for process in outside(runtime, record).processes:
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
         if os.geteuid() == 0:
@@ -248,6 +247,25 @@ def test_a_change_of_ports_that_fails_changes_nothing(
             forwards.change(runtime, record, [port], [ports.parse("80")])
     assert connects(record.ports[0])
     assert runtime.instances.find(record.id).ports == record.ports
+
+
+@needs_passt
+def test_ports_of_ipv6_addresses(runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    if passt.routes().ipv6 is None:
+        with pytest.raises(HostError):
+            start(runtime, echo, "user:passt", "[::1]::80")
+        return
+    record = start(runtime, echo, "user:passt", "[::1]::80", "80")
+    assert str(record.ports[0]).startswith("[::1]:")
+    assert connects(record.ports[0])
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = f"[::1]:{taken.getsockname()[1]}:81"
+        with pytest.raises(PortInUse):
+            forwards.change(runtime, record, [ports.parse(port)], [])
+        monkeypatch.setattr(ports, "settle", tuple)
+        with pytest.raises(PortInUse):
+            forwards.change(runtime, record, [ports.parse(port)], [])
+    assert connects(record.ports[0])
 
 
 @needs_passt

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovms.errors import HostError, PortInUse, SnapshotIncompatible, ToolMissing, UsageError
+from ovms.errors import HostError, PortInUse, SnapshotIncompatible, ToolMissing, Unsupported, UsageError
 from ovms.process import ProcessId
 from ovms.runtime import network, passt, taps
 from ovms.runtime.network import Attachment, Kind, Wanted
 from ovms.vmm.jail import User
 from ovms.vmm.model import PortForward
 
+MAC = "52:54:00:01:02:03"
 ID = "11111111-2222-3333-4444-555555555555"
 
 
@@ -83,7 +84,17 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def choose(text: str, state: str | None = None, *, ports: bool = False) -> Kind:
-    return network.choose(Wanted.parse(text), state=state, ports=ports).kind
+    return network.choose(Wanted.parse(text), state=state, ports=PORTS if ports else ()).kind
+
+
+def test_ipv6_ports_need_passt(tools: dict[str, str]) -> None:
+    port = PortForward("::1", 8080, 80)
+    assert network.choose(Wanted(), state=None, ports=[port]).kind is Kind.PASST
+    with pytest.raises(Unsupported):
+        network.choose(Wanted(), state="user", ports=[port])
+    tools.clear()
+    with pytest.raises(Unsupported):
+        network.choose(Wanted(), state=None, ports=[port])
 
 
 def test_the_user_network_is_passt_where_it_is_installed(tools: dict[str, str]) -> None:
@@ -146,7 +157,7 @@ PORTS = (PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "u
 
 def test_the_command_line(golden: object) -> None:
     host = passt.Routes("eth0", "eth0")
-    argv = passt.command(Path("/usr/bin/passt"), PORTS, User(12345, 23456), host)
+    argv = passt.command(Path("/usr/bin/passt"), PORTS, User(12345, 23456), host, MAC)
     golden("passt.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
 
 
@@ -159,9 +170,9 @@ def test_the_command_line(golden: object) -> None:
     ],
 )
 def test_hosts_without_a_route(host: passt.Routes, expected: list[str]) -> None:
-    argv = passt.command(Path("/usr/bin/passt"), (), None, host)
+    argv = passt.command(Path("/usr/bin/passt"), (), None, host, MAC)
     assert [word for word in argv if word in ("-4", "-i", "lo", "eth1")] == expected
-    assert ("fec0::15" in argv) == (host.ipv6 is not None)
+    assert ("fec0::5054:00ff:fe01:0203" in argv) == (host.ipv6 is not None)
     assert "--runas" not in argv
     assert "--no-map-gw" in argv
 
@@ -212,7 +223,9 @@ def test_what_passt_is_shown_of_resolvers(text: str, expected: str | None) -> No
     ("said", "error"),
     [
         ("Failed to bind any port for '-t 127.0.0.1/8080:80', exiting", PortInUse),
+        ("Failed to bind any port for '-t ::1/8080:80', exiting", PortInUse),
         ("Failed to bind any port for '-u 0.0.0.0/53:53', exiting", PortInUse),
+        ("Overlapping port specifier ::1/8080:80", HostError),
         ("Couldn't create user namespace: Operation not permitted", HostError),
     ],
 )

@@ -58,6 +58,5 @@ def run(args: argparse.Namespace, context: Context) -> int:
         output.answer_json([forward(port) for port in shown])
         return Exit.OK
     for port in shown:
-        place = f"{port.host_ip}:{port.host_port}"
-        output.answer(place if args.port is not None else f"{port.guest_port}/{port.protocol} -> {place}")
+        output.answer(port.host if args.port is not None else f"{port.guest_port}/{port.protocol} -> {port.host}")
     return Exit.OK

@@ -13,13 +13,17 @@
  *     any other IPv4 and IPv6                        pass
  *     everything else                                goes no further
  *
- * What comes back from passt is not looked at. PROGRAM has its end of the connection as descriptor 3. The first line on
+ * What comes back from passt passes as it is, and one thing is added. When a client of a forwarded port waits for the guest
+ * to speak first (as those of SMTP or MySQL do), passt of 2023-03 never sends the ACK that ends the handshake, and both wait
+ * for ever. So each SYN-ACK of the guest's is answered here; where passt does it, too, that is a harmless repetition.
+ *
+ * PROGRAM has its end of the connection as descriptor 3. The first line on
  * stdout is its number. When the guest's side, ours or passt's ends, so do the other two.
  *
  *     guest=FD               a stream socket to the VMM: frames, each after its length in 32 bits, big-endian
  *     user=UID:GID           whom we become; PROGRAM has to see to that by itself
- *     mac=AABBCCDDEEFF       the guest's, which passt is told before the guest says anything (it would not ask a restored
- *                            one that is silent)
+ *     mac=AABBCCDDEEFF       the guest's: passt is told of it before the guest says anything (it would not ask a restored one
+ *                            that is silent)
  *     resolv=PATH            PROGRAM finds this file at /etc/resolv.conf, where the host lets us do that
  *
  * Without a C library, as watch.c is; scripts/build-native.sh builds it.
@@ -225,18 +229,95 @@ static void give(struct way *way)
     way->start += (u64)count;
 }
 
+static u32 sum_of(const u8 *bytes, int count)
+{
+    u32 sum = 0;
+    for (int i = 0; i < count; i += 2)
+        sum += (u32)(bytes[i] << 8 | bytes[i + 1]);
+    return sum;
+}
+
+static void put_checksum(u8 *to, u32 sum)
+{
+    while (sum >> 16)
+        sum = (sum & 0xffff) + (sum >> 16);
+    to[0] = (u8)(~sum >> 8), to[1] = (u8)~sum;
+}
+
+#define TCP 6
+#define TCP_HEADER 20
+
+/* Answers a SYN-ACK of the guest's, behind the frames from passt that have come whole. */
+static void acknowledge(const u8 *frame, u64 size)
+{
+    const u8 *packet = frame + ETHERNET, *tcp;
+    int ipv4 = frame[12] == 8 && frame[13] == 0, address = ipv4 ? 4 : 16, from = ipv4 ? 12 : 8, header = ipv4 ? 20 : 40;
+    int given = ipv4 ? (packet[0] & 15) * 4 : 40;
+    if (!ipv4 && frame[12] != 0x86)
+        return;
+    /* a fragment is no whole segment */
+    if (given < header || packet[ipv4 ? 9 : 6] != TCP || (ipv4 && (packet[6] & 0x3f || packet[7])))
+        return;
+    tcp = packet + given;
+    if (size < (u64)(ETHERNET + given + TCP_HEADER) || (tcp[13] & 0x17 /* FIN, SYN, RST, ACK */) != 0x12)
+        return;
+    u64 length = (u64)(ETHERNET + header + TCP_HEADER);
+    if (BUFFER - in.used < 4 + length)
+        return; /* it comes again */
+    u8 *b = in.bytes + in.ready;
+    for (u64 i = in.used; i > in.ready; i--) /* what has come of the next frame */
+        in.bytes[i - 1 + 4 + length] = in.bytes[i - 1];
+    in.ready += 4 + length, in.used += 4 + length;
+    memset(b, 0, 4 + length);
+    b[3] = (u8)length;
+    b += 4;
+    memcpy(b, frame + 6, 6);
+    memcpy(b + 6, frame, 6);
+    memcpy(b + 12, frame + 12, 2);
+    b += ETHERNET;
+    memcpy(b + from, packet + from + address, (u64)address);
+    memcpy(b + from + address, packet + from, (u64)address);
+    if (ipv4) {
+        static const u8 head[] = {0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, TCP};
+        memcpy(b, head, sizeof head);
+        put_checksum(b + 10, sum_of(b, 20));
+    } else {
+        static const u8 head[] = {0x60, 0, 0, 0, 0, TCP_HEADER, TCP, 64};
+        memcpy(b, head, sizeof head);
+    }
+    u8 *reply = b + header;
+    memcpy(reply, tcp + 2, 2);
+    memcpy(reply + 2, tcp, 2);
+    memcpy(reply + 4, tcp + 8, 4);
+    memcpy(reply + 8, tcp + 4, 4);
+    for (int i = 11; i >= 8 && ++reply[i] == 0; i--)
+        ;
+    reply[12] = TCP_HEADER / 4 << 4;
+    reply[13] = 0x10;
+    reply[14] = 1; /* a window of 256, or of that times passt's scale */
+    put_checksum(reply + 16, sum_of(b + from, 2 * address) + TCP + TCP_HEADER + sum_of(reply, TCP_HEADER));
+}
+
+static int always(const u8 *frame, u64 size)
+{
+    (void)frame, (void)size;
+    return 1;
+}
+
 /* Looks at the frames that have come whole; one that may not pass is taken out. */
-static void look(struct way *way)
+static void look(struct way *way, int (*may_pass)(const u8 *, u64))
 {
     u64 at = way->ready;
     while (way->used - at >= 4) {
         const u8 *b = way->bytes + at;
         u64 size = (u64)b[0] << 24 | (u64)b[1] << 16 | (u64)b[2] << 8 | b[3];
         if (size > FRAME_MAX)
-            finish(2); /* no network of a guest's sends that: the VMM itself is somebody else's by now */
+            finish(2); /* no network sends that: the VMM itself, or passt, is somebody else's by now */
         if (way->used - at < 4 + size)
             break;
-        if (passes(b + 4, size)) {
+        if (may_pass(b + 4, size)) {
+            if (way == &out)
+                acknowledge(b + 4, size);
             if (at != way->ready)
                 memmove(way->bytes + way->ready, b, 4 + size);
             way->ready += 4 + size;
@@ -262,11 +343,11 @@ static void relay(void)
             continue;
         if (wait[0].revents & ~POLLOUT) {
             take(&out);
-            look(&out);
+            look(&out, passes);
         }
         if (wait[1].revents & ~POLLOUT) {
             take(&in);
-            in.ready = in.used;
+            look(&in, always);
         }
         give(&out);
         give(&in);
@@ -372,25 +453,44 @@ static void confine(i64 uid, i64 gid)
     must(sys(SYS_prctl, PR_SET_SECCOMP, 2, &program, 0), "seccomp");
 }
 
-static void announce(const char *mac)
+/* Puts a frame of the guest's on its way to passt; the place where what follows its Ethernet header begins. */
+static u8 *frame_of(const u8 *mac, u16 kind, u64 size)
 {
-    /* a RARP request, as VMMs send it for guests that have moved */
-    u8 *b = out.bytes, address[6];
-    for (int i = 0; i < 6; i++) {
-        u8 byte = 0;
-        for (int j = 0; j < 2; j++, mac++)
-            byte = (u8)(byte << 4 | (*mac <= '9' ? *mac - '0' : (*mac | 32) - 'a' + 10));
-        address[i] = byte;
-    }
-    memset(b, 0, 64);
-    b[3] = 60;
+    u8 *b = out.bytes + out.used;
+    memset(b, 0, 4 + ETHERNET + size);
+    b[3] = (u8)(ETHERNET + size);
     memset(b + 4, 0xff, 6);
-    memcpy(b + 10, address, 6);
-    static const u8 rarp[] = {0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3};
-    memcpy(b + 16, rarp, sizeof rarp);
-    memcpy(b + 26, address, 6);
-    memcpy(b + 36, address, 6);
-    out.ready = out.used = 64;
+    memcpy(b + 10, mac, 6);
+    b[16] = (u8)(kind >> 8), b[17] = (u8)kind;
+    out.ready = out.used += 4 + ETHERNET + size;
+    return b + 4 + ETHERNET;
+}
+
+static void announce(const char *digits)
+{
+    u8 mac[6];
+    for (int i = 0; i < 6; i++) {
+        mac[i] = 0;
+        for (int j = 0; j < 2; j++, digits++)
+            mac[i] = (u8)(mac[i] << 4 | (*digits <= '9' ? *digits - '0' : (*digits | 32) - 'a' + 10));
+    }
+    /* a RARP request, as VMMs send it for guests that have moved */
+    u8 *rarp = frame_of(mac, 0x8035, 46);
+    static const u8 request[] = {0, 1, 8, 0, 6, 4, 0, 3};
+    memcpy(rarp, request, sizeof request);
+    memcpy(rarp + 8, mac, 6);
+    memcpy(rarp + 18, mac, 6);
+    /* a router solicitation, from the link-local address that a guest has as a rule: passt has to know it, too */
+    static const u8 head[] = {0x60, 0, 0, 0, 0, 8, 58, 255, 0xfe, 0x80}, routers[] = {0xff, 2};
+    u8 *packet = frame_of(mac, 0x86dd, 48), *id = packet + 16;
+    memcpy(packet, head, sizeof head);
+    memcpy(id, mac, 3);
+    memcpy(id + 5, mac + 3, 3);
+    id[0] ^= 2, id[3] = 0xff, id[4] = 0xfe;
+    memcpy(packet + 24, routers, sizeof routers);
+    packet[39] = 2;
+    packet[40] = 133;
+    put_checksum(packet + 42, 8 + 58 + sum_of(packet + 8, 40));
 }
 
 __attribute__((used)) void begin(i64 *stack)
