@@ -9,7 +9,7 @@ from ovms.cli import output
 from ovms.process import describe_exit
 from ovms.runtime.instances import Status
 from ovms.spec.states import State
-from ovms.vmm.model import Ending
+from ovms.vmm.model import Ending, PortForward
 
 _ENDINGS = {
     Ending.POWERED_OFF: "Exited (powered off)",
@@ -40,10 +40,8 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
         "accel_reason": record.accel_reason,
         "memory": record.machine.memory,
         "cpus": record.machine.vcpus,
-        "ports": [
-            {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
-            for p in record.ports
-        ],
+        "ports": [forward(port) for port in record.ports],
+        "network": str(record.network),
         "exit": _exit(status),
         "restarts": None if record.restart is None else record.restart.count,
         "pid": None if record.process is None or not status.state.alive else record.process.pid,
@@ -67,6 +65,16 @@ def _exit(status: Status) -> dict[str, Any] | None:
         "signal": describe_exit(seen.returncode).removeprefix("signal ") if seen.returncode < 0 else None,
         "cpu_ms": round((seen.user_us + seen.system_us) / 1000, 1),
         "memory_max": seen.memory_max,
+    }
+
+
+def forward(port: PortForward) -> dict[str, Any]:
+    """A forwarded port as JSON."""
+    return {
+        "host_ip": port.host_ip,
+        "host_port": port.host_port,
+        "guest_port": port.guest_port,
+        "protocol": port.protocol,
     }
 
 

@@ -8,6 +8,7 @@
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
     ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
+    ├── network.json            what runs outside the VMM for its network (ovms.runtime.network)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 
@@ -21,6 +22,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
+from ovms.runtime.network import Attachment, Kind
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
 from ovms.vmm.jail import Jail
@@ -51,7 +53,7 @@ class Record:
     ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
-    ``jail`` is how the latter is confined.
+    ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     """
 
     id: str
@@ -76,6 +78,7 @@ class Record:
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
     restart: Restart | None = None
+    network: Attachment = field(default_factory=lambda: Attachment(Kind.SLIRP))
 
     @property
     def watched(self) -> Watched | None:
@@ -105,6 +108,7 @@ class Record:
                 {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
                 for p in self.ports
             ],
+            "network": self.network.to_json(),
             "overlays": list(self.overlays),
             "remove_on_exit": self.remove_on_exit,
             "ram_image": None if self.ram_image is None else str(self.ram_image),
@@ -148,6 +152,7 @@ class Record:
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
             restart=None if restart is None else Restart(**restart),
+            network=Attachment.from_json(value["network"]),
         )
 
     def with_overlay(self) -> Record:
