@@ -44,6 +44,8 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
     }
     if details:
         answer["machine"] = record.machine.to_json()
+        answer["volumes"] = [volume.to_json() for volume in record.volumes]
+        answer["user_data"] = record.user_data
         answer["runtime_version"] = record.vmm_version
         answer["remove_on_exit"] = record.remove_on_exit
     return answer

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ovms.errors import SnapshotIncompatible
+from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
@@ -18,6 +19,9 @@ from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
 _NETWORK: Final = "user"
+#: The name of the seed disk; the disk of the layers has none.
+_SEED: Final = "seed"
+_SEED_MAX: Final = 64 * limits.MIB
 
 
 def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, extra_disks: tuple[Digest, ...]) -> Header:
@@ -34,7 +38,7 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
         cpu_flags=machine.cpu_flags,
         vcpus=machine.vcpus,
         memory=machine.memory,
-        devices=_devices(machine.mac, machine.disk_size),
+        devices=_devices(machine.mac, machine.disk_size, machine.seed_size),
         kernel=manifest.kernel.ref if manifest.kernel else None,
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
@@ -42,15 +46,23 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
     )
 
 
-def _devices(mac: str, disk_size: int | None) -> tuple[Device, ...]:
+def _devices(mac: str, disk_size: int | None, seed_size: int | None) -> tuple[Device, ...]:
     disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
+    seed = () if seed_size is None else (Device("virtio-blk", name=_SEED, size=seed_size),)
     network = Device("virtio-net", mac=mac, backend=_NETWORK)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *seed)
+
+
+def _sizes(header: Header) -> tuple[int | None, int | None]:
+    # of the disk and of the seed disk
+    blocks = [device for device in header.devices if device.type == "virtio-blk"]
+    disk = next((device.size for device in blocks if device.name is None), None)
+    return disk, next((device.size for device in blocks if device.name == _SEED), None)
 
 
 def machine_of(header: Header) -> Machine:
     """The shape of the machine that a snapshot restores into; for one that :func:`why_not` has nothing against."""
-    network, disk = header.device("virtio-net"), header.device("virtio-blk")
+    network = header.device("virtio-net")
     assert network is not None
     assert network.mac is not None
     return Machine(
@@ -61,7 +73,7 @@ def machine_of(header: Header) -> Machine:
         header.memory,
         header.vcpus,
         network.mac,
-        None if disk is None else disk.size,
+        *_sizes(header),
     )
 
 
@@ -97,9 +109,11 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
     if header.parent is not None:
         return "it is a diff on another snapshot, which this version does not put together"
     mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
-    disk = header.device("virtio-blk")
-    if mac is None or header.devices != _devices(mac, None if disk is None else disk.size):
+    if mac is None or header.devices != _devices(mac, *_sizes(header)):
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
+    seed_size = _sizes(header)[1]
+    if seed_size is not None and (seed_size > _SEED_MAX or seed_size % 512):
+        return f"its seed disk has {seed_size} bytes, and this version gives none of that size"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"
     return vmm.why_incompatible(machine_of(header), header.vmm_version)

@@ -7,6 +7,7 @@
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── seed.img                what its cloud-init is told (ovms.runtime.seeds)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 
@@ -20,6 +21,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
+from ovms.runtime.volumes import Volume
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
 from ovms.vmm.jail import Jail
@@ -37,7 +39,8 @@ class Record:
     ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
-    ``jail`` is how the latter is confined.
+    ``jail`` is how the latter is confined. ``user_data`` says that the guest was given some: its memory, and whatever
+    it wrote, may hold secrets.
     """
 
     id: str
@@ -61,6 +64,8 @@ class Record:
     watcher: ProcessId | None = None
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
+    volumes: tuple[Volume, ...] = ()
+    user_data: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -97,6 +102,8 @@ class Record:
             "watcher": None if self.watcher is None else asdict(self.watcher),
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
+            "volumes": [volume.to_json() for volume in self.volumes],
+            "user_data": self.user_data,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -131,6 +138,8 @@ class Record:
             watcher=None if watcher is None else ProcessId(**watcher),
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
+            volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
+            user_data=bool(value["user_data"]),
         )
 
     def with_overlay(self) -> Record:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ovms import fsutil
 from ovms.artifact.kernels import check_kernel
@@ -21,21 +21,26 @@ from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsuppo
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import jail
+from ovms.runtime import attachments, jail
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, overlay_name
 from ovms.runtime.root import Root
+from ovms.runtime.volumes import Volume
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
+from ovms.vmm.extras import Extras
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
 from ovms.vmm.qemu.vmm import QemuVmm
+
+if TYPE_CHECKING:
+    from ovms.runtime.seeds import Seed
 
 DEFAULT_MEMORY: Final = 512 * limits.MIB
 DEFAULT_VCPUS: Final = 1
@@ -57,6 +62,8 @@ class RunOptions:
     remove_on_exit: bool = False
     runtime: str = "qemu"
     security: SecurityOptions = field(default_factory=SecurityOptions)
+    volumes: tuple[Volume, ...] = ()
+    seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         vmm = self.vmm(options.runtime)
@@ -150,13 +158,17 @@ class Runtime:
                     own_network=False,
                     taken=self.instances.users(),
                 ),
+                volumes=options.volumes,
+                user_data=attachments.may_hold_secrets(plan.machine, options.seed),
             )
 
         with (
-            self.instances.create(make, artifact.manifest.name, options.name) as record,
+            attachments.opened(options.volumes, self.root.path) as volumes,
+            self.instances.create(make, artifact.manifest.name, options.name) as bare,
             self._memory(plan.restore) as restore,
+            attachments.seeded(self.instances.directory(bare.id), bare, options.seed) as (record, seed),
         ):
-            config = self._config(artifact, record, plan, restore)
+            config = self._config(artifact, record, plan, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
@@ -203,6 +215,7 @@ class Runtime:
             ramsnap.check_codecs(control, ram.compression)
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
+            attachments.require_none(options.volumes, options.seed)
             not_restored = compat.why_not(vmm, header, choice.accel)
             if not_restored is None and ram.mlock_required:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
@@ -228,13 +241,15 @@ class Runtime:
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
-    def _config(self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None) -> VmConfig:
+    def _config(
+        self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None, extras: Extras
+    ) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
         return VmConfig(
             name=record.name,
             uuid=record.id,
-            machine=plan.machine,
+            machine=record.machine,
             kernel=None if manifest.kernel is None else self.layout.path(Digest(manifest.kernel.ref)),
             initrd=None if manifest.initrd is None else self.layout.path(Digest(manifest.initrd.ref)),
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
@@ -243,6 +258,7 @@ class Runtime:
             ports=record.ports,
             restore=restore,
             jail=record.jail,
+            extras=extras,
         )
 
     # --- stop and remove ---------------------------------------------------------------------------------------

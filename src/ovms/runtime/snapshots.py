@@ -21,6 +21,7 @@ from ovms.memory import capture, compat, snapshot
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
+from ovms.runtime import attachments
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits
@@ -63,6 +64,7 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
+        attachments.require_snapshot(newest)
         source = runtime.artifact(newest)
         if len(source.manifest.disk_layers) + len(newest.overlays) > limits.DISK_LAYERS_MAX:
             raise Unsupported(f"{newest.name} would have more than {limits.DISK_LAYERS_MAX} disk layers")

@@ -15,6 +15,7 @@ from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import limits
 from ovms.spec.choices import Accel
+from ovms.vmm.extras import Extras
 from ovms.vmm.jail import Jail
 
 
@@ -31,7 +32,7 @@ class Machine:
     """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
 
     ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
-    size of the disk as the guest sees it, or None without one.
+    size of the disk as the guest sees it, or None without one; ``seed_size`` that of the seed disk.
     """
 
     machine_type: str
@@ -42,6 +43,7 @@ class Machine:
     vcpus: int
     mac: str
     disk_size: int | None
+    seed_size: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -62,6 +64,7 @@ class Machine:
         if not limits.RAM_MIN <= memory <= limits.RAM_MAX or not 1 <= vcpus <= limits.VCPUS_MAX:
             raise SnapshotInvalid(f"{where}: {memory} bytes of memory and {vcpus} CPUs are out of range")
         disk_size = None if value.get("disk_size") is None else _field(value, "disk_size", int, where)
+        seed_size = None if value.get("seed_size") is None else _field(value, "seed_size", int, where)
         return cls(
             _field(value, "machine_type", str, where),
             Accel(accel),
@@ -71,6 +74,7 @@ class Machine:
             vcpus,
             _field(value, "mac", str, where),
             disk_size,
+            seed_size,
         )
 
 
@@ -128,6 +132,7 @@ class VmConfig:
     ports: tuple[PortForward, ...]
     restore: Restore | None = None
     jail: Jail = field(default_factory=Jail)
+    extras: Extras = field(default_factory=Extras)
 
 
 @dataclass(frozen=True)

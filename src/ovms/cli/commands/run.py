@@ -17,6 +17,7 @@ from ovms.errors import InstanceNotFound, UsageError
 if TYPE_CHECKING:
     from ovms.runtime.record import Record
     from ovms.runtime.runtime import Started
+    from ovms.runtime.seeds import Seed
 
 #: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
 GRACE = 60.0
@@ -42,6 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="forward a port of the host (127.0.0.1 unless IP says otherwise) to the guest; may be repeated",
     )
+    parser.add_argument(
+        "-v",
+        "--volume",
+        metavar="FILE[,format=raw|qcow2][,ro][,serial=NAME] | DIRECTORY[,tag=NAME]",
+        action="append",
+        default=[],
+        help="a disk more, raw unless you say otherwise, in the guest /dev/disk/by-id/virtio-NAME (vol0, vol1, ...); or a"
+        " directory to read, which the guest mounts by its tag (mount -t 9p NAME DIR); may be repeated",
+    )
+    told = parser.add_argument_group("for a guest with cloud-init, by a NoCloud seed disk")
+    told.add_argument("--user-data", metavar="FILE|-", help="its user data, from a file or stdin")
+    told.add_argument(
+        "--ssh-key",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="public keys that may log in as the guest's first user; may be repeated",
+    )
+    told.add_argument("--hostname", metavar="NAME", help="the guest's host name (default: the instance's name)")
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
     restore = parser.add_mutually_exclusive_group()
     restore.add_argument(
@@ -83,7 +103,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
-    from ovms.runtime import ports
+    from ovms.runtime import ports, volumes
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
 
@@ -97,6 +117,8 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         restore=RestorePolicy(args.restore),
         remove_on_exit=args.rm,
         runtime=args.runtime,
+        volumes=volumes.parse(args.volume),
+        seed=_seed(args),
     )
     runtime.vmm(args.runtime)
     check_runnable(args.platform)
@@ -116,6 +138,26 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
     if started.not_restored is not None:
         output.say(f"booted from the disk, not restored from the RAM snapshot: {started.not_restored}")
     return started
+
+
+def _seed(args: argparse.Namespace) -> Seed | None:
+    if args.user_data is None and not args.ssh_key and args.hostname is None:
+        return None
+    import sys
+    from pathlib import Path
+
+    from ovms.runtime import seeds
+
+    if args.user_data == "-" and (args.interactive or sys.stdin.isatty()):
+        raise UsageError("--user-data - reads stdin, which is the console's here", hint="name a file")
+    source = sys.stdin.fileno() if args.user_data == "-" else Path(args.user_data or "")
+    told = seeds.Seed(
+        None if args.user_data is None else seeds.read_user_data(source),
+        tuple(key for path in args.ssh_key for key in seeds.read_keys(Path(path))),
+        args.hostname,
+    )
+    seeds.check(told)
+    return told
 
 
 def _foreground(args: argparse.Namespace, context: Context) -> int:

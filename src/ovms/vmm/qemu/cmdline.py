@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm.extras import ExtraDisk, Share
 from ovms.vmm.model import Machine, PortForward, VmConfig
 
 RAM_ID: Final = "mem0"
@@ -23,6 +24,12 @@ OVERLAY_NODE: Final = "overlay"
 _SLOT_RNG: Final = "0x3"
 _SLOT_NET: Final = "0x4"
 _SLOT_DISK: Final = "0x5"
+_SLOT_SEED: Final = 0x7
+_SLOT_VOLUMES: Final = 0x8
+_SLOT_SHARES: Final = 0x18
+SEED_ID: Final = "seed"
+#: Where a shared directory is in QEMU's own root, and its name there.
+SHARES: Final = "shared"
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -38,6 +45,7 @@ class Descriptors:
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
+        extras: of the seed disk and the volumes.
     """
 
     control: int
@@ -49,11 +57,12 @@ class Descriptors:
     initrd: int | None = None
     ram: int | None = None
     state: int | None = None
+    extras: tuple[int, ...] = ()
 
     def all(self) -> list[int]:
         """All of them."""
         one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
-        return [fd for fd in (*one, *self.layers, *(self.overlay or ())) if fd is not None]
+        return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.extras) if fd is not None]
 
 
 def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) -> list[str]:
@@ -73,6 +82,7 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
         *_network(config.machine.mac, config.ports),
         *_disk(config, fds),
+        *_extras(config),
         *_boot(config, fds),
         *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
     ]
@@ -168,6 +178,39 @@ def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     for value in layer_nodes(top, number, DiskFormat.QCOW2, below=below, read_only=False):
         yield from ("-blockdev", json.dumps(value))
     yield from ("-device", f"virtio-blk-pci,id={DISK_ID},drive={top},addr={_SLOT_DISK},bootindex=1")
+
+
+def _extras(config: VmConfig) -> Iterator[str]:
+    extras, first = config.extras, len(config.layers) + 1
+    if extras.seed is not None:
+        yield from _extra_disk(SEED_ID, extras.seed, first, _SLOT_SEED)
+    for i, disk in enumerate(extras.volumes):
+        yield from _extra_disk(f"volume{i}", disk, first + 1 + i, _SLOT_VOLUMES + i)
+    for i, share in enumerate(extras.shares):
+        # without an option ROM and without writing: what the host's kernel says of the mount QEMU says again
+        path = f"/{share_name(i)}"
+        yield from ("-fsdev", f"local,id=share{i},path={path},security_model=none,readonly=on,multidevs=remap")
+        yield from (
+            "-device",
+            f"virtio-9p-pci,id=share{i},fsdev=share{i},mount_tag={share.name},addr={_SLOT_SHARES + i:#x}",
+        )
+
+
+def _extra_disk(node: str, disk: ExtraDisk, fd_set: int, slot: int) -> Iterator[str]:
+    yield from _fd_set(fd_set, disk.fd)
+    for value in layer_nodes(node, fd_set, disk.format, below=None, read_only=disk.read_only):
+        yield from ("-blockdev", json.dumps(value))
+    yield from ("-device", f"virtio-blk-pci,id={node},drive={node},serial={escape(disk.name)},addr={slot:#x}")
+
+
+def share_name(number: int) -> str:
+    """Where QEMU has a shared directory in its own root (without the slash before it)."""
+    return f"{SHARES}/{number}"
+
+
+def share_trees(shares: Sequence[Share]) -> dict[str, Path]:
+    """The directories that QEMU needs in its own root."""
+    return {share_name(i): share.path for i, share in enumerate(shares)}
 
 
 def _fd_set(number: int, fd: int) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
+from ovms.errors import JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
 from ovms.vmm import watch
@@ -32,6 +32,8 @@ _ENDINGS: Final = {
     "host-signal": Ending.STOPPED,
     "subsystem-reset": Ending.STOPPED,
 }
+#: What QEMU says of an image that another QEMU, or a qemu-img, has open; the node is one of ours.
+_FILE_TAKEN: Final = re.compile(r'"node-name": ?"(\w+)-file".*Failed to get (?:shared )?"\w+" lock', re.DOTALL)
 _PORT_TAKEN: Final = re.compile(r"Could not set up host forwarding rule '(\w+):([0-9.]*):([0-9]+)-")
 
 
@@ -114,7 +116,7 @@ class QemuVmm:
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
-                trees=_program_trees(self._binary.path),
+                trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
             )
             return watch.start(launch, config.jail, files)
@@ -172,6 +174,7 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        extras=tuple(config.extras.fds()),
     )
 
 
@@ -218,6 +221,11 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
             f"port {match[3]}/{match[1]} of {match[2] or 'the host'} is in use",
             hint="choose another port with -p",
             port=int(match[3]),
+        )
+    if b"lock" in said and (match := _FILE_TAKEN.search(said.decode("utf-8", "replace"))):
+        return Locked(
+            f"the disk {match[1]} is in use by another program",
+            hint="something else than ovms has it open: 'fuser FILE' says what",
         )
     if isinstance(exc, VmmTimeout):
         return VmmTimeout(f"{exc.message}; QEMU said: {process.tail(said)}")
