@@ -35,6 +35,8 @@ COMMANDS: Final = {
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",
+    "commit": "Make an artifact of what an instance wrote to its disk",
+    "export": "Write a disk as one image",
     "version": "Show the versions of ovms and of what it uses",
 }
 
@@ -154,7 +156,7 @@ def _suggestion(name: str) -> str:
     import difflib
 
     # what Docker users type
-    known = {"images": "ls", "image": "ls", "kill": "stop", "delete": "rm", "start": "run", "commit": "snapshot"}
+    known = {"images": "ls", "image": "ls", "kill": "stop", "delete": "rm", "start": "run"}
     near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)
     return f"did you mean 'ovm {near}'?" if near else "'ovm --help' lists the commands"
 

@@ -222,7 +222,7 @@ static void close_all_but(int *kept, int count)
 
 #define MANY 160
 
-struct mapping { char *name, *path; };
+struct mapping { char *name, *path; i64 fd; };
 struct list { int count; int fd[MANY]; };
 struct maps { int count; struct mapping item[MANY]; };
 
@@ -347,13 +347,19 @@ static void make_parents(const char *name, int whole)
         sys(SYS_mkdirat, AT_FDCWD, path.bytes, 0755, 0, 0);
 }
 
+/* Before the new root hides what is below its place. Not in the parent: that has another mount namespace. */
+static void find(struct maps *maps)
+{
+    for (int i = 0; i < maps->count; i++) {
+        maps->item[i].fd = sys(SYS_openat, AT_FDCWD, maps->item[i].path, O_PATH | O_CLOEXEC, 0, 0);
+        must(maps->item[i].fd, "tree");
+    }
+}
+
 static void bind(struct mapping *item, u64 attributes)
 {
-    /* by its name: what a descriptor of the parent leads to is of another mount namespace, and can't be bound here */
-    i64 fd = sys(SYS_openat, AT_FDCWD, item->path, O_PATH | O_CLOEXEC, 0, 0);
-    must(fd, "tree");
     u32 info[36];
-    must(sys(SYS_fstat, fd, info, 0, 0, 0), "tree");
+    must(sys(SYS_fstat, item->fd, info, 0, 0, 0), "tree");
     int directory = (info[6] & 0170000) == 0040000; /* st_mode */
     make_parents(item->name, directory);
     if (!directory) {
@@ -361,8 +367,11 @@ static void bind(struct mapping *item, u64 attributes)
         must(file, "root");
         sys(SYS_close, file, 0, 0, 0, 0);
     }
-    sys(SYS_close, fd, 0, 0, 0, 0);
-    must(sys(SYS_mount, item->path, item->name, 0, MS_BIND | MS_REC, 0), "bind");
+    struct text path = {.used = 0};
+    add(&path, "/proc/self/fd/");
+    add_number(&path, (u64)item->fd);
+    must(sys(SYS_mount, path.bytes, item->name, 0, MS_BIND | MS_REC, 0), "bind");
+    sys(SYS_close, item->fd, 0, 0, 0, 0);
     struct mount_attr attr = {.set = attributes};
     must(sys(SYS_mount_setattr, AT_FDCWD, item->name, AT_RECURSIVE, &attr, sizeof attr), "bind-read-only");
 }
@@ -370,6 +379,8 @@ static void bind(struct mapping *item, u64 attributes)
 static void make_root(void)
 {
     must(sys(SYS_mount, 0, "/", 0, MS_REC | MS_PRIVATE, 0), "mount-private");
+    find(&o.trees);
+    find(&o.devs);
     must(sys(SYS_mount, "root", o.root, "tmpfs", MS_NOSUID | MS_NODEV, "size=4m,nr_inodes=1k,mode=755"), "root");
     must(sys(SYS_chdir, o.root, 0, 0, 0, 0), "root");
     for (int i = 0; i < o.trees.count; i++)
