@@ -12,6 +12,7 @@ import pytest
 from ovms.disk.layers import Layer
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm.extras import ExtraDisk, Extras, Share
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
 
@@ -32,6 +33,11 @@ CONFIG = VmConfig(
 )
 FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11)
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
+EXTRAS = Extras(
+    seed=ExtraDisk(14, DiskFormat.RAW, True, "seed"),
+    volumes=(ExtraDisk(15, DiskFormat.RAW, False, "vol0"), ExtraDisk(16, DiskFormat.QCOW2, True, "data")),
+    shares=(Share(Path("/home/user,x=y"), "src"),),
+)
 
 
 def build(config: VmConfig = CONFIG, fds: cmdline.Descriptors = FDS) -> list[str]:
@@ -45,6 +51,13 @@ def test_the_whole_command_line(golden: object) -> None:
 
 def test_the_command_line_of_a_restore(golden: object) -> None:
     golden("qemu-restore.txt", "\n".join(build(RESTORED, replace(FDS, ram=12, state=13))) + "\n")  # type: ignore[operator]
+
+
+@pytest.mark.spec("BOOT-33")
+def test_the_command_line_with_all_that_can_be_attached(golden: object) -> None:
+    argv = build(replace(CONFIG, extras=EXTRAS), replace(FDS, extras=(14, 15, 16)))
+    golden("qemu-extras.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
+    assert not [word for word in argv if "/home/user" in word]
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:

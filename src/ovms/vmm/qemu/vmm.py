@@ -32,8 +32,8 @@ _ENDINGS: Final = {
     "host-signal": Ending.STOPPED,
     "subsystem-reset": Ending.STOPPED,
 }
-#: What QEMU says of an image that another QEMU, or a qemu-img, has open; the node is one of ours.
-_FILE_TAKEN: Final = re.compile(r'"node-name": ?"(\w+)-file".*Failed to get (?:shared )?"\w+" lock', re.DOTALL)
+#: What QEMU says of an image that another QEMU, or a qemu-img, has open; the device is one of ours.
+_FILE_TAKEN: Final = re.compile(r'-device \w[\w-]*,id=(\w+),.*Failed to get (?:shared )?"[\w ]+" lock')
 _PORT_TAKEN: Final = re.compile(r"Could not set up host forwarding rule '(\w+):([0-9.]*):([0-9]+)-")
 
 
