@@ -236,8 +236,8 @@ def apt_options() -> list[str]:
     return [line for line in lines if wanted.fullmatch(line)]
 
 
-def debootstrap(work: Path, epoch: int, lists: Path) -> Path:
-    """A tar of the smallest Debian with busybox, made by mmdebstrap."""
+def debootstrap(work: Path, epoch: int, lists: Path, include: Sequence[str] = ("busybox-static",)) -> Path:
+    """A tar of the smallest Debian with the packages *include*, made by mmdebstrap."""
     release = os_release()
     distribution, codename = release.get("ID", ""), release.get("VERSION_CODENAME", "")
     if distribution not in {"debian", "ubuntu"} or not codename:
@@ -249,7 +249,7 @@ def debootstrap(work: Path, epoch: int, lists: Path) -> Path:
     hook = Path("/usr/share/mmdebstrap/hooks/maybe-merged-usr")
     if hook.is_dir():
         arguments.append(f"--hook-dir={hook}")
-    arguments += ["--include=busybox-static", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
+    arguments += [f"--include={','.join(include)}", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
     arguments += [f"--aptopt={line}" for line in apt_options()]
     arguments += [codename, "-", sources]
     variables = {"SOURCE_DATE_EPOCH": str(epoch)}

@@ -13,7 +13,7 @@ from support.guests import MEMORY, Console, hmp, qemu_io
 
 from ovms.artifact.resolve import Found, find
 from ovms.disk import qcow2
-from ovms.errors import Locked, SnapshotIncompatible, Unsupported
+from ovms.errors import FileProblem, Locked, SnapshotIncompatible, Unsupported
 from ovms.memory import snapshot
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots, volumes
@@ -116,6 +116,12 @@ def test_a_shared_directory_is_all_that_qemu_sees_and_it_cannot_write(
 ) -> None:
     (tmp_path / "dir,a").mkdir()
     (tmp_path / "dir,a" / "file").write_text("hello")
+    if os.geteuid() == 0:
+        (tmp_path / "dir,a").chmod(0o700)
+        tmp_path.chmod(0o700)
+        with pytest.raises(FileProblem, match="own user cannot get to"):
+            runtime.start(echo, options(f"{tmp_path}/dir,,a,tag=src"))
+        (tmp_path / "dir,a").chmod(0o755)
     # the VM has a user of its own, that must get there
     for path in (tmp_path, *list(tmp_path.parents)[:-1]):
         if path.stat().st_uid == os.getuid():

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
+from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
 from ovms.vmm import watch
+from ovms.vmm.extras import Share
 from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline
@@ -119,7 +120,12 @@ class QemuVmm:
                 trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
             )
-            return watch.start(launch, config.jail, files)
+            try:
+                return watch.start(launch, config.jail, files)
+            except watch.JailRefused as exc:
+                if exc.stage == "tree" and config.extras.shares:
+                    raise _unreachable(config.extras.shares) from exc
+                raise
 
     @contextlib.contextmanager
     def connect(self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool) -> Iterator[QemuControl]:
@@ -134,6 +140,14 @@ class QemuVmm:
             if event == "SHUTDOWN":
                 last = _ENDINGS.get(str(data.get("reason")), Ending.STOPPED)
         return last
+
+
+def _unreachable(shares: tuple[Share, ...]) -> FileProblem:
+    return FileProblem(
+        f"the VM's own user cannot get to {' or '.join(str(share.path) for share in shares)}",
+        hint="it is nobody's owner: each directory on the way must let others search it ('chmod o+x'), the last one read it",
+        path=str(shares[0].path),
+    )
 
 
 def _version(text: str) -> tuple[int, ...]:
