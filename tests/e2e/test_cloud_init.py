@@ -23,7 +23,7 @@ echo "key=$(cat /home/debian/.ssh/authorized_keys)"
 echo "seed=$(readlink -f /dev/disk/by-id/virtio-seed) volume=$(readlink -f /dev/disk/by-id/virtio-data)"
 echo "read=$(head -c 4 /dev/disk/by-id/virtio-data)"
 echo from-guest | dd of=/dev/disk/by-id/virtio-data bs=512 seek=1 conv=sync,fsync status=none
-echo kept >/root/mark
+echo kept >/srv/mark
 sync
 echo all-is-done
 """
@@ -75,7 +75,7 @@ def test_cloud_init_does_what_it_is_told(ovm: Ovm, tmp_path: Path) -> None:
     assert volume.read_bytes().startswith(b"host".ljust(512, b"\0") + b"from-guest\n")
     ovm.ok("export", "cloud:2", "-o", tmp_path / "committed.img")
     for name in ("running.img", "committed.img"):
-        assert read(tmp_path / name, "/root/mark") == "kept\n"
+        assert read(tmp_path / name, "/srv/mark") == "kept\n"
 
 
 def read(image: Path, path: str) -> str:

@@ -53,7 +53,7 @@ class Console:
         self.files = VmFiles(directory)
 
     def text(self) -> str:
-        return self.files.console_log.read_text()
+        return self.files.console_log.read_text(errors="replace")
 
     def wait_for(self, text: str, *, count: int = 1, timeout: float = 20.0) -> str:
         """Waits until *text* was printed *count* times, and returns all that was printed."""

@@ -130,7 +130,7 @@ def test_a_shared_directory_is_all_that_qemu_sees_and_it_cannot_write(
     if not record.jail.own_root:
         pytest.fail("a VM without a root of its own got a directory")
     assert record.process is not None
-    inside = Path(f"/proc/{record.process.pid}/root/shared")
+    inside = Path(f"/proc/{record.process.pid}") / "root" / "shared"
     assert [path.name for path in inside.iterdir()] == ["0"]
     assert (inside / "0" / "file").read_text() == "hello"
     mounts = Path(f"/proc/{record.process.pid}/mountinfo").read_text()
