@@ -17,6 +17,7 @@ from ovms.artifact.resolve import Found, find
 from ovms.disk import qcow2
 from ovms.errors import DiskFull, DiskInvalid, FileProblem, HostError, StateConflict, ToolMissing, Unsupported
 from ovms.oci.reference import Reference
+from ovms.progress import NULL
 from ovms.runtime import commit, disks, export, snapshots
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -125,7 +126,9 @@ def test_an_overlay_that_a_hostile_vmm_has_changed_is_refused(
     runtime: Runtime, running: Record, tmp_path: Path
 ) -> None:
     write(runtime, running, "a", "0")
+    make(runtime, running, "echo:good")
     runtime.kill(running)
+    # not the newest, which is looked at anyway
     overlay = runtime.instances.directory(running.id) / running.overlays[0]
     with overlay.open("r+b") as file:
         file.seek(72)
@@ -134,6 +137,9 @@ def test_an_overlay_that_a_hostile_vmm_has_changed_is_refused(
         make(runtime, running, "echo:bad")
     with pytest.raises(DiskInvalid, match="external data file"):
         export.of_instance(runtime, running, raw_target(tmp_path))
+    # one that was changed after it was looked at
+    with pytest.raises(DiskInvalid, match="external data file"):
+        list(disks.add_overlays(runtime.layout, [overlay], 1, NULL))
     assert not list(tmp_path.glob("*out.img*"))
 
 
