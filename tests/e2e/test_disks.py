@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -36,35 +37,42 @@ def test_commit_and_export_from_the_command_line(ovm: Ovm, built: str, tmp_path:
     assert ovm("commit", "one", "-t", "NOT A NAME").code == 3
 
 
-def test_a_killed_export_leaves_no_image(ovm: Ovm, built: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_killed_export_leaves_nothing(ovm: Ovm, built: str, tmp_path: Path, hard: bool) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "qemu-img").write_text(
-        '#!/bin/sh\ncase $1 in measure) echo \'{"required": 1}\';; *) echo "    (1.00/100%)"; exec sleep 60;; esac\n'
+        '#!/bin/sh\ncase $1 in measure) echo \'{"required": 1}\';; *) while echo "    (1.00/100%)"; do sleep 0.1; done;; esac\n'
     )
     (tools / "qemu-img").chmod(0o755)
     target = tmp_path / "out.img"
-    argv = [OVM, "--progress", "json", "export", "echo:1", "-o", target]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    argv = [str(OVM), "--progress", "json", "export", "echo:1", "-o", str(target)]
     environment = ovm.env({"PATH": f"{tools}:/usr/bin:/bin"})
     with subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
         assert running.stderr.readline()
-        running.terminate()
-        assert running.wait(20) == 143
-    assert not list(tmp_path.glob("*out.img*"))
+        number = signal.SIGKILL if hard else signal.SIGTERM
+        running.send_signal(number)
+        assert running.wait(20) == (-9 if hard else 143)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_user_data_from_stdin_is_in_nobody_s_sight(ovm: Ovm, built: str) -> None:
-    argv = [OVM, *RUN, "--user-data", "-", "--name", "told", "--json", "echo:1"]
+def test_user_data_from_stdin_is_in_nobody_s_sight(ovm: Ovm, built: str, tmp_path: Path) -> None:
+    argv = [str(OVM), *RUN, "--user-data", "-", "--name", "told", "--json", "echo:1"]
     data = f"#cloud-config\npassword: {SECRET}\n".encode()
-    done = subprocess.run(argv, env=ovm.env(), input=data, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    shown = done.stdout + done.stderr + ovm.ok("inspect", "told").out.encode()
+    run = subprocess.run(argv, env=ovm.env(), input=data, capture_output=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    shown = run.stdout + run.stderr + ovm.ok("inspect", "told").out.encode()
     assert SECRET.encode() not in shown
     assert ovm.ok("inspect", "told").json["user_data"] is True
     taken = ovm.ok("snapshot", "told", "-t", "echo:told", "--json")
     assert taken.json["user_data"] is True
     assert "secrets are in its memory" in taken.err
+    for words in (("commit", "told", "-t", "echo:disk"), ("export", "told", "-o", str(tmp_path / "out.img"))):
+        done = ovm.ok(*words, "--json")
+        assert done.json["user_data"] is True
+        assert "cloud-init keeps it on the disk" in done.err
 
 
 def test_what_a_guest_cannot_be_told(ovm: Ovm, built: str, tmp_path: Path) -> None:

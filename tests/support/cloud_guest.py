@@ -32,7 +32,7 @@ def make() -> Path:
     maker.fetch_tools(cache)
     kernel = cache / "tools" / "kernel"
     version = (kernel / "version").read_text().strip()
-    recipe = Path(__file__).read_bytes() + Path(maker.__file__).read_bytes()
+    recipe = Path(__file__).read_bytes() + (REPOSITORY / "demo" / "make_images.py").read_bytes()
     key = maker.digest(recipe, version.encode(), Path("/etc/os-release").read_bytes())
     guests = cache / "cloud-guest"
     guests.mkdir(exist_ok=True)
@@ -68,6 +68,10 @@ def _fill(maker: ModuleType, work: Path, cache: Path, kernel: Path, version: str
     shutil.copy(kernel / "vmlinuz", new / "vmlinuz")
     epoch = int((kernel / "vmlinuz").stat().st_mtime)
     image = maker.make_base(work, maker.debootstrap(work, epoch, cache / "apt/lists", PACKAGES), epoch)
+    # as in a cloud's image: the machine gets its ID, and nobody is asked for anything, when it first boots
+    (work / "empty").touch()
+    commands = [f'write "{work / "empty"}" /etc/machine-id', "sif /etc/machine-id mode 0100444"]
+    maker.debugfs(work, image, commands, epoch)
     maker.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, new / "base.qcow2"])
     (new / "ovms.yaml").write_text(
         "schemaVersion: 1\nmediaType: application/vnd.ovms.manifest.v1+json\nname: cloud\nversion: '1'\n"

@@ -21,11 +21,15 @@ from ovms.spec.manifest import PartKind
 
 @dataclass(frozen=True)
 class Committed:
-    """An artifact in the store. ``layers`` are new in it; ``downtime_ms`` is how long a running guest stood still."""
+    """An artifact in the store. ``layers`` are new in it; ``downtime_ms`` is how long a running guest stood still.
+
+    ``user_data``: the guest was given some, and cloud-init keeps it on the disk.
+    """
 
     artifact: model.Artifact
     layers: int
     downtime_ms: float
+    user_data: bool
 
 
 def take(runtime: Runtime, record: Record, name: Reference, progress: Progress = NULL) -> Committed:
@@ -60,7 +64,7 @@ def take(runtime: Runtime, record: Record, name: Reference, progress: Progress =
         )
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         layout.set_name(str(name), artifact.image.descriptor())
-        return Committed(artifact, len(added), frozen.downtime_ms)
+        return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data)
 
 
 def _empty(path: Path) -> bool:

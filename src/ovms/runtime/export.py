@@ -7,6 +7,7 @@ checked, every node says its format and what is below it, so that what stands in
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from ovms import fsutil, process
 from ovms.artifact.model import Artifact
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer
-from ovms.errors import DiskInvalid, FileProblem, HostError, Unsupported
+from ovms.errors import DiskInvalid, FileProblem, HostError, OvmsError, Unsupported
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks
@@ -37,6 +38,7 @@ from ovms.spec.manifest import DiskFormat
 TOOL: Final = "qemu-img"
 #: Seconds without any progress (it is told at each hundredth) after which qemu-img is given up: a hundredth of 16 TiB takes its time.
 STALL: Final = 3600.0
+_NAMELESS: Final = os.O_TMPFILE
 _MEASURE_TIMEOUT: Final = 600.0
 _OUTPUT_MAX: Final = 64 * limits.KIB
 _PERCENT: Final = re.compile(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)")
@@ -53,11 +55,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the size of the disk, and the bytes that the image takes. ``downtime_ms`` as in a snapshot."""
+    """What was written: the size of the disk, and the bytes that the image takes. The rest as of a snapshot."""
 
     virtual_size: int
     size: int
     downtime_ms: float = 0.0
+    user_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def of_instance(runtime: Runtime, record: Record, target: Target, progress: Prog
                 check_layer(fd, DiskFormat.QCOW2, what)
                 layers.append(_Open(fd, DiskFormat.QCOW2, what))
         # what follows takes its time, and needs nothing of the instance any more
-        return replace(_write(layers, target, progress), downtime_ms=frozen.downtime_ms)
+        written = _write(layers, target, progress)
+        return replace(written, downtime_ms=frozen.downtime_ms, user_data=newest.user_data)
 
 
 def _private_copy(fd: int, directory: Path, held: contextlib.ExitStack) -> int:
@@ -160,7 +164,8 @@ def _write(layers: Sequence[_Open], target: Target, progress: Progress) -> Expor
     fds = [layer.fd for layer in layers]
     directory = target.path.parent
     fsutil.require_space(directory, _measure(tool, source, fds, target.format), "the image")
-    with _temporary(target, size) as (temporary, fd):
+    with contextlib.ExitStack() as held:
+        fd = _nameless(target, size, held)
         options = f"driver={target.format},discard=unmap,file.driver=file,file.filename=/proc/self/fd/{fd}"
         argv: list[str | Path] = [
             tool,
@@ -184,7 +189,7 @@ def _write(layers: Sequence[_Open], target: Target, progress: Progress) -> Expor
             _run(argv, [*fds, fd], STALL, tell)
             os.fsync(fd)
         written = os.fstat(fd).st_blocks * 512
-        _publish(temporary, target)
+        _publish(fd, target)
     return Exported(size, written)
 
 
@@ -243,35 +248,56 @@ def _run(
         return output
 
 
-@contextlib.contextmanager
-def _temporary(target: Target, size: int) -> Iterator[tuple[Path, int]]:
-    """An empty image beside the target, and a descriptor of it; gone afterwards, unless it has got the target's name."""
-    path = target.path.with_name(f".{target.path.name[:200]}.{secrets.token_hex(6)}.tmp")
+def _nameless(target: Target, size: int, held: contextlib.ExitStack) -> int:
+    """An empty image in the target's directory that has no name yet: a kill at any moment leaves nothing of it."""
+    directory = target.path.parent
+    try:
+        fd = os.open(directory, os.O_RDWR | _NAMELESS | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise _no_image(exc, directory) from exc
+        fd = _named(directory, held)
+    held.callback(os.close, fd)
+    if target.format is DiskFormat.QCOW2:
+        qcow2.write_empty(fd, size)
+    else:
+        os.ftruncate(fd, size)
+    return fd
+
+
+def _named(directory: Path, held: contextlib.ExitStack) -> int:
+    # a file system that knows no other files, such as NFS
+    path = directory / f".{secrets.token_hex(8)}.tmp"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as exc:
-        raise fsutil.disk_full(exc, "the image", path.parent) or FileProblem(
-            f"cannot write to {path.parent}: {exc.strerror}", path=str(path.parent)
-        ) from exc
+        raise _no_image(exc, directory) from exc
+    held.callback(path.unlink, missing_ok=True)
+    return fd
+
+
+def _no_image(exc: OSError, directory: Path) -> OvmsError:
+    return fsutil.disk_full(exc, "the image", directory) or FileProblem(
+        f"cannot write to {directory}: {exc.strerror}", path=str(directory)
+    )
+
+
+def _publish(fd: int, target: Target) -> None:
+    directory = os.open(target.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if target.format is DiskFormat.QCOW2:
-            qcow2.write_empty(fd, size)
+        if target.replace:
+            # a name can't be given over another file's: for a moment it has one of its own
+            name = f".{secrets.token_hex(8)}.tmp"
+            _link(fd, name, directory)
+            os.rename(name, target.path.name, src_dir_fd=directory, dst_dir_fd=directory)
         else:
-            os.ftruncate(fd, size)
-        yield path, fd
+            _link(fd, target.path.name, directory)  # not over a file that came meanwhile
+        os.fsync(directory)
+    except FileExistsError:
+        raise FileProblem(f"{target.path} has come meanwhile", path=str(target.path)) from None
     finally:
-        os.close(fd)
-        path.unlink(missing_ok=True)
+        os.close(directory)
 
 
-def _publish(temporary: Path, target: Target) -> None:
-    if target.replace:
-        temporary.replace(target.path)
-    else:
-        try:
-            os.link(temporary, target.path)  # not over a file that came meanwhile
-        except FileExistsError:
-            raise FileProblem(f"{target.path} has come meanwhile", path=str(target.path)) from None
-        except OSError:  # a file system without links
-            temporary.rename(target.path)
-    fsutil.fsync_dir(target.path.parent)
+def _link(fd: int, name: str, directory: int) -> None:
+    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)

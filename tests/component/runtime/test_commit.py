@@ -224,10 +224,22 @@ def test_nothing_of_the_user_s_is_replaced_unless_asked_for(runtime: Runtime, ec
     assert (tmp_path / "out.img").read_text() == "mine"
     export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path, over=True))
     assert (tmp_path / "out.img").read_bytes() == disk()
+    assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
     (tmp_path / "link").symlink_to("elsewhere")
     for path in (tmp_path, tmp_path / "none" / "x", tmp_path / "link"):
         with pytest.raises(FileProblem):
             export.of_artifact(runtime.layout, echo.artifact, export.Target(path, DiskFormat.RAW, replace=True))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_file_system_without_files_that_have_no_name(
+    runtime: Runtime, echo: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    monkeypatch.setattr(export, "_NAMELESS", os.O_DIRECTORY)
+    before = {path.name for path in tmp_path.iterdir()}
+    export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path, over=over))
+    assert (tmp_path / "out.img").read_bytes() == disk()
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "out.img"}
 
 
 def test_a_file_that_comes_meanwhile_stays(
@@ -235,9 +247,9 @@ def test_a_file_that_comes_meanwhile_stays(
 ) -> None:
     real = export._publish
 
-    def publish(temporary: Path, target: export.Target) -> None:
+    def publish(fd: int, target: export.Target) -> None:
         target.path.write_text("mine")
-        real(temporary, target)
+        real(fd, target)
 
     monkeypatch.setattr(export, "_publish", publish)
     with pytest.raises(FileProblem, match="meanwhile"):

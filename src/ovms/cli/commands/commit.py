@@ -29,6 +29,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     name = new_name(args.tag)
     runtime = context.runtime
     committed = commit.take(runtime, runtime.instances.find(args.instance), name, context.progress)
+    if committed.user_data:
+        output.say(
+            "the guest was given user data, and cloud-init keeps it on the disk: secrets of it can be read there"
+        )
     if args.json:
         output.answer_json(
             {
@@ -37,6 +41,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 "size": committed.artifact.size,
                 "new_layers": committed.layers,
                 "downtime_ms": committed.downtime_ms,
+                "user_data": committed.user_data,
             }
         )
     else:

@@ -44,6 +44,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
             written = export.of_artifact(runtime.layout, artifact, target, context.progress)
     else:
         written = export.of_instance(runtime, record, target, context.progress)
+    if written.user_data:
+        output.say(
+            "the guest was given user data, and cloud-init keeps it on the disk: secrets of it can be read there"
+        )
     if args.json:
         output.answer_json(
             {
@@ -52,6 +56,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 "virtual_size": written.virtual_size,
                 "size": written.size,
                 "downtime_ms": written.downtime_ms,
+                "user_data": written.user_data,
             }
         )
     else:

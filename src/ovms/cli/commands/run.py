@@ -46,11 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-v",
         "--volume",
-        metavar="FILE[,format=raw|qcow2][,ro][,serial=NAME] | DIRECTORY[,tag=NAME]",
+        metavar="FILE|DIR[,OPTION...]",
         action="append",
         default=[],
-        help="a disk more, raw unless you say otherwise, in the guest /dev/disk/by-id/virtio-NAME (vol0, vol1, ...); or a"
-        " directory to read, which the guest mounts by its tag (mount -t 9p NAME DIR); may be repeated",
+        help="a disk more: raw, or with format=qcow2; ro: the guest only reads it; serial=NAME: in the guest it is"
+        " /dev/disk/by-id/virtio-NAME (default: vol0, vol1, ...). Of a directory: to be read by the guest, after"
+        " 'mount -t 9p -o trans=virtio,ro NAME /mnt', with tag=NAME (default as above). May be repeated",
     )
     told = parser.add_argument_group("for a guest with cloud-init, by a NoCloud seed disk")
     told.add_argument("--user-data", metavar="FILE|-", help="its user data, from a file or stdin")
