@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -87,3 +88,30 @@ def read(image: Path, path: str) -> str:
     subprocess.run([check, "-fy", image], capture_output=True, timeout=120, check=False)
     done = subprocess.run([tool, "-R", f"cat {path}", image], capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
+
+
+@pytest.mark.spec("BOOT-14", "BOOT-15", "BOOT-18", "BOOT-20", "BOOT-22", "BOOT-23", "BOOT-33")
+def test_a_workload_runs_and_its_exit_status_is_shown(ovm: Ovm, tmp_path: Path) -> None:
+    directory = tmp_path / "project"
+    shutil.copytree(cloud_guest.make().parent, directory)
+    config = {
+        "profile": "cloud-init",
+        "entrypoint": ["/bin/sh", "-c"],
+        "cmd": ['echo "workload of $(id -un) in $PWD: $GREETING"; grep -rl "$GREETING" /etc /run 2>/dev/null; exit 7'],
+        "env": ["GREETING=it's a 'quote'"],
+        "workdir": "/srv/work",
+        "user": "nobody",
+    }
+    (directory / "bootstrap.json").write_text(json.dumps(config))
+    manifest = directory / "ovms.yaml"
+    manifest.write_text(manifest.read_text() + "bootstrap: {ref: bootstrap.json}\n")
+    ovm.ok("build", manifest, "-t", "work:1", timeout=120)
+    started = ovm.ok("run", "-d", "--json", "--name", "work", "--accel", "tcg", "-m", "512m", "work:1").json
+    console = Console(ovm.root / "instances" / started["instance_id"])
+    console.wait_for("ovms-exit: ", timeout=600)
+    deadline = time.monotonic() + 120
+    while (shown := ovm.ok("inspect", "work").json)["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert (shown["state"], shown["ending"], shown["exit_status"]) == ("stopped", "powered-off", 7)
+    lines = [line.strip() for line in console.text().splitlines()]
+    assert "workload of nobody in /srv/work: it's a 'quote'" in lines

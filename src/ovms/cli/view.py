@@ -25,6 +25,7 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
         "name": record.name,
         "state": str(status.state),
         "ending": None if status.ending is None else str(status.ending),
+        "exit_status": status.exit_status,
         "reference": record.reference,
         "digest": record.digest,
         "created": record.created,

@@ -67,6 +67,12 @@ def require_snapshot(record: Record) -> None:
             f"{record.name} has volumes ({names}), which cannot be part of a RAM snapshot",
             hint="'ovm commit' makes an artifact of its own disk",
         )
+    if record.workload:
+        raise Unsupported(
+            f"{record.name} runs a bootstrap config, whose disk a restored VM would need with the same bytes",
+            hint="'ovm commit' makes an artifact of its disk",
+            rule="BOOT-34",
+        )
     if record.machine.seed_size is not None and record.machine.disk_size is None:
         raise Unsupported(f"{record.name} has a seed disk and no other, which cannot be part of a RAM snapshot")
 

@@ -40,7 +40,7 @@ class Record:
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined. ``user_data`` says that the guest was given some: its memory, and whatever
-    it wrote, may hold secrets.
+    it wrote, may hold secrets. ``workload`` says that the artifact's bootstrap config runs in it.
     """
 
     id: str
@@ -66,6 +66,7 @@ class Record:
     oom_killed: bool = False
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
+    workload: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -104,6 +105,7 @@ class Record:
             "oom_killed": self.oom_killed,
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
+            "workload": self.workload,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -140,6 +142,7 @@ class Record:
             oom_killed=bool(value["oom_killed"]),
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
+            workload=bool(value["workload"]),
         )
 
     def with_overlay(self) -> Record:

@@ -21,7 +21,7 @@ from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsuppo
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, jail
+from ovms.runtime import attachments, jail, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -132,6 +132,7 @@ class Runtime:
         """
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports)
 
@@ -159,14 +160,15 @@ class Runtime:
                     taken=self.instances.users(),
                 ),
                 volumes=options.volumes,
-                user_data=attachments.may_hold_secrets(plan.machine, options.seed),
+                user_data=attachments.may_hold_secrets(plan.machine, told),
+                workload=artifact.manifest.bootstrap is not None,
             )
 
         with (
             attachments.opened(options.volumes, self.root.path) as volumes,
             self.instances.create(make, artifact.manifest.name, options.name) as bare,
             self._memory(plan.restore) as restore,
-            attachments.seeded(self.instances.directory(bare.id), bare, options.seed) as (record, seed),
+            attachments.seeded(self.instances.directory(bare.id), bare, told) as (record, seed),
         ):
             config = self._config(artifact, record, plan, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
@@ -219,6 +221,8 @@ class Runtime:
             not_restored = compat.why_not(vmm, header, choice.accel)
             if not_restored is None and ram.mlock_required:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
+            if not_restored is None and artifact.manifest.bootstrap is not None:
+                not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
                 return _Plan(compat.machine_of(header), reason, layers, _Snapshot(digest, image, control.state), None)
@@ -332,8 +336,6 @@ def _check_supported(artifact: Artifact) -> None:
         raise Unsupported(
             f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
         )
-    if manifest.bootstrap is not None:
-        raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
     if manifest.kernel is None and not manifest.disk_layers:
         raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
 
