@@ -85,6 +85,14 @@ def test_what_a_guest_cannot_be_told(ovm: Ovm, built: str, tmp_path: Path) -> No
     assert ovm(*RUN, "--user-data", tmp_path / "none", "echo:1").code == 3
     assert ovm(*RUN, "--user-data", "-", "-i", "echo:1").code == 2
     assert ovm(*RUN, "--user-data", "-", "echo:1").code == 3, "nothing is on stdin"
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", OVM, *RUN, "--user-data", "-", "echo:1"],
+        env=ovm.env(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert closed.returncode == 3, closed.stderr
     assert ovm("ps", "-aq").out == ""
 
 

@@ -86,7 +86,9 @@ def opened(volumes: Sequence[Volume], root: Path) -> Iterator[tuple[ExtraDisk, .
 
 @contextlib.contextmanager
 def seeded(directory: Path, record: Record, told: Seed | None) -> Iterator[tuple[Record, ExtraDisk | None]]:
-    """The record of a new instance with its seed disk in it, and that disk, where there is to be one.
+    """The record of an instance with its seed disk in it, and that disk, where there is to be one.
+
+    One that is there already, from an earlier start of the same instance, stays as it is.
 
     Raises:
         InputError: none can be made of what the guest is to be told.
@@ -98,7 +100,9 @@ def seeded(directory: Path, record: Record, told: Seed | None) -> Iterator[tuple
     from ovms.runtime import seeds
 
     path = directory / seeds.FILE
-    if record.machine.seed_size is not None:
+    if path.exists():
+        pass
+    elif record.machine.seed_size is not None:
         seeds.write_empty(path, record.machine.seed_size)
     elif told:
         size = seeds.write(path, told, instance_id=record.id, name=record.name)

@@ -170,6 +170,8 @@ class Runtime:
             self._memory(plan.restore) as restore,
             attachments.seeded(self.instances.directory(bare.id), bare, told) as (record, seed),
         ):
+            if record != bare:
+                self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)

@@ -16,7 +16,7 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.disk import seed
-from ovms.errors import InputError
+from ovms.errors import FileProblem, InputError
 from ovms.spec import bootstrap, limits
 
 FILE: Final = "seed.img"
@@ -57,10 +57,15 @@ def read_user_data(source: Path | int) -> bytes:
     if isinstance(source, Path):
         return fsutil.read_input(source, "user data", max_size=USER_DATA_MAX)
     data = bytearray()
-    while chunk := os.read(source, fsutil.COPY_BUFFER):
-        data += chunk
-        if len(data) > USER_DATA_MAX:
-            raise InputError(f"user data has more than {USER_DATA_MAX} bytes", hint="put large things onto a volume")
+    try:
+        while chunk := os.read(source, fsutil.COPY_BUFFER):
+            data += chunk
+            if len(data) > USER_DATA_MAX:
+                raise InputError(
+                    f"user data has more than {USER_DATA_MAX} bytes", hint="put large things onto a volume"
+                )
+    except OSError as exc:
+        raise FileProblem(f"user data cannot be read from stdin: {exc.strerror}") from exc
     if not data:
         raise InputError("user data from stdin is empty")
     return bytes(data)

@@ -12,17 +12,18 @@ import pytest
 from support.guests import MEMORY, Console, hmp, qemu_io
 
 from ovms.artifact.resolve import Found, find
-from ovms.disk import qcow2
+from ovms.disk import qcow2, seed
 from ovms.errors import FileProblem, Locked, SnapshotIncompatible, Unsupported
 from ovms.memory import snapshot
 from ovms.oci.reference import Reference
-from ovms.runtime import snapshots, volumes
+from ovms.runtime import attachments, snapshots, volumes
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.runtime.seeds import Seed
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.ramheader import Device
+from ovms.vmm.model import VmConfig
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 TOLD = Seed(b"#cloud-config\npassword: s3cret\n", (), "seedling")
@@ -153,6 +154,33 @@ def test_user_data_is_on_the_seed_and_nowhere_else(runtime: Runtime, echo: Found
     assert "read-only" in said or "not permitted" in said, said
     runtime.remove(record, force=True)
     assert not directory.exists()
+
+
+@pytest.mark.spec("RAM-24")
+def test_a_seed_is_known_of_before_there_is_a_vm(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Record] = []
+
+    def launch(vmm: object, config: VmConfig, record: Record) -> Record:
+        noted.append(runtime.instances.find(record.id))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "_launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        runtime.start(echo, replace(TCG, seed=TOLD))
+    assert [record.machine.seed_size for record in noted] == [seed.STEP]
+
+
+def test_the_seed_of_an_earlier_start_stays(runtime: Runtime, echo: Found) -> None:
+    record = runtime.start(echo, replace(TCG, seed=TOLD)).record
+    runtime.kill(record)
+    directory = runtime.instances.directory(record.id)
+    before = (directory / "seed.img").read_bytes()
+    with attachments.seeded(directory, record, None) as (again, disk):
+        assert again == record
+        assert disk is not None
+        assert os.pread(disk.fd, len(before) + 1, 0) == before
 
 
 @pytest.mark.spec("RAM-24", "RAM-30", "RAM-32", "RAM-36")

@@ -144,14 +144,15 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
 def _seed(args: argparse.Namespace) -> Seed | None:
     if args.user_data is None and not args.ssh_key and args.hostname is None:
         return None
-    import sys
+    import os
     from pathlib import Path
 
     from ovms.runtime import seeds
 
-    if args.user_data == "-" and (args.interactive or sys.stdin.isatty()):
+    stdin = 0
+    if args.user_data == "-" and (args.interactive or os.isatty(stdin)):
         raise UsageError("--user-data - reads stdin, which is the console's here", hint="name a file")
-    source = sys.stdin.fileno() if args.user_data == "-" else Path(args.user_data or "")
+    source = stdin if args.user_data == "-" else Path(args.user_data or "")
     told = seeds.Seed(
         None if args.user_data is None else seeds.read_user_data(source),
         tuple(key for path in args.ssh_key for key in seeds.read_keys(Path(path))),
