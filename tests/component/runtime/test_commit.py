@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ovms.artifact.resolve import Found, find
 from ovms.disk import qcow2
 from ovms.errors import DiskFull, DiskInvalid, FileProblem, HostError, StateConflict, ToolMissing, Unsupported
 from ovms.oci.reference import Reference
-from ovms.progress import NULL
+from ovms.progress import NULL, Task
 from ovms.runtime import commit, disks, export, snapshots
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -215,6 +216,40 @@ def _kernel(runtime: Runtime) -> Digest:
     kernel = find(runtime.layout, "echo:1").artifact.manifest.kernel
     assert kernel is not None
     return Digest(kernel.ref)
+
+
+@pytest.mark.spec("LAY-10")
+def test_a_hostile_layer_is_refused_as_at_a_start(runtime: Runtime, echo: Found, tmp_path: Path) -> None:
+    blob = runtime.layout.path(Digest(echo.artifact.manifest.disk_layers[0].ref))
+    blob.chmod(0o600)
+    with blob.open("r+b") as file:
+        file.seek(72)
+        file.write((1 << 2).to_bytes(8, "big"))
+    with pytest.raises(DiskInvalid, match="external data file"):
+        export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path))
+    assert not (tmp_path / "out.img").exists()
+
+
+def test_progress_is_told_up_to_the_end(runtime: Runtime, echo: Found, tmp_path: Path) -> None:
+    told: list[int] = []
+
+    class Counting(AbstractContextManager["Counting"]):
+        def __exit__(self, *error: object) -> None:
+            return None
+
+        def advance(self, amount: int, /) -> None:
+            told.append(amount)
+
+        def note(self, text: str, /) -> None:
+            return None
+
+    class Tasks:
+        def task(self, label: str, total: int | None = None) -> Task:
+            assert (label, total) == ("out.img", DISK)
+            return Counting()
+
+    export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path), Tasks())
+    assert sum(told) == DISK
 
 
 def test_nothing_of_the_user_s_is_replaced_unless_asked_for(runtime: Runtime, echo: Found, tmp_path: Path) -> None:
