@@ -176,16 +176,28 @@ def push(
     if isinstance(target, transport.Place):
         return places.push(layout, text, target, progress)
     if target.registry is None:
-        raise InputError(
-            f"{target} names no registry to push to",
-            hint=f"say where to: 'ovm push {text} registry.example/{target}'",
-        )
+        raise _no_registry(text, target)
     with layout.using():
         descriptor = top(layout, text)
         if target.digest not in (None, descriptor.digest):
             raise InputError(f"{target} is not what is pushed: {descriptor.digest}", hint="leave out what follows '@'")
         transfer.push(layout, connect(target.registry), target, descriptor.digest, progress)
         return descriptor
+
+
+def pushable(text: str) -> Reference:
+    """A reference with a registry. Raises :class:`InputError` where it has none."""
+    reference = Reference.parse(text)
+    if reference.registry is None:
+        raise _no_registry(text, reference)
+    return reference
+
+
+def _no_registry(text: str, target: Reference) -> InputError:
+    return InputError(
+        f"{target} names no registry to push to",
+        hint=f"say where to: 'ovm push {text} registry.example/{target}'",
+    )
 
 
 def top(layout: Layout, text: str) -> Descriptor:

@@ -28,7 +28,12 @@ COMMANDS: Final = {
     "inspect": "Show what an artifact or an instance is made of",
     "validate": "Check a file or an artifact against the specification",
     "tag": "Give an artifact another name",
+    "attach": "Attach a file to an artifact: a signature, an SBOM",
+    "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
     "rmi": "Remove artifacts from the local store",
+    "prune": "Remove what nothing needs from the local store",
+    "df": "Show what takes room: artifacts, memories, downloads, instances",
+    "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
@@ -37,8 +42,13 @@ COMMANDS: Final = {
     "snapshot": "Snapshot a running instance as an artifact",
     "commit": "Make an artifact of what an instance wrote to its disk",
     "export": "Write a disk as one image",
+    "login": "Log in to a registry",
+    "logout": "Forget the login to a registry",
     "version": "Show the versions of ovms and of what it uses",
 }
+
+#: What ovms runs itself.
+INTERNAL: Final = frozenset({"ended"})
 
 DEBUG_VARIABLE: Final = "OVMS_DEBUG"
 
@@ -130,14 +140,15 @@ def _run(arguments: list[str]) -> int:
     if not options.command:
         raise UsageError("no command", hint="'ovm --help' lists them")
     name, *rest = options.command
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in INTERNAL:
         raise UsageError(f"there is no command {name[:40]!a}", hint=_suggestion(name))
     parser, module = command_parser(name)
     args = parser.parse_args(rest)
 
     from ovms.cli.context import Context
 
-    return int(module.run(args, Context(options.root, options.progress)))
+    tls_verify = getattr(args, "tls_verify", None)
+    return int(module.run(args, Context(options.root, options.progress, tls_verify)))
 
 
 def _host_error(exc: OSError) -> OvmsError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from ovms.cli import output
+from ovms.process import describe_exit
 from ovms.runtime.instances import Status
 from ovms.spec.states import State
 from ovms.vmm.model import Ending
@@ -14,6 +16,8 @@ _ENDINGS = {
     Ending.PANICKED: "Exited (guest panicked)",
     Ending.STOPPED: "Exited (stopped)",
     Ending.KILLED: "Exited (killed)",
+    Ending.OUT_OF_MEMORY: "Exited (out of memory)",
+    Ending.HOST_REBOOTED: "Exited (the host was rebooted)",
 }
 
 
@@ -41,6 +45,8 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
             {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
             for p in record.ports
         ],
+        "exit": _exit(status),
+        "restarts": None if record.restart is None else record.restart.count,
         "pid": None if record.process is None or not status.state.alive else record.process.pid,
     }
     if details:
@@ -49,7 +55,22 @@ def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
         answer["user_data"] = record.user_data
         answer["runtime_version"] = record.vmm_version
         answer["remove_on_exit"] = record.remove_on_exit
+        answer["jail"] = record.jail.to_json()
     return answer
+
+
+def _exit(status: Status) -> dict[str, Any] | None:
+    seen = status.exit
+    if seen is None:
+        return None
+    ended = datetime.fromtimestamp(seen.time_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {
+        "time": ended,
+        "code": seen.returncode if seen.returncode >= 0 else None,
+        "signal": describe_exit(seen.returncode).removeprefix("signal ") if seen.returncode < 0 else None,
+        "cpu_ms": round((seen.user_us + seen.system_us) / 1000, 1),
+        "memory_max": seen.memory_max,
+    }
 
 
 def state_text(status: Status) -> str:
@@ -60,5 +81,14 @@ def state_text(status: Status) -> str:
     if status.state is State.STARTING:
         return "Starting"
     if status.state is State.ERROR:
-        return "Error (the VMM died)" if status.record.process else "Error (the start was broken off)"
+        return _error_text(status)
     return _ENDINGS[status.ending] if status.ending else "Exited"
+
+
+def _error_text(status: Status) -> str:
+    if status.record.process is None:
+        return "Error (the start was broken off)"
+    if status.ending is Ending.OUT_OF_MEMORY:
+        return "Error (out of memory)"
+    how = "" if status.exit is None else f": {describe_exit(status.exit.returncode)}"
+    return f"Error (the VMM died{how})"

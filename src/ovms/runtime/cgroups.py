@@ -7,9 +7,11 @@ cgroup that we are in. Source: the kernel's ``admin-guide/cgroup-v2.rst`` and ``
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +21,8 @@ PARENT: Final = "ovms"
 _PROCS: Final = "cgroup.procs"
 #: The controllers that we use; one that is missing is said.
 CONTROLLERS: Final = ("memory", "pids")
+#: Tries to remove a group, 10 ms apart.
+_TRIES: Final = 20
 _OOM: Final = re.compile(r"^oom_kill ([0-9]+)$", re.MULTILINE)
 
 
@@ -166,8 +170,25 @@ def remove(directories: Sequence[Path]) -> None:
             _remove(directory)
 
 
+def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: float = 60.0) -> None:
+    """Removes groups that killed starts have left: of none of these instances, without processes, older than *age* s."""
+    for hierarchy in _hierarchies(proc):
+        with contextlib.suppress(OSError):
+            for directory in (hierarchy.parent / PARENT).iterdir():
+                if directory.name in instances or not directory.is_dir():
+                    continue
+                if time.time() - directory.stat().st_mtime > age:
+                    directory.rmdir()  # one that is in use can't be
+
+
 def _remove(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
+    for _ in range(_TRIES):
+        try:
+            directory.rmdir()
+            break
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                break
+            time.sleep(0.01)  # the kernel takes a moment to let go of a process that has ended
     with contextlib.suppress(OSError):
         directory.parent.rmdir()  # with the last one

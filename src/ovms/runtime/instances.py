@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Locked, NameTaken, OvmsError, StateConflict
+from ovms.oci.collector import Needs
 from ovms.runtime import cgroups, names, workload
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
-from ovms.spec.digest import Digest
 from ovms.spec.states import State
 from ovms.vmm import watch
 from ovms.vmm.model import Ending, VmFiles
@@ -49,6 +50,18 @@ class Status:
     ending: Ending | None = None
     exit: Exit | None = None
     exit_status: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the VM ended otherwise than by its guest's or its user's will."""
+        return self.state is State.ERROR or (self.ending is Ending.PANICKED and not self.record.stop_requested)
+
+    @property
+    def ran_s(self) -> float | None:
+        """For how many seconds a VM ran that is no more; None where nobody saw its end."""
+        if self.exit is None or self.record.started is None:
+            return None
+        return self.exit.time_ns / 1e9 - datetime.fromisoformat(self.record.started).timestamp()
 
 
 class Instances:
@@ -132,8 +145,8 @@ class Instances:
         except FileNotFoundError:
             return False
 
-    def artifacts(self) -> set[Digest]:
-        """The artifacts that instances need.
+    def needs(self) -> Needs:
+        """What instances need of the store: their artifacts, and the memories that living VMs have mapped.
 
         Raises:
             StoreCorrupt: a record can't be read: then nobody knows what its instance needs.
@@ -142,7 +155,16 @@ class Instances:
         def refuse(error: OvmsError) -> None:
             raise error
 
-        return {record.digest for record in self.records(damaged=refuse)}
+        return self.needs_of(self.records(damaged=refuse))
+
+    def needs_of(self, records: Collection[Record]) -> Needs:
+        """What the instances of *records* need of the store."""
+        images = {
+            record.ram_image.name
+            for record in records
+            if record.ram_image is not None and (record.process is None or record.process.alive())
+        }
+        return Needs(frozenset(record.digest for record in records), frozenset(images))
 
     def watchers(self) -> list[int]:
         """The watchers of VMs that were restored: each holds the memory that its VM came from."""
@@ -242,6 +264,7 @@ class Instances:
 
     def recover(self) -> None:
         """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
+        cgroups.sweep({directory.name for directory in self._root.instances.iterdir()})
         for directory in list(self._root.instances.iterdir()):
             if directory.name.startswith(".") or not directory.is_dir():
                 continue

@@ -1,14 +1,13 @@
 """Which jail a VM gets on this host: all of it where the host allows that, and what is missing is known and said.
 
 As root each VM has a user of its own, of a range that nothing else uses; otherwise it runs as the user that started it, in a
-user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0010.
+user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0011.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-import tempfile
 from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -117,8 +116,7 @@ def plan(
             missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
-        tasks = machine.vcpus + TASKS_SPARE
-        groups = cgroups.make(instance_id, cgroups.Limits(machine.memory + OVERHEAD[machine.accel], tasks))
+        groups = cgroups.make(instance_id, _bounds(machine))
         missing.update({f"cgroup {name}": why for name, why in groups.missing.items()})
     return Jail(
         namespaces=namespaces,
@@ -129,6 +127,15 @@ def plan(
         cgroups=groups.procs,
         missing=missing,
     )
+
+
+def renew(jail: Jail, instance_id: str, machine: Machine) -> Jail:
+    """The same jail for another VM of the same instance: its cgroups are made anew, so that they tell of this one."""
+    return replace(jail, cgroups=cgroups.make(instance_id, _bounds(machine)).procs) if jail.cgroups else jail
+
+
+def _bounds(machine: Machine) -> cgroups.Limits:
+    return cgroups.Limits(machine.memory + OVERHEAD[machine.accel], machine.vcpus + TASKS_SPARE)
 
 
 def _limits() -> Mapping[int, int]:
@@ -180,6 +187,8 @@ def _levels(is_root: bool) -> list[Jail]:
 
 def probe(jail: Jail) -> str | None:
     """Why a program can't be run in *jail* on this host; None when it can."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
         files = VmFiles(Path(scratch))
         try:

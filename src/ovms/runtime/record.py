@@ -33,6 +33,19 @@ FILE: Final = "record.json"
 
 
 @dataclass(frozen=True)
+class Restart:
+    """An instance is started again when its VM fails: *most* times at most (None: always); it was *count* times."""
+
+    most: int | None = None
+    count: int = 0
+
+    @property
+    def used_up(self) -> bool:
+        """Whether it is not to be started again any more."""
+        return self.most is not None and self.count >= self.most
+
+
+@dataclass(frozen=True)
 class Record:
     """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
 
@@ -64,6 +77,7 @@ class Record:
     watcher: ProcessId | None = None
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
+    restart: Restart | None = None
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
     workload: bool = False
@@ -103,6 +117,7 @@ class Record:
             "watcher": None if self.watcher is None else asdict(self.watcher),
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
+            "restart": None if self.restart is None else asdict(self.restart),
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
             "workload": self.workload,
@@ -117,7 +132,7 @@ class Record:
         """Raises KeyError, TypeError, ValueError or an OvmsError on anything that :meth:`to_json` does not write."""
         if value["version"] != VERSION:
             raise ValueError(f"its version is {value['version']}, and this ovms knows {VERSION}")
-        process, watcher = value["process"], value["watcher"]
+        process, watcher, restart = value["process"], value["watcher"], value["restart"]
         return cls(
             id=str(value["id"]),
             name=str(value["name"]),
@@ -140,6 +155,7 @@ class Record:
             watcher=None if watcher is None else ProcessId(**watcher),
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
+            restart=None if restart is None else Restart(**restart),
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),

@@ -20,17 +20,19 @@ from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
+from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, jail, workload
+from ovms.runtime import attachments, cgroups, jail, restart, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
-from ovms.runtime.record import Record, overlay_name
+from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
 from ovms.runtime.volumes import Volume
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
+from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
 from ovms.vmm.extras import Extras
@@ -46,7 +48,7 @@ DEFAULT_MEMORY: Final = 512 * limits.MIB
 DEFAULT_VCPUS: Final = 1
 RUNTIMES: Final = ("qemu",)
 #: Seconds that a guest gets to power down before it is ended.
-STOP_GRACE: Final = 30.0
+STOP_GRACE: Final = float(limits.STOP_TIMEOUT_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RunOptions:
     remove_on_exit: bool = False
     runtime: str = "qemu"
     security: SecurityOptions = field(default_factory=SecurityOptions)
+    restart: Restart | None = None
     volumes: tuple[Volume, ...] = ()
     seed: Seed | None = None
 
@@ -127,11 +130,13 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            BlobNotFound, StoreCorrupt: the store does not have all of it.
             Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports)
@@ -151,6 +156,7 @@ class Runtime:
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
                 ram_image=None if plan.restore is None else plan.restore.image,
+                restart=options.restart,
                 jail=jail.plan(
                     instance_id,
                     plan.machine,
@@ -172,7 +178,7 @@ class Runtime:
         ):
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
-            config = self._config(artifact, record, plan, restore, attachments.extras(record, seed, volumes))
+            config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             return Started(self._launch(vmm, config, record), plan.not_restored)
@@ -247,8 +253,40 @@ class Runtime:
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
+    def start_again(self, record: Record) -> Record:
+        """Boots an instance anew whose VM is no more, on the disk that the one before has left; its memory is lost.
+
+        Raises:
+            StateConflict: its VM lives.
+            PortInUse, VmmError, …: as for :meth:`start`; the instance stays as it is.
+        """
+        with self.layout.using(), self.instances.locked(record) as newest:
+            if self.instances.status(newest).state.alive:
+                raise StateConflict(f"the instance {newest.name} runs already", instance=newest.name)
+            artifact = self.artifact(newest)
+            layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
+            directory = self.instances.directory(newest.id)
+            written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]
+            chain = open_chain([*layers, *written])
+            port_forwards.settle(newest.ports)
+            count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
+            # noted first: an attempt that kills us counts
+            again = self.instances.save(
+                replace(newest, ram_image=None, restart=count, stop_requested=False, pausing=False, oom_killed=False)
+            )
+            cgroups.remove([procs.parent for procs in again.jail.cgroups])
+            again = replace(again, jail=jail.renew(again.jail, again.id, again.machine))
+            with (
+                attachments.opened(again.volumes, self.root.path) as volumes,
+                attachments.seeded(directory, again, None) as (_, seed),
+            ):
+                extras = attachments.extras(again, seed, volumes)
+                return self._launch(
+                    self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None, extras), again
+                )
+
     def _config(
-        self, artifact: Artifact, record: Record, plan: _Plan, restore: Restore | None, extras: Extras
+        self, artifact: Artifact, record: Record, layers: tuple[Layer, ...], restore: Restore | None, extras: Extras
     ) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
@@ -259,11 +297,12 @@ class Runtime:
             kernel=None if manifest.kernel is None else self.layout.path(Digest(manifest.kernel.ref)),
             initrd=None if manifest.initrd is None else self.layout.path(Digest(manifest.initrd.ref)),
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
-            layers=plan.layers,
-            overlay=directory / record.overlays[0] if record.overlays else None,
+            layers=layers,
+            overlay=directory / record.overlays[-1] if record.overlays else None,
             ports=record.ports,
             restore=restore,
             jail=record.jail,
+            at_end=restart.at_end(str(self.root.path), record),
             extras=extras,
         )
 

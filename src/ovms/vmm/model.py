@@ -132,6 +132,8 @@ class VmConfig:
     ports: tuple[PortForward, ...]
     restore: Restore | None = None
     jail: Jail = field(default_factory=Jail)
+    #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
+    at_end: tuple[str, ...] = ()
     extras: Extras = field(default_factory=Extras)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import tools
 from support.artifacts import write_inputs, write_manifest
 from support.cli import OVM, Ovm
-from support.registry import REPOSITORY, Registry
+from support.registry import Registry
 
 from ovms.artifact import resolve
 from ovms.artifact.build import Builder
@@ -86,12 +86,7 @@ def test_we_read_what_skopeo_writes(ovm: Ovm, other: Ovm, digest: str, registry:
 
 
 def run_oras(home: Path, *arguments: object) -> bytes:
-    cached = REPOSITORY / ".cache" / "tools" / "oras"
-    program = cached if cached.exists() else shutil.which("oras")
-    if program is None:
-        pytest.skip("there is no oras, which 'make setup' does not install")
-    env = {"PATH": os.environ["PATH"], "HOME": str(home)}
-    return subprocess.run([program, *map(str, arguments)], env=env, check=True, capture_output=True, timeout=60).stdout
+    return tools.run("oras", *arguments, home=home)
 
 
 def test_oras_and_we_read_each_other(ovm: Ovm, other: Ovm, digest: str, registry: Registry, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.guests import MEMORY, Console, hmp, qemu_io
 
+from ovms import fsutil
 from ovms.artifact.resolve import Found, find
 from ovms.disk import qcow2, seed
 from ovms.errors import FileProblem, Locked, SnapshotIncompatible, Unsupported
@@ -218,3 +220,21 @@ def test_nothing_can_be_attached_to_a_restored_vm(runtime: Runtime, echo: Found,
     with pytest.raises(SnapshotIncompatible, match="user data"):
         runtime.start(found, replace(restore, seed=TOLD))
     assert not runtime.start(found, replace(options(raw), restore=RestorePolicy.NEVER)).record.restored
+
+
+def test_a_vm_that_is_started_again_has_all_of_it_again(runtime: Runtime, echo: Found, raw: Path) -> None:
+    record = runtime.start(echo, replace(options(raw), seed=TOLD)).record
+    runtime.kill(record)
+    again = runtime.start_again(record)
+    assert again.machine == record.machine
+    assert [volume.to_json() for volume in again.volumes] == [volume.to_json() for volume in record.volumes]
+    assert qemu_io(runtime, again, "volume0", "write -P 0x63 0 512") == ""
+    assert "(raw, read-only)" in hmp(runtime, again, "info block").partition("seed")[2]
+    with pytest.raises(Locked):
+        runtime.start(echo, options(raw))
+    runtime.kill(again)
+    assert raw.read_bytes().startswith(b"c" * 512)
+    with fsutil.open_input(raw, "the volume") as held:
+        fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+        with pytest.raises(Locked):
+            runtime.start_again(record)

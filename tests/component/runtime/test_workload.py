@@ -72,7 +72,7 @@ def test_a_config_is_checked_before_there_is_a_vm(runtime: Runtime, make: Make) 
     assert found.artifact.manifest.bootstrap is not None
     blob = runtime.layout.path(found.artifact.blob(found.artifact.manifest.bootstrap.ref).digest)
     blob.chmod(0o600)
-    blob.write_text('{"profile": "cloud-init", "cmd": 1}')
+    blob.write_text('{"profile": "cloud-init", "cmd": 1}'.ljust(blob.stat().st_size))
     with pytest.raises(ManifestInvalid, match="bootstrap config"):
         runtime.start(found, TCG)
     assert runtime.instances.records() == []

@@ -15,6 +15,9 @@ from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("name", metavar="REF|INSTANCE", help="an artifact's name or digest, or an instance")
+    parser.add_argument(
+        "--security", action="store_true", help="what confines a running instance, read from the kernel"
+    )
     parser.add_argument("--raw", action="store_true", help="the artifact's OCI manifest, byte for byte")
     parser.add_argument(
         "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
@@ -23,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    if args.security:
+        from ovms.runtime.security import in_force
+
+        _print(args, in_force(context.runtime.instances.find(args.name)))
+        return Exit.OK
     try:
         return _artifact(args, context)
     except (NotFound, ReferenceInvalid) as no_artifact:

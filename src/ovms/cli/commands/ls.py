@@ -17,7 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    entries = [_describe(context, entry.name, entry.descriptor.digest) for entry in context.layout.entries()]
+    from ovms.spec import mediatypes
+
+    entries = [
+        _describe(context, entry.name, entry.descriptor.digest)
+        for entry in context.layout.entries()
+        # signatures and the like, which 'ovm referrers' shows
+        if entry.name or entry.descriptor.artifact_type in (None, mediatypes.MANIFEST)
+    ]
     if args.json:
         output.answer_json(entries)
     elif args.quiet:

@@ -7,6 +7,7 @@ read and write. TAG is what the layout calls the artifact; it can be left out wh
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
     )
+    parser.add_argument(
+        "--referrers",
+        action="store_true",
+        help="also what belongs to it (signatures, SBOMs), but no snapshots: 'ovm referrers --local' shows it",
+    )
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -34,8 +41,25 @@ def run(args: argparse.Namespace, context: Context) -> int:
         context.layout, context.connect, args.reference, context.progress, name=args.tag, platform=args.platform
     )
     artifact = found.artifact
+    value: dict[str, Any] = {"name": found.name, "digest": artifact.digest, "size": artifact.size}
+    if args.referrers:
+        value["referrers"] = _pull_referrers(args.reference, context)
     if args.json:
-        output.answer_json({"name": found.name, "digest": artifact.digest, "size": artifact.size})
+        output.answer_json(value)
     else:
         output.answer(f"{found.name}@{artifact.digest}" if "@" not in found.name else found.name)
     return Exit.OK
+
+
+def _pull_referrers(text: str, context: Context) -> list[str]:
+    from ovms.artifact import attach, resolve
+
+    reference = resolve.pushable(text)
+    top = attach.local_manifest(context.layout, text)
+    client = context.connect(reference.registry or "")
+    fetched, left_out = attach.pull_referrers(
+        context.layout, client, reference.repository, top.digest, context.progress
+    )
+    if left_out:
+        output.say(f"{left_out} of the referrers were not fetched; 'ovm referrers {reference}' lists all of them")
+    return [referrer.digest for referrer in fetched]

@@ -7,10 +7,12 @@ oci-archive:FILE[:TAG], which is written anew. skopeo and podman read both.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
+from ovms.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +24,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a name in a registry, oci:DIR[:TAG], or oci-archive:FILE[:TAG]",
     )
+    parser.add_argument(
+        "--subject",
+        metavar="SUBJECT",
+        help="what it belongs to: a digest, or a reference of the same repository, which has to be there. This changes "
+        "the manifest, so the artifact gets another digest, for which REF stands here, too; what was attached to it before "
+        "belongs to the old one",
+    )
+    parser.add_argument(
+        "--referrers",
+        action="store_true",
+        help="also what was attached to it here ('ovm attach'), and has no name of its own",
+    )
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.artifact.resolve import push
+    from ovms.artifact import attach, resolve
 
-    descriptor = push(context.layout, context.connect, args.reference, context.progress, destination=args.destination)
+    target = args.reference if args.destination is None else args.destination
+    _check(args, target)
+    if args.subject is None:
+        descriptor = resolve.push(
+            context.layout, context.connect, args.reference, context.progress, destination=args.destination
+        )
+    else:
+        descriptor = attach.push_with_subject(
+            context.layout, context.connect, args.reference, args.subject, context.progress
+        )
+    where = {} if args.destination is None else {"destination": args.destination}
+    value: dict[str, Any] = {"name": args.reference, **where, "digest": descriptor.digest}
+    if args.referrers:
+        reference = resolve.pushable(target)
+        client = context.connect(reference.registry or "")
+        sent = attach.push_referrers(context.layout, client, reference.repository, descriptor.digest, context.progress)
+        value["referrers"] = [referrer.digest for referrer in sent]
     if args.json:
-        where = {} if args.destination is None else {"destination": args.destination}
-        output.answer_json({"name": args.reference, **where, "digest": descriptor.digest})
+        output.answer_json(value)
     elif args.destination is not None:
         output.answer(descriptor.digest)
     else:
         output.answer(f"{args.reference}@{descriptor.digest}")
     return Exit.OK
+
+
+def _check(args: argparse.Namespace, target: str) -> None:
+    from ovms.oci import transport
+
+    if args.subject is not None and args.destination is not None:
+        raise UsageError("--subject changes what REF stands for: it does not go with a DESTINATION")
+    option = "--subject" if args.subject is not None else "--referrers" if args.referrers else None
+    if option is not None and isinstance(transport.parse(target), transport.Place):
+        raise UsageError(f"{option} needs a registry to push to, not a place on disk")

@@ -80,6 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform", metavar="OS/ARCH[/VARIANT]", type=values.platform, help="of an index (default: this host's)"
     )
+    parser.add_argument(
+        "--restart",
+        metavar="POLICY",
+        default="no",
+        help="no (default), on-failure, or on-failure:N: boot it again when its VM fails",
+    )
+    parser.add_argument(
+        "--security-opt",
+        metavar="PART=off",
+        action="append",
+        default=[],
+        help="leave out a part of the jail: user, namespaces, root, network, seccomp, cgroups, limits; may be repeated",
+    )
+    values.add_tls_verify(parser)
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
     parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
 
@@ -104,7 +118,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
-    from ovms.runtime import ports, volumes
+    from ovms.runtime import ports, restart, volumes
+    from ovms.runtime.jail import SecurityOptions
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
 
@@ -118,6 +133,8 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         restore=RestorePolicy(args.restore),
         remove_on_exit=args.rm,
         runtime=args.runtime,
+        restart=restart.parse(args.restart),
+        security=SecurityOptions.parse(args.security_opt),
         volumes=volumes.parse(args.volume),
         seed=_seed(args),
     )

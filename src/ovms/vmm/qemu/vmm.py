@@ -119,6 +119,7 @@ class QemuVmm:
                 events=our_events,
                 trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
+                at_end=config.at_end,
             )
             try:
                 return watch.start(launch, config.jail, files)

@@ -10,7 +10,7 @@
     ├── events.out              the VMM's events, as they came (at most 4 MiB)
     └── vmm.log                 the VMM's stderr (at most 1 MiB)
 
-Why it is a program of its own, and in C: ADR 0009.
+Why it is a program of its own, and in C: ADR 0017.
 """
 
 from __future__ import annotations

@@ -1,0 +1,298 @@
+"""Attaching a file to an artifact: a small artifact of its own, whose ``subject`` is the other.
+
+Its form is that of the OCI image specification 1.1 for what needs no config: the empty config, the file as the only
+layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ovms import fsutil
+from ovms.artifact.resolve import Connect, find, lookup, pushable
+from ovms.errors import (
+    BlobNotFound,
+    InputError,
+    IntegrityError,
+    JsonInvalid,
+    ReferenceNotFound,
+    RegistryProtocol,
+    UsageError,
+)
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, parse_manifest, with_subject
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.oci.referrers import lister, local_lister, roots, tree
+from ovms.oci.registry import RegistryClient
+from ovms.progress import NULL, Progress
+from ovms.spec import limits, mediatypes
+from ovms.spec.digest import Digest, from_hasher, is_digest
+
+#: RFC 6838, section 4.2.
+_MEDIA_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+_EMPTY: Final = b"{}"
+#: What the referrers of one artifact that are fetched with it may have, all together.
+PULLED_BYTES_MAX: Final = 1 * limits.GIB
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What is to be attached: a file, its media type, the type of the artifact around it, annotations of that."""
+
+    path: Path
+    media_type: str
+    artifact_type: str
+    annotations: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises :class:`InputError` where a type or an annotation is none."""
+        for text in (self.media_type, self.artifact_type):
+            if not _MEDIA_TYPE.fullmatch(text):
+                raise InputError(
+                    f"{text[:100]!a} is no media type", hint="write it as TYPE/SUBTYPE, such as application/spdx+json"
+                )
+        if self.artifact_type == mediatypes.OCI_EMPTY:
+            raise InputError(f"{self.artifact_type} says nothing of an artifact", hint="name what the file is")
+        for key, value in self.annotations.items():
+            if not key or len(key) > limits.NAME_MAX or len(value) > limits.STRING_MAX:
+                raise InputError(
+                    f"the annotation {key[:60]!a} is out of range: a key of 1 to {limits.NAME_MAX} characters and a value "
+                    f"of at most {limits.STRING_MAX} are allowed"
+                )
+
+    def manifest(self, digest: Digest, size: int, subject: Descriptor) -> ImageManifest:
+        """The manifest around the file, whose content has this digest and size."""
+        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        title = {mediatypes.TITLE_ANNOTATION: self.path.name}
+        return build_manifest(
+            artifact_type=self.artifact_type,
+            config=Descriptor.of(mediatypes.OCI_EMPTY, _EMPTY),
+            layers=(Descriptor(self.media_type, digest, size, title),),
+            subject=subject,
+            annotations={mediatypes.CREATED_ANNOTATION: created, **self.annotations},
+        )
+
+
+def attach_remote(
+    layout: Layout, client: RegistryClient, reference: Reference, attachment: Attachment, progress: Progress = NULL
+) -> tuple[Descriptor, Descriptor]:
+    """Pushes the file to the registry of *reference*, whose artifact is its subject. Nothing comes into the store.
+
+    Returns the descriptors of the new artifact and of the subject.
+
+    Raises:
+        FileProblem: it is no file that can be read.
+        ReferenceNotFound: the registry has no such artifact.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    from ovms.oci import transfer
+
+    with ExitStack() as stack:
+        file = stack.enter_context(_open(attachment))
+        subject = remote_manifest(client, reference).descriptor()
+        hasher = hashlib.sha256()
+        with progress.task("reading", os.fstat(file.fileno()).st_size) as task:
+            size = fsutil.hash_file(file.fileno(), hasher, advance=task.advance)
+        image = attachment.manifest(from_hasher(hasher), size, subject)
+        config = stack.enter_context(fsutil.staging_dir(layout.staging_root)) / "config"
+        config.write_bytes(_EMPTY)
+        # The open file, not its name, which may stand for another file by now.
+        files = {image.layers[0].digest: Path(f"/proc/self/fd/{file.fileno()}"), image.config.digest: config}
+        transfer.push_files(layout, client, reference.repository, image, files, progress)
+        return image.as_referrer(), subject
+
+
+def attach_local(
+    layout: Layout, text: str, attachment: Attachment, progress: Progress = NULL
+) -> tuple[Descriptor, Descriptor]:
+    """Keeps the file in the local store, as a referrer of what *text* names there. Returns as :func:`attach_remote`.
+
+    Raises:
+        FileProblem: it is no file that can be read.
+        ReferenceNotFound: nothing of that name here.
+        DiskFull: said before the first byte is copied.
+    """
+    with layout.using(), _open(attachment) as file:
+        subject = local_manifest(layout, text).descriptor()
+        with progress.task("reading", os.fstat(file.fileno()).st_size) as task:
+            digest, size, _ = layout.add_file(file.fileno(), "the file", advance=task.advance)
+        image = attachment.manifest(digest, size, subject)
+        layout.add_bytes(_EMPTY)
+        layout.add_bytes(image.raw)
+        layout.add_nameless(image.descriptor())
+        return image.as_referrer(), subject
+
+
+def _open(attachment: Attachment) -> BinaryIO:
+    return fsutil.open_input(attachment.path, "the file to attach", max_size=limits.DISK_LAYER_MAX)
+
+
+def remote_manifest(client: RegistryClient, reference: Reference) -> ImageManifest | ImageIndex:
+    """The manifest or index of an artifact in a registry.
+
+    Raises:
+        ReferenceNotFound: the registry has none of that name.
+        RegistryError: and its kinds: as the registry met us; or it is neither an OCI manifest nor an index.
+    """
+    raw, _ = client.get_manifest(reference)
+    # the registry's Content-Type is not asked: a manifest's type is in its own bytes
+    return parse_manifest(raw, f"the manifest of {reference}")
+
+
+def local_manifest(layout: Layout, text: str) -> ImageManifest | ImageIndex:
+    """The manifest or index of an artifact in the local store.
+
+    Raises:
+        ReferenceNotFound: nothing of that name here.
+    """
+    known = lookup(layout, text)
+    if known is None:
+        raise ReferenceNotFound(
+            f"there is no artifact {text[:120]!a} in the local store", hint="'ovm ls' lists what is there"
+        )
+    return layout.manifest(known[1])
+
+
+# --- to and from a registry ------------------------------------------------------------------------------------------
+
+
+def push_with_subject(
+    layout: Layout, connect: Connect, text: str, subject_text: str, progress: Progress = NULL
+) -> Descriptor:
+    """Pushes what is called *text* here with another ``subject``, and lets the name stand for the result.
+
+    The subject is a digest, or a reference of the same repository; it has to be there. It is part of the
+    manifest, so what is pushed has another digest than what was here before.
+
+    Raises:
+        UsageError: the subject is in another repository, or the name is bound to a digest.
+        ReferenceNotFound: nothing of that name here, or no such subject there.
+        Unsupported, ManifestInvalid: it is no OVMS artifact.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    from ovms.oci import transfer
+
+    reference = pushable(text)
+    assert reference.registry is not None
+    if reference.digest is not None:
+        raise UsageError(
+            f"{reference}: with another subject the artifact has another digest", hint="leave out what follows '@'"
+        )
+    where = _subject_reference(reference, subject_text)
+    with layout.using():
+        find(layout, text)  # raises where it is no OVMS artifact
+        old = local_manifest(layout, text)
+        client = connect(reference.registry)
+        manifest = with_subject(old, remote_manifest(client, where).descriptor())
+        layout.add_bytes(manifest.raw)
+        transfer.push(layout, client, reference, manifest.digest, progress)
+        layout.set_name(str(reference), manifest.descriptor())
+        return manifest.descriptor()
+
+
+def _subject_reference(reference: Reference, text: str) -> Reference:
+    if is_digest(text):
+        return replace(reference, tag=None, digest=Digest(text))
+    subject = Reference.parse(text)
+    if subject.name != reference.name:
+        raise UsageError(
+            f"the subject {subject} is not in {reference.name}, and a registry looks for referrers nowhere else",
+            hint=f"push it there first, or name it {reference.name}:TAG",
+        )
+    return subject
+
+
+def push_referrers(
+    layout: Layout, client: RegistryClient, repository: str, digest: Digest, progress: Progress = NULL
+) -> list[Descriptor]:
+    """Pushes the referrers of *digest* that have no name of their own here, theirs, and so on. Returns what they are.
+
+    Those with a name (snapshots) are pushed by it, and by nothing else.
+
+    Raises:
+        BlobNotFound: the store does not have all of one.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    from ovms.oci import transfer
+
+    pushed: dict[Digest, Descriptor] = {}
+    with layout.using():
+        named = {entry.descriptor.digest for entry in layout.entries() if entry.name}
+        listed = local_lister(layout)
+        pending = _roots(layout, digest)
+        while pending:
+            for found in listed(pending.pop(), None).descriptors:
+                if found.digest not in pushed and found.digest not in named:
+                    target = Reference(client.host, repository, None, found.digest)
+                    transfer.push(layout, client, target, found.digest, progress)
+                    pushed[found.digest] = found
+                    pending.append(found.digest)
+    return list(pushed.values())
+
+
+def pull_referrers(
+    layout: Layout, client: RegistryClient, repository: str, digest: Digest, progress: Progress = NULL
+) -> tuple[list[Descriptor], int]:
+    """Fetches the referrers of *digest*, theirs, and so on, as they are kept here: without a name.
+
+    Snapshots, and whatever else is an OVMS artifact, are left where they are: those are pulled by name.
+
+    Returns the descriptors of what is here now, and how many were left out: indexes, what is no manifest that names
+    this subject, what is damaged or incomplete in the registry, and what is beyond :data:`PULLED_BYTES_MAX`.
+
+    Raises:
+        DiskFull: said before the blobs of a referrer are fetched.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    from ovms.oci import transfer
+
+    with layout.using():
+        nodes, complete = tree(_roots(layout, digest), lister(client, repository))
+        left_out, size = int(not complete), 0
+        fetched: dict[Digest, Descriptor] = {}
+        pending = nodes
+        while pending:
+            node = pending.pop()
+            if node.repeated or node.descriptor.artifact_type == mediatypes.MANIFEST:
+                continue
+            image = _referrer(client, repository, node.descriptor, node.subject)
+            total = 0 if image is None else sum(blob.size for blob in image.blobs)
+            if image is None or size + total > PULLED_BYTES_MAX:
+                left_out += 1
+                continue
+            try:
+                transfer.fetch(layout, client, repository, image, progress)
+            except (BlobNotFound, IntegrityError):
+                left_out += 1  # a stranger's damaged artifact must not keep the others away
+                continue
+            size += total
+            layout.add_nameless(image.descriptor())
+            fetched[image.digest] = image.as_referrer()
+            pending += node.children
+        return list(fetched.values()), left_out
+
+
+def _roots(layout: Layout, digest: Digest) -> list[Digest]:
+    # of an index, the manifests that are here
+    return [root for root in roots(layout.manifest(digest)) if layout.size(root) is not None]
+
+
+def _referrer(client: RegistryClient, repository: str, descriptor: Descriptor, subject: Digest) -> ImageManifest | None:
+    # What a list says is not what is there: something without this subject would stay in the store for ever.
+    if descriptor.media_type != mediatypes.OCI_MANIFEST:
+        return None
+    try:
+        raw, _ = client.get_manifest(Reference(client.host, repository, None, descriptor.digest))
+        image = parse_manifest(raw, f"the referrer {descriptor.digest}")
+    except (ReferenceNotFound, RegistryProtocol, JsonInvalid, IntegrityError):
+        return None
+    fits = isinstance(image, ImageManifest) and image.subject is not None and image.subject.digest == subject
+    return image if fits and isinstance(image, ImageManifest) else None

@@ -1,0 +1,28 @@
+"""Do what is to be done after the end of an instance's VM. Its watcher runs this; nobody else has to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+from ovms.cli import output
+from ovms.cli.context import Context
+from ovms.cli.exitcodes import Exit
+from ovms.errors import InstanceNotFound
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("instance", metavar="ID", help="the instance's ID")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    """Runs the command."""
+    from ovms.runtime.restart import ended
+
+    # gone already: with --rm, whoever looked first has removed it
+    with contextlib.suppress(InstanceNotFound):
+        again = ended(context.runtime, args.instance)
+        if again is not None:
+            output.answer(again.id)
+    return Exit.OK
