@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from ovms.spec.manifest import DiskFormat
 from ovms.vmm.extras import SHARES_MAX, VOLUMES_MAX, ExtraDisk, Share
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
+#: Seconds to wait for a lock: a watcher has the descriptors of its VM for some moments after it was started.
+LOCK_WAIT: Final = 0.5
 #: Where no files of the host are, but what the kernel makes up.
 _NO_FILES: Final = ("/proc", "/sys", "/dev")
 _FORMATS: Final = (DiskFormat.RAW, DiskFormat.QCOW2)
@@ -211,14 +214,20 @@ def _check(fd: int, volume: Volume, what: str) -> None:
 
 
 def _lock(fd: int, volume: Volume, what: str) -> None:
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if volume.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Locked(
-            f"{what}: {volume.path} is in use by another VM",
-            hint="'ovm ps' lists them; several VMs can have it with ',ro'",
-            path=str(volume.path),
-        ) from None
+    operation = (fcntl.LOCK_SH if volume.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            fcntl.flock(fd, operation)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise Locked(
+                    f"{what}: {volume.path} is in use by another VM",
+                    hint="'ovm ps' lists them; several VMs can have it with ',ro'",
+                    path=str(volume.path),
+                ) from None
+            time.sleep(0.01)
 
 
 def shares(volumes: Sequence[Volume]) -> tuple[Share, ...]:

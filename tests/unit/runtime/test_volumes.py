@@ -16,6 +16,11 @@ from ovms.runtime.volumes import Volume
 from ovms.spec.manifest import DiskFormat
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volumes, "LOCK_WAIT", 0.0)
+
+
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
     (tmp_path / "raw").write_bytes(bytes(4096))
