@@ -67,7 +67,7 @@ def _fill(maker: ModuleType, work: Path, cache: Path, kernel: Path, version: str
     (new / "initrd.img").write_bytes(initrd)
     shutil.copy(kernel / "vmlinuz", new / "vmlinuz")
     epoch = int((kernel / "vmlinuz").stat().st_mtime)
-    image = maker.make_base(work, maker.debootstrap(work, epoch, cache / "apt/lists", PACKAGES), epoch)
+    image = maker.make_base(work, maker.debootstrap(work, epoch, cache / "apt/lists", include=PACKAGES), epoch)
     # as in a cloud's image: the machine gets its ID, and nobody is asked for anything, when it first boots
     (work / "empty").touch()
     commands = [f'write "{work / "empty"}" /etc/machine-id', "sif /etc/machine-id mode 0100444"]

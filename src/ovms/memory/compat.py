@@ -14,7 +14,7 @@ from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
-from ovms.vmm.model import Machine
+from ovms.vmm.model import AGENT_PORT, Machine
 from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
@@ -38,7 +38,7 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
         cpu_flags=machine.cpu_flags,
         vcpus=machine.vcpus,
         memory=machine.memory,
-        devices=_devices(machine.mac, machine.disk_size, machine.seed_size),
+        devices=_devices(machine.mac, machine.disk_size, machine.seed_size, agent=machine.agent),
         kernel=manifest.kernel.ref if manifest.kernel else None,
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
@@ -46,11 +46,12 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
     )
 
 
-def _devices(mac: str, disk_size: int | None, seed_size: int | None) -> tuple[Device, ...]:
+def _devices(mac: str, disk_size: int | None, seed_size: int | None, *, agent: bool) -> tuple[Device, ...]:
     disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
     seed = () if seed_size is None else (Device("virtio-blk", name=_SEED, size=seed_size),)
+    port = (Device("virtio-serial", name=AGENT_PORT),) if agent else ()
     network = Device("virtio-net", mac=mac, backend=_NETWORK)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *seed)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *port, *seed)
 
 
 def _sizes(header: Header) -> tuple[int | None, int | None]:
@@ -74,6 +75,7 @@ def machine_of(header: Header) -> Machine:
         header.vcpus,
         network.mac,
         *_sizes(header),
+        agent=header.device("virtio-serial") is not None,
     )
 
 
@@ -109,7 +111,9 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
     if header.parent is not None:
         return "it is a diff on another snapshot, which this version does not put together"
     mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
-    if mac is None or header.devices != _devices(mac, *_sizes(header)):
+    # a machine without a port for the agent is one that we build, too
+    agent = header.device("virtio-serial") is not None
+    if mac is None or header.devices != _devices(mac, *_sizes(header), agent=agent):
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
     seed_size = _sizes(header)[1]
     if seed_size is not None and (seed_size > _SEED_MAX or seed_size % 512):

@@ -109,7 +109,7 @@ def seeded(directory: Path, record: Record, told: Seed | None) -> Iterator[tuple
         record = replace(record, machine=replace(record.machine, seed_size=size))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        yield record, ExtraDisk(fd, DiskFormat.RAW, True, _SEED_NAME)
+        yield record, ExtraDisk(fd, path, DiskFormat.RAW, True, _SEED_NAME)
     finally:
         os.close(fd)
 

@@ -8,6 +8,7 @@
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
     ├── seed.img                what its cloud-init is told (ovms.runtime.seeds)
+    ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 

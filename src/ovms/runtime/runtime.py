@@ -17,7 +17,7 @@ from ovms.artifact.model import Artifact, load
 from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
-from ovms.errors import InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
+from ovms.errors import GuestError, InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
@@ -308,8 +308,13 @@ class Runtime:
 
     # --- stop and remove ---------------------------------------------------------------------------------------
 
-    def power_down(self, record: Record) -> Record:
-        """Asks the guest to power down. What it makes of it is seen by its process's end."""
+    def power_down(self, record: Record, *, agent: bool = False) -> Record:
+        """Asks the guest to power down. What it makes of it is seen by its process's end.
+
+        With *agent* it is the guest's agent that is asked; the button is pressed where that does not answer.
+        """
+        if agent and self._ask_agent(record):
+            return self.instances.find(record.id)
         with self.instances.locked(record) as newest:
             if not self.instances.status(newest).state.alive:
                 return newest
@@ -318,6 +323,21 @@ class Runtime:
                 control.resume()  # a paused guest sees no button
                 control.power_down()
             return stopping
+
+    def _ask_agent(self, record: Record) -> bool:
+        from ovms.runtime import guest
+
+        with contextlib.suppress(GuestError, StateConflict, Unsupported):
+            with self.instances.locked(record) as newest:
+                if not self.instances.status(newest).state.alive:
+                    return True
+                self.instances.save(replace(newest, stop_requested=True))
+                with contextlib.suppress(VmmError, StateConflict), self.instances.control(newest) as control:
+                    control.resume()
+            with guest.agent_of(self.instances, newest) as agent:
+                guest.shut_down(agent)
+            return True
+        return False
 
     def kill(self, record: Record) -> None:
         """Ends a VM at once. Its disks are as after a power failure."""
@@ -336,13 +356,13 @@ class Runtime:
         if record.watcher is not None:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
 
-    def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
-        """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.
+    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False) -> Status:
+        """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.
 
         Stopping what is stopped is no error.
         """
         if grace > 0:
-            record = self.power_down(record)
+            record = self.power_down(record, agent=agent)
             if record.process is not None and record.process.wait(grace):
                 return self.instances.status(record)
         self.kill(record)

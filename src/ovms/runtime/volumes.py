@@ -166,7 +166,8 @@ def open_disks(volumes: Sequence[Volume], root: Path, held: contextlib.ExitStack
         what = f"volume {volume.name}"
         fd = _open(volume, what)
         held.callback(os.close, fd)
-        if not volume.read_only and Path(f"/proc/self/fd/{fd}").readlink().is_relative_to(root.resolve()):
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        if not volume.read_only and path.is_relative_to(root.resolve()):
             raise InputError(
                 f"{what}: {volume.path} belongs to ovms, and no guest writes to it",
                 hint="take a copy of it",
@@ -174,7 +175,7 @@ def open_disks(volumes: Sequence[Volume], root: Path, held: contextlib.ExitStack
             )
         _check(fd, volume, what)
         _lock(fd, volume, what)
-        disks.append(ExtraDisk(fd, volume.format, volume.read_only, volume.name))
+        disks.append(ExtraDisk(fd, path, volume.format, volume.read_only, volume.name))
     return tuple(disks)
 
 

@@ -17,10 +17,11 @@ SHARES_MAX: Final = 4
 class ExtraDisk:
     """A disk of its own: an open file of the right access mode, checked, and locked as long as it is open anywhere.
 
-    ``name`` is the serial number by which the guest knows it.
+    ``path`` is where it comes from, ``name`` the serial number by which the guest knows it.
     """
 
     fd: int
+    path: Path
     format: DiskFormat
     read_only: bool
     name: str
@@ -42,6 +43,10 @@ class Extras:
     volumes: tuple[ExtraDisk, ...] = ()
     shares: tuple[Share, ...] = ()
 
+    def disks(self) -> tuple[ExtraDisk, ...]:
+        """All disks among them."""
+        return (*((self.seed,) if self.seed else ()), *self.volumes)
+
     def fds(self) -> list[int]:
         """The descriptors that the VMM gets."""
-        return [disk.fd for disk in (*((self.seed,) if self.seed else ()), *self.volumes)]
+        return [disk.fd for disk in self.disks()]

@@ -27,12 +27,17 @@ class AccelChoice:
     reason: str | None = None
 
 
+#: What the port is called that qemu-guest-agent opens.
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+
+
 @dataclass(frozen=True)
 class Machine:
     """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
 
     ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
-    size of the disk as the guest sees it, or None without one; ``seed_size`` that of the seed disk.
+    size of the disk as the guest sees it, or None without one; ``seed_size`` that of the seed disk. ``agent`` says whether there is a port for the guest's
+    agent (a snapshot may be of a machine without).
     """
 
     machine_type: str
@@ -44,6 +49,7 @@ class Machine:
     mac: str
     disk_size: int | None
     seed_size: int | None = None
+    agent: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -75,6 +81,7 @@ class Machine:
             _field(value, "mac", str, where),
             disk_size,
             seed_size,
+            _field(value, "agent", bool, where),
         )
 
 
@@ -146,6 +153,7 @@ class VmFiles:
     #: The control channel's and the console's socket, what the console printed, what the VMM said, its events.
     CONTROL: ClassVar[str] = "qmp.sock"
     CONSOLE: ClassVar[str] = "console.sock"
+    AGENT: ClassVar[str] = "agent.sock"
     CONSOLE_LOG: ClassVar[str] = "console.log"
     CONSOLE_INDEX: ClassVar[str] = "console.idx"
     VMM_LOG: ClassVar[str] = "vmm.log"
@@ -160,8 +168,13 @@ class VmFiles:
 
     @property
     def console(self) -> Path:
-        """The socket of the serial console: one client at a time."""
+        """The socket of the serial console: the watcher lets some clients look and type at once."""
         return self.directory / self.CONSOLE
+
+    @property
+    def agent(self) -> Path:
+        """The socket of the guest's agent: one client at a time (``ovms.runtime.agent`` sees to it)."""
+        return self.directory / self.AGENT
 
     @property
     def console_log(self) -> Path:

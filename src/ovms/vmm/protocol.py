@@ -26,6 +26,9 @@ class Control(Protocol):
     def power_down(self) -> None:
         """Presses the power button; what the guest makes of it is its own matter."""
 
+    def agent_listens(self) -> bool:
+        """Whether the guest has opened the port for its agent."""
+
     def quit(self) -> None:
         """Ends the VM at once, as if its power failed. The VMM has let go of its files when this returns."""
 

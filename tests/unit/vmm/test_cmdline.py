@@ -16,7 +16,7 @@ from ovms.vmm.extras import ExtraDisk, Extras, Share
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
 
-MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
+MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30, agent=True)
 CONFIG = VmConfig(
     name="web",
     uuid="11111111-2222-3333-4444-555555555555",
@@ -31,12 +31,15 @@ CONFIG = VmConfig(
     overlay=Path("/instance/overlay-0.qcow2"),
     ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
 )
-FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11)
+FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
 EXTRAS = Extras(
-    seed=ExtraDisk(14, DiskFormat.RAW, True, "seed"),
-    volumes=(ExtraDisk(15, DiskFormat.RAW, False, "vol0"), ExtraDisk(16, DiskFormat.QCOW2, True, "data")),
-    shares=(Share(Path("/home/user,x=y"), "src"),),
+    seed=ExtraDisk(14, Path("/instance/seed.img"), DiskFormat.RAW, True, "seed"),
+    volumes=(
+        ExtraDisk(15, Path("/files/raw"), DiskFormat.RAW, False, "vol0"),
+        ExtraDisk(16, Path("/files/data"), DiskFormat.QCOW2, True, "data"),
+    ),
+    shares=(Share(Path("/files/user,x=y"), "src"),),
 )
 
 
@@ -62,7 +65,7 @@ def test_the_command_line_of_a_restore(golden: object) -> None:
 def test_the_command_line_with_all_that_can_be_attached(golden: object) -> None:
     argv = build(replace(CONFIG, extras=EXTRAS), replace(FDS, extras=(14, 15, 16)))
     golden("qemu-extras.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
-    assert not [word for word in argv if "/home/user" in word]
+    assert not [word for word in argv if "/files" in word]
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
@@ -81,6 +84,11 @@ def test_every_qcow2_node_says_its_backing_itself() -> None:
 def test_only_the_overlay_is_writable() -> None:
     found = nodes(build())
     assert {name for name, value in found.items() if not value["read-only"]} == {"overlay-0", "overlay-0-file"}
+
+
+def test_a_machine_without_a_port_for_the_agent_has_no_device_of_it() -> None:
+    argv = build(replace(CONFIG, machine=replace(MACHINE, agent=False)), replace(FDS, agent=None))
+    assert not any("serial" in word and word != "-serial" for word in argv)
 
 
 def test_a_vm_without_a_disk_has_no_disk() -> None:

@@ -16,10 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t",
         "--time",
+        "--timeout",
         metavar="SECONDS",
         type=seconds,
         default=30.0,
         help="how long the guest gets before it is ended (default: 30; 0 ends it at once)",
+    )
+    parser.add_argument(
+        "--agent",
+        action="store_true",
+        help="ask qemu-guest-agent in the guest first; the power button is pressed where that does not answer",
     )
 
 
@@ -31,7 +37,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     records = [runtime.instances.find(text) for text in args.instances]
     answers = []
     for record in records:
-        status = runtime.stop(record, grace=args.time)
+        status = runtime.stop(record, grace=args.time, agent=args.agent)
         answers.append(instance(status))
         if not args.json:
             output.answer(record.name)

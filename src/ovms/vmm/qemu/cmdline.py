@@ -14,16 +14,18 @@ from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.extras import ExtraDisk, Share
-from ovms.vmm.model import Machine, PortForward, VmConfig
+from ovms.vmm.model import AGENT_PORT, Machine, PortForward, VmConfig
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
 NETDEV_ID: Final = "net0"
+AGENT_ID: Final = "agent"
 OVERLAY_NODE: Final = "overlay"
 
 _SLOT_RNG: Final = "0x3"
 _SLOT_NET: Final = "0x4"
 _SLOT_DISK: Final = "0x5"
+_SLOT_AGENT: Final = "0x6"
 _SLOT_SEED: Final = 0x7
 _SLOT_VOLUMES: Final = 0x8
 _SLOT_SHARES: Final = 0x18
@@ -40,6 +42,7 @@ class Descriptors:
 
     Attributes:
         control: the listening socket of its control channel.
+        agent: the listening socket of the channel to the guest's agent.
         console, events: its ends of the socket pairs for the serial console and for its events.
         layers: one for each disk layer, read-only.
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
@@ -58,10 +61,11 @@ class Descriptors:
     ram: int | None = None
     state: int | None = None
     extras: tuple[int, ...] = ()
+    agent: int | None = None
 
     def all(self) -> list[int]:
         """All of them."""
-        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
+        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state, self.agent)
         return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.extras) if fd is not None]
 
 
@@ -82,6 +86,7 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
         *_network(config.machine.mac, config.ports),
         *_disk(config, fds),
+        *_agent(fds),
         *_extras(config),
         *_boot(config, fds),
         *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
@@ -211,6 +216,21 @@ def share_name(number: int) -> str:
 def share_trees(shares: Sequence[Share]) -> dict[str, Path]:
     """The directories that QEMU needs in its own root."""
     return {share_name(i): share.path for i, share in enumerate(shares)}
+
+
+def _agent(fds: Descriptors) -> tuple[str, ...]:
+    # A port that a guest's agent finds by its name. Who talks to it connects to the socket; without anybody there, what
+    # the guest writes is thrown away.
+    if fds.agent is None:
+        return ()
+    return (
+        "-chardev",
+        f"socket,id={AGENT_ID},fd={fds.agent},server=on,wait=off",
+        "-device",
+        f"virtio-serial-pci,id=serial0,max_ports=2,addr={_SLOT_AGENT}",
+        "-device",
+        f"virtserialport,bus=serial0.0,nr=1,chardev={AGENT_ID},name={AGENT_PORT}",
+    )
 
 
 def _fd_set(number: int, fd: int) -> tuple[str, str]:

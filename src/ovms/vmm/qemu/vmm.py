@@ -75,6 +75,7 @@ class QemuVmm:
             vcpus,
             mac,
             disk_size,
+            agent=True,
         )
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
@@ -113,11 +114,13 @@ class QemuVmm:
             launch = watch.Launch(
                 argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
                 keep=fds.all(),
-                hold=() if fds.ram is None else (fds.ram,),
+                # a volume that is opened anew, for reading, loses the lock that its descriptor has
+                hold=(*(() if fds.ram is None else (fds.ram,)), *(d.fd for d in config.extras.volumes if d.read_only)),
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
                 trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
+                read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
             )
@@ -190,7 +193,15 @@ def _open(
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
         extras=tuple(config.extras.fds()),
+        agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
     )
+
+
+def _read_only(config: VmConfig, fds: cmdline.Descriptors) -> dict[int, Path]:
+    paths = [*(layer.path for layer in config.layers), config.kernel, config.initrd]
+    numbers = [*fds.layers, fds.kernel, fds.initrd]
+    ours = {fd: path for fd, path in zip(numbers, paths, strict=True) if fd is not None and path is not None}
+    return ours | {disk.fd: disk.path for disk in config.extras.disks() if disk.read_only}
 
 
 def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
@@ -250,7 +261,7 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
 
 
 def _remove_channels(files: VmFiles) -> None:
-    for path in (files.control, files.console, files.pid):
+    for path in (files.control, files.console, files.agent, files.pid):
         path.unlink(missing_ok=True)
 
 

@@ -35,6 +35,8 @@
  *     tree=NAME:PATH         a directory or file of that root: what is at PATH of the host, read-only (repeated)
  *     dev=NAME:PATH          a device node of that root (repeated)
  *     link=NAME:TARGET       a symbolic link of that root (repeated)
+ *     sealed=FD:PATH         FD, which is kept, is opened anew through a read-only mount of PATH: who owns the file could
+ *                            otherwise change its mode, and write to it through /proc (repeated; with root= only)
  *     limit=RESOURCE:VALUE   setrlimit, both (repeated)
  *     seccomp=0              no filter of ours
  *     at-end=WORD            a program and its arguments, run by the watcher when the VMM has ended (repeated)
@@ -222,7 +224,7 @@ static void close_all_but(int *kept, int count)
 
 #define MANY 160
 
-struct mapping { char *name, *path; i64 fd; };
+struct mapping { char *name, *path; };
 struct list { int count; int fd[MANY]; };
 struct maps { int count; struct mapping item[MANY]; };
 
@@ -232,7 +234,7 @@ static struct {
     int has_user, seccomp;
     char *root;
     struct list keep, hold, cgroups;
-    struct maps trees, devs, links;
+    struct maps trees, devs, links, sealed;
     int limits;
     struct { int resource; u64 value; } limit[16];
     int at_end_count;
@@ -299,6 +301,8 @@ static int parse(char **words)
             put_map(&o.trees, v);
         else if ((v = value_of(word, "dev")))
             put_map(&o.devs, v);
+        else if ((v = value_of(word, "sealed")))
+            put_map(&o.sealed, v);
         else if ((v = value_of(word, "link")))
             put_map(&o.links, v);
         else if ((v = value_of(word, "limit")) && o.limits < 16)
@@ -347,19 +351,13 @@ static void make_parents(const char *name, int whole)
         sys(SYS_mkdirat, AT_FDCWD, path.bytes, 0755, 0, 0);
 }
 
-/* Before the new root hides what is below its place. Not in the parent: that has another mount namespace. */
-static void find(struct maps *maps)
-{
-    for (int i = 0; i < maps->count; i++) {
-        maps->item[i].fd = sys(SYS_openat, AT_FDCWD, maps->item[i].path, O_PATH | O_CLOEXEC, 0, 0);
-        must(maps->item[i].fd, "tree");
-    }
-}
-
 static void bind(struct mapping *item, u64 attributes)
 {
+    /* by its name: what a descriptor of the parent leads to is of another mount namespace, and can't be bound here */
+    i64 fd = sys(SYS_openat, AT_FDCWD, item->path, O_PATH | O_CLOEXEC, 0, 0);
+    must(fd, "tree");
     u32 info[36];
-    must(sys(SYS_fstat, item->fd, info, 0, 0, 0), "tree");
+    must(sys(SYS_fstat, fd, info, 0, 0, 0), "tree");
     int directory = (info[6] & 0170000) == 0040000; /* st_mode */
     make_parents(item->name, directory);
     if (!directory) {
@@ -367,26 +365,43 @@ static void bind(struct mapping *item, u64 attributes)
         must(file, "root");
         sys(SYS_close, file, 0, 0, 0, 0);
     }
-    struct text path = {.used = 0};
-    add(&path, "/proc/self/fd/");
-    add_number(&path, (u64)item->fd);
-    must(sys(SYS_mount, path.bytes, item->name, 0, MS_BIND | MS_REC, 0), "bind");
-    sys(SYS_close, item->fd, 0, 0, 0, 0);
+    sys(SYS_close, fd, 0, 0, 0, 0);
+    must(sys(SYS_mount, item->path, item->name, 0, MS_BIND | MS_REC, 0), "bind");
     struct mount_attr attr = {.set = attributes};
     must(sys(SYS_mount_setattr, AT_FDCWD, item->name, AT_RECURSIVE, &attr, sizeof attr), "bind-read-only");
+}
+
+/* The same file, or nothing. */
+static void seal(struct mapping *item)
+{
+    u64 before[18], after[18];
+    char *number_of = item->name;
+    int fd = (int)number(&number_of);
+    struct mapping place = {"sealed", item->path};
+    must(sys(SYS_fstat, fd, before, 0, 0, 0), "seal");
+    bind(&place, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+    i64 again = sys(SYS_openat, AT_FDCWD, place.name, O_CLOEXEC | O_NOFOLLOW, 0, 0);
+    must(again, "seal");
+    must(sys(SYS_fstat, again, after, 0, 0, 0), "seal");
+    if (before[0] != after[0] || before[1] != after[1]) /* st_dev, st_ino */
+        fail("seal", -EINVAL);
+    must(sys(SYS_dup3, again, fd, O_CLOEXEC, 0, 0), "seal");
+    sys(SYS_close, again, 0, 0, 0, 0);
+    must(sys(SYS_umount2, place.name, MNT_DETACH, 0, 0, 0), "seal");
+    sys(SYS_unlinkat, AT_FDCWD, place.name, 0, 0, 0);
 }
 
 static void make_root(void)
 {
     must(sys(SYS_mount, 0, "/", 0, MS_REC | MS_PRIVATE, 0), "mount-private");
-    find(&o.trees);
-    find(&o.devs);
     must(sys(SYS_mount, "root", o.root, "tmpfs", MS_NOSUID | MS_NODEV, "size=4m,nr_inodes=1k,mode=755"), "root");
     must(sys(SYS_chdir, o.root, 0, 0, 0, 0), "root");
     for (int i = 0; i < o.trees.count; i++)
         bind(&o.trees.item[i], MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
     for (int i = 0; i < o.devs.count; i++)
         bind(&o.devs.item[i], MOUNT_ATTR_NOSUID);
+    for (int i = 0; i < o.sealed.count; i++)
+        seal(&o.sealed.item[i]);
     for (int i = 0; i < o.links.count; i++) {
         make_parents(o.links.item[i].name, 0);
         must(sys(SYS_symlinkat, o.links.item[i].path, AT_FDCWD, o.links.item[i].name, 0, 0), "link");
