@@ -42,11 +42,13 @@ COMMANDS: Final = {
     "cp": "Copy a file to or from a guest that has qemu-guest-agent",
     "stop": "Power instances down",
     "rm": "Remove instances",
+    "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
     "commit": "Make an artifact of what an instance wrote to its disk",
     "export": "Write a disk as one image",
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
+    "doctor": "Tell what this host can do for VMs",
     "version": "Show the versions of ovms and of what it uses",
 }
 

@@ -104,6 +104,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def offset(text: str) -> int:
+    """A number of bytes, decimal or ``0x…``."""
+    if not re.fullmatch(r"[0-9]{1,16}|0[xX][0-9a-fA-F]{1,12}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number of bytes; write 4096 or 0x1000")
+    return int(text, 16 if text[:2] in ("0x", "0X") else 10)
+
+
 def depth(text: str) -> int:
     """Levels of a tree of referrers."""
     if text not in map(str, range(1, 9)):

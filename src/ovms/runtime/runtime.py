@@ -22,7 +22,7 @@ from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, cgroups, jail, restart, workload
+from ovms.runtime import attachments, cgroups, jail, regions, restart, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -35,7 +35,8 @@ from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
-from ovms.vmm.extras import Extras
+from ovms.vmm.capabilities import Asked, require
+from ovms.vmm.extras import SHARED_BY, Extras
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
@@ -138,7 +139,7 @@ class Runtime:
         artifact = found.artifact
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
-        plan = self._plan(vmm, artifact, options, progress)
+        plan = self._plan(vmm, artifact, options, told, progress)
         ports = port_forwards.settle(options.ports)
 
         def make(instance_id: str, name: str) -> Record:
@@ -195,7 +196,8 @@ class Runtime:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
-            running = vmm.start(config, files)
+            with regions.made(config.machine) as shared:
+                running = vmm.start(replace(config, regions=shared), files)
             took = round((time.monotonic() - began) * 1000, 1)
             return self.instances.save(
                 replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
@@ -207,7 +209,19 @@ class Runtime:
                 left.watcher.wait(5.0)
             raise
 
-    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, told: Seed | None, progress: Progress) -> _Plan:
+        require(
+            vmm,
+            Asked(
+                artifact.manifest,
+                accel=options.accel,
+                memory=options.memory,
+                vcpus=options.vcpus,
+                port_protocols=frozenset(port.protocol for port in options.ports),
+                shares=frozenset(SHARED_BY for volume in options.volumes if volume.format is None),
+                volumes=sum(volume.format is not None for volume in options.volumes) + bool(told),
+            ),
+        )
         _check_supported(artifact)
         layers = tuple(open_chain([(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]))
         disk_size = layers[-1].virtual_size if layers else None
@@ -250,6 +264,7 @@ class Runtime:
             vcpus=options.vcpus or DEFAULT_VCPUS,
             mac=_new_mac(),
             disk_size=disk_size,
+            regions=regions.of(artifact.manifest),
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
@@ -305,6 +320,12 @@ class Runtime:
             at_end=restart.at_end(str(self.root.path), record),
             extras=extras,
         )
+
+    # --- shared memory -----------------------------------------------------------------------------------------
+
+    def inject(self, record: Record, device: str, offset: int, data: bytes) -> None:
+        """Writes into the region of an ivshmem device: see :func:`ovms.runtime.regions.inject`."""
+        regions.inject(self.instances, record, device, offset, data)
 
     # --- stop and remove ---------------------------------------------------------------------------------------
 
@@ -389,14 +410,6 @@ class Runtime:
 
 def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    platform = manifest.metadata.platform
-    if platform.arch != "x86_64" or platform.uefi:
-        what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
-        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS", rule="BIN-4")
-    if manifest.devices:
-        raise Unsupported(
-            f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
-        )
     if manifest.kernel is None and not manifest.disk_layers:
         raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
 

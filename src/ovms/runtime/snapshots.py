@@ -18,6 +18,7 @@ from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec.manifest import Compression, PartKind
 from ovms.spec.states import Call, after
+from ovms.vmm.capabilities import require_snapshots
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
         attachments.require_snapshot(newest)
+        require_snapshots(runtime.vmm(newest.vmm), newest.name, disk=newest.machine.disk_size is not None)
         source = runtime.artifact(newest)
         disks.require_layers(newest, len(source.manifest.disk_layers))
         directory = instances.directory(newest.id)

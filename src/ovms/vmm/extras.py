@@ -11,6 +11,8 @@ from ovms.spec.manifest import DiskFormat
 #: How many volumes and shared directories the machine has room for.
 VOLUMES_MAX: Final = 8
 SHARES_MAX: Final = 4
+#: How a directory is shared, as :mod:`~ovms.vmm.capabilities` names it.
+SHARED_BY: Final = "9p"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Sizes are bytes, times seconds unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -32,12 +31,20 @@ AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
 
 @dataclass(frozen=True)
+class Region:
+    """Memory that the host and one guest share: an ivshmem device, by the name that its manifest gives it."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
 
     ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
     size of the disk as the guest sees it, or None without one; ``seed_size`` that of the seed disk. ``agent`` says whether there is a port for the guest's
-    agent (a snapshot may be of a machine without).
+    agent (a snapshot may be of a machine without). ``regions`` are in their order on the bus.
     """
 
     machine_type: str
@@ -50,10 +57,12 @@ class Machine:
     disk_size: int | None
     seed_size: int | None = None
     agent: bool = False
+    regions: tuple[Region, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {**asdict(self), "accel": str(self.accel), "cpu_flags": list(self.cpu_flags)}
+        lists = {"cpu_flags": list(self.cpu_flags), "regions": [asdict(region) for region in self.regions]}
+        return {**asdict(self), "accel": str(self.accel), **lists}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
@@ -80,13 +89,17 @@ class Machine:
             vcpus,
             _field(value, "mac", str, where),
             disk_size,
-            seed_size,
-            _field(value, "agent", bool, where),
+            seed_size=seed_size,
+            agent=_field(value, "agent", bool, where),
+            regions=tuple(
+                Region(_field(region, "name", str, where), _field(region, "size", int, where))
+                for region in _field(value, "regions", list, where)
+            ),
         )
 
 
-def _field(value: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    item = value.get(key)
+def _field(value: Any, key: str, kind: type, where: str) -> Any:
+    item = value.get(key) if isinstance(value, dict) else None
     if not isinstance(item, kind) or (kind is int and isinstance(item, bool)):
         raise SnapshotInvalid(f"{where}.{key} is missing or of another type than it should be")
     return item
@@ -125,7 +138,7 @@ class Restore:
 class VmConfig:
     """One VM to start. ``layers`` (base first) are never written to; ``overlay`` takes every write.
 
-    ``kernel`` None means that the firmware boots from the disk.
+    ``kernel`` None means that the firmware boots from the disk. ``regions`` are descriptors, one for each of the machine's.
     """
 
     name: str
@@ -138,6 +151,7 @@ class VmConfig:
     overlay: Path | None
     ports: tuple[PortForward, ...]
     restore: Restore | None = None
+    regions: tuple[int, ...] = ()
     jail: Jail = field(default_factory=Jail)
     #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
     at_end: tuple[str, ...] = ()

@@ -12,13 +12,15 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
-from ovms.spec import strictjson
+from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
+from ovms.spec.manifest import DiskFormat
 from ovms.vmm import watch
-from ovms.vmm.extras import Share
-from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
+from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.extras import SHARED_BY, VOLUMES_MAX, Share
+from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
-from ovms.vmm.qemu import binary, cmdline
+from ovms.vmm.qemu import binary, cmdline, versions
 from ovms.vmm.qemu.control import QemuControl
 from ovms.vmm.qemu.qmp import Qmp
 from ovms.vmm.watch import Watched
@@ -44,6 +46,21 @@ class QemuVmm:
     name = "qemu"
     #: A migration stream (its version is 3) of device sections, with the firmware in a RAM section: ``qemu/state.py``.
     state_format = "qemu-migration-3"
+    capabilities = Capabilities(
+        archs=frozenset({"x86_64"}),
+        accels=frozenset(Accel),
+        disk_formats=frozenset(DiskFormat),
+        bios=True,
+        memory_unit=1024,
+        state_formats=(state_format,),
+        live_overlay=True,
+        devices={"ivshmem": limits.DEVICES_MAX},
+        networks=frozenset({"user"}),
+        port_protocols=frozenset({"tcp", "udp"}),
+        shares=frozenset({SHARED_BY}),
+        volumes=VOLUMES_MAX + 1,  # and the seed
+        power_button=True,
+    )
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache = binary.Cache(cache_dir / "qemu.json")
@@ -64,7 +81,16 @@ class QemuVmm:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return accelerators.choose(self._binary, self._cache, wanted)
 
-    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+    def machine(
+        self,
+        accel: Accel,
+        *,
+        memory: int,
+        vcpus: int,
+        mac: str,
+        disk_size: int | None,
+        regions: tuple[Region, ...] = (),
+    ) -> Machine:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return Machine(
             self._binary.default_machine,
@@ -76,6 +102,7 @@ class QemuVmm:
             mac,
             disk_size,
             agent=True,
+            regions=regions,
         )
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
@@ -83,7 +110,7 @@ class QemuVmm:
         here = self._binary
         if machine.machine_type not in here.machines:
             return f"it was taken on the machine type {machine.machine_type}, which QEMU {here.version} does not have"
-        if _version(version) > _version(here.version):
+        if versions.number(version) > versions.number(here.version):
             return f"it was taken by QEMU {version}, and an older one ({here.version}) is installed here"
         if machine.cpu != accelerators.cpu_model(machine.accel):
             return f"it needs the CPU model {machine.cpu}, which is not what {machine.accel} gives here"
@@ -112,10 +139,20 @@ class QemuVmm:
             events, our_events = watch.socket_pair(held)
             fds = _open(config, files, held, console, events)
             launch = watch.Launch(
-                argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
+                argv=cmdline.build(
+                    self._binary.path,
+                    config,
+                    fds,
+                    sandbox=self._binary.sandbox,
+                    since=versions.Since.of(self._binary.version),
+                ),
                 keep=fds.all(),
                 # a volume that is opened anew, for reading, loses the lock that its descriptor has
-                hold=(*(() if fds.ram is None else (fds.ram,)), *(d.fd for d in config.extras.volumes if d.read_only)),
+                hold=(
+                    *(() if fds.ram is None else (fds.ram,)),
+                    *fds.regions,
+                    *(disk.fd for disk in config.extras.volumes if disk.read_only),
+                ),
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
@@ -154,10 +191,6 @@ def _unreachable(shares: tuple[Share, ...]) -> FileProblem:
     )
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:3])
-
-
 def _host_cpu_flags() -> tuple[str, ...]:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         key, _, value = line.partition(":")
@@ -194,6 +227,7 @@ def _open(
         state=None if config.restore is None else _state_file(config.restore, held),
         extras=tuple(config.extras.fds()),
         agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
+        regions=config.regions,
     )
 
 
@@ -208,7 +242,10 @@ def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
     fd = os.memfd_create("ovms-state", os.MFD_CLOEXEC)
     held.callback(os.close, fd)
     fsutil.pwrite_all(fd, restore.state, 0)
-    return fd
+    # QEMU takes from a set of descriptors what can do no more than it asks for
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    held.callback(os.close, reading)
+    return reading
 
 
 def _program_trees(program: Path) -> dict[str, Path]:
