@@ -138,6 +138,9 @@ def started(arguments: Sequence[str | Path], **options: object) -> Iterator[subp
             except subprocess.TimeoutExpired:
                 signal_group(child, signal.SIGKILL)
                 child.wait(10)
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
