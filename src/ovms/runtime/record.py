@@ -7,6 +7,7 @@
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── seed.img                what its cloud-init is told (ovms.runtime.seeds)
     ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
     ├── network.json            what runs outside the VMM for its network (ovms.runtime.network)
     └── …                       what its watcher writes (ovms.vmm.watch)
@@ -23,6 +24,7 @@ from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
 from ovms.runtime.network import Attachment, Kind
+from ovms.runtime.volumes import Volume
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
 from ovms.vmm.jail import Jail
@@ -54,6 +56,8 @@ class Record:
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
+    ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
+    that the artifact's bootstrap config runs in it.
     """
 
     id: str
@@ -79,6 +83,9 @@ class Record:
     oom_killed: bool = False
     restart: Restart | None = None
     network: Attachment = field(default_factory=lambda: Attachment(Kind.SLIRP))
+    volumes: tuple[Volume, ...] = ()
+    user_data: bool = False
+    workload: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -117,6 +124,9 @@ class Record:
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
             "restart": None if self.restart is None else asdict(self.restart),
+            "volumes": [volume.to_json() for volume in self.volumes],
+            "user_data": self.user_data,
+            "workload": self.workload,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -153,6 +163,9 @@ class Record:
             oom_killed=bool(value["oom_killed"]),
             restart=None if restart is None else Restart(**restart),
             network=Attachment.from_json(value["network"]),
+            volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
+            user_data=bool(value["user_data"]),
+            workload=bool(value["workload"]),
         )
 
     def with_overlay(self) -> Record:

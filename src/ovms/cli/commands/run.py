@@ -17,6 +17,7 @@ from ovms.errors import InstanceNotFound, UsageError
 if TYPE_CHECKING:
     from ovms.runtime.record import Record
     from ovms.runtime.runtime import Started
+    from ovms.runtime.seeds import Seed
 
 #: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
 GRACE = 60.0
@@ -51,6 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a bridge; netns:PATH[,redirect=NAME]: a tap device in a network namespace, with the traffic of an interface "
         "there",
     )
+    parser.add_argument(
+        "-v",
+        "--volume",
+        metavar="FILE|DIR[,OPTION...]",
+        action="append",
+        default=[],
+        help="a disk more: raw, or with format=qcow2; ro: the guest only reads it; serial=NAME: in the guest it is"
+        " /dev/disk/by-id/virtio-NAME (default: vol0, vol1, ...). Of a directory: to be read by the guest, after"
+        " 'mount -t 9p -o trans=virtio,ro NAME /mnt', with tag=NAME (default as above). May be repeated",
+    )
+    told = parser.add_argument_group("for a guest with cloud-init, by a NoCloud seed disk")
+    told.add_argument("--user-data", metavar="FILE|-", help="its user data, from a file or stdin")
+    told.add_argument(
+        "--ssh-key",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="public keys that may log in as the guest's first user; may be repeated",
+    )
+    told.add_argument("--hostname", metavar="NAME", help="the guest's host name (default: the instance's name)")
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
     restore = parser.add_mutually_exclusive_group()
     restore.add_argument(
@@ -106,7 +127,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
-    from ovms.runtime import ports, restart
+    from ovms.runtime import ports, restart, volumes
     from ovms.runtime.jail import SecurityOptions
     from ovms.runtime.network import Wanted
     from ovms.runtime.runtime import RunOptions
@@ -125,6 +146,8 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         restart=restart.parse(args.restart),
         security=SecurityOptions.parse(args.security_opt),
         network=Wanted.parse(args.network),
+        volumes=volumes.parse(args.volume),
+        seed=_seed(args),
     )
     runtime.vmm(args.runtime)
     check_runnable(args.platform)
@@ -144,6 +167,27 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
     if started.not_restored is not None:
         output.say(f"booted from the disk, not restored from the RAM snapshot: {started.not_restored}")
     return started
+
+
+def _seed(args: argparse.Namespace) -> Seed | None:
+    if args.user_data is None and not args.ssh_key and args.hostname is None:
+        return None
+    import os
+    from pathlib import Path
+
+    from ovms.runtime import seeds
+
+    stdin = 0
+    if args.user_data == "-" and (args.interactive or os.isatty(stdin)):
+        raise UsageError("--user-data - reads stdin, which is the console's here", hint="name a file")
+    source = stdin if args.user_data == "-" else Path(args.user_data or "")
+    told = seeds.Seed(
+        None if args.user_data is None else seeds.read_user_data(source),
+        tuple(key for path in args.ssh_key for key in seeds.read_keys(Path(path))),
+        args.hostname,
+    )
+    seeds.check(told)
+    return told
 
 
 def _foreground(args: argparse.Namespace, context: Context) -> int:
