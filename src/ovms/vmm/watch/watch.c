@@ -743,11 +743,12 @@ static void copy(int said)
             into(&o.events, o.event_log, &events_left);
         if (wait[2].revents)
             into(&said, o.said, &said_left);
-        if (wait[3].revents & POLLIN)
-            welcome();
         for (int i = 0; i < CLIENTS; i++)
             if (wait[4 + i].revents && client[i] == wait[4 + i].fd && client[i] >= 0)
                 from_client(i);
+        /* after those who have gone have made room */
+        if (wait[3].revents & POLLIN)
+            welcome();
         flush_keys();
     }
     sys(SYS_exit_group, 0, 0, 0, 0, 0);
