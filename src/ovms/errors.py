@@ -9,6 +9,7 @@ does so in one table (``ovms.cli.exitcodes``).
 
     OvmsError                       code
     ├── UsageError                  usage
+    ├── Unauthorized                unauthorized
     ├── InputError                  invalid-input
     │   ├── FileProblem             file-missing · file-empty · file-not-regular · file-unreadable · file-too-large
     │   ├── ManifestInvalid         manifest-invalid        (``problems``: every one, each with its JSON path)
@@ -86,6 +87,7 @@ __all__ = [
     "StateConflict",
     "StoreCorrupt",
     "ToolMissing",
+    "Unauthorized",
     "Unsupported",
     "UsageError",
     "VmmError",
@@ -143,6 +145,12 @@ class UsageError(OvmsError):
     """The command line itself is wrong."""
 
     code = "usage"
+
+
+class Unauthorized(OvmsError):
+    """A call of the runtime contract came without a token, or with a wrong one."""
+
+    code = "unauthorized"
 
 
 class InputError(OvmsError):

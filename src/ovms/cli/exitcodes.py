@@ -36,6 +36,7 @@ class Exit(IntEnum):
 #: The first class that fits counts, so the special ones stand before the general ones.
 TABLE: Final[tuple[tuple[type[errors.OvmsError], Exit], ...]] = (
     (errors.UsageError, Exit.USAGE),
+    (errors.Unauthorized, Exit.DENIED),
     (errors.InputError, Exit.INPUT),
     (errors.NotFound, Exit.NOT_FOUND),
     (errors.Conflict, Exit.CONFLICT),

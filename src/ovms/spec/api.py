@@ -90,6 +90,7 @@ OPERATIONS: Final = (
 CODES: Final[Mapping[str, tuple[int, str]]] = {
     "error": (500, "a fault of the program itself"),
     "usage": (400, "a command line or a query is wrong"),
+    "unauthorized": (401, "a token is missing or wrong"),
     "invalid-input": (400, "what was handed in is not acceptable"),
     "file-missing": (422, "a file that is named does not exist"),
     "file-empty": (422, "a file is empty"),
