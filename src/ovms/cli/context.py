@@ -12,6 +12,7 @@ from ovms.progress import Progress
 if TYPE_CHECKING:
     from ovms.oci.layout import Layout
     from ovms.oci.registry import RegistryClient
+    from ovms.runtime.client import Client
     from ovms.runtime.root import Root
     from ovms.runtime.runtime import Runtime
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
-    def __init__(self, root: str | None, progress: str) -> None:
+    def __init__(self, root: str | None, progress: str, host: str | None = None) -> None:
         self._root = root
         self._progress = progress
+        self._host = host
 
     @cached_property
     def root(self) -> Root:
@@ -40,6 +42,27 @@ class Context:
         runtime = Runtime(self.root)
         runtime.instances.recover()
         return runtime
+
+    @cached_property
+    def client(self) -> Client:
+        """The server where one runs, else this process."""
+        from ovms.runtime.client import Local, choose
+
+        socket = choose(self.root, self._host, os.environ)
+        if socket is None:
+            from ovms.cli import output
+
+            return Local(self.runtime, self.connect, lambda error: output.say(f"warning: {error.message}"))
+        from ovms.runtime.remote import Remote
+
+        return Remote(socket)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether the client is a server's."""
+        from ovms.runtime.client import Local
+
+        return not isinstance(self.client, Local)
 
     @cached_property
     def layout(self) -> Layout:

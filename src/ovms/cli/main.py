@@ -34,9 +34,13 @@ COMMANDS: Final = {
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
+    "events": "Show what happens to instances",
+    "pause": "Let instances' CPUs stand still",
+    "resume": "Let them go on",
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",
+    "serve": "Serve the runtime contract",
     "version": "Show the versions of ovms and of what it uses",
 }
 
@@ -67,7 +71,7 @@ def build_parser() -> Parser:
     listing = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items())
     parser = Parser(
         prog="ovm",
-        usage="ovm [--root DIR] [--progress MODE] COMMAND ...",
+        usage="ovm [--root DIR] [--host unix:PATH] [--progress MODE] COMMAND ...",
         description="Build, ship and run virtual machines as OCI artifacts.",
         epilog=f"commands:\n{listing}\n\n'ovm COMMAND --help' tells more about each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,6 +79,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ovm {__version__}")
     parser.add_argument("--root", metavar="DIR", help="where artifacts and instances live (else: OVMS_ROOT)")
+    parser.add_argument(
+        "--host",
+        metavar="unix:PATH",
+        help="the server to ask, or 'local' for none (else: OVMS_SOCKET; else one on ovms.sock in the root, if it lives)",
+    )
     parser.add_argument(
         "--progress",
         metavar="MODE",
@@ -140,7 +149,7 @@ def _run(arguments: list[str]) -> int:
 
     from ovms.cli.context import Context
 
-    return int(module.run(args, Context(options.root, options.progress)))
+    return int(module.run(args, Context(options.root, options.progress, options.host)))
 
 
 def _host_error(exc: OSError) -> OvmsError:

@@ -6,6 +6,7 @@
     ├── record.json             this module; replaced by rename
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
+    ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
@@ -44,6 +45,14 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class StartKey:
+    """The ``Idempotency-Key`` of the call that made an instance, and its body: the digests of both."""
+
+    key: Digest
+    body: Digest
+
+
+@dataclass(frozen=True)
 class Record:
     """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
 
@@ -51,13 +60,18 @@ class Record:
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined.
+
+    An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
+    for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
+    says that the user wants its CPUs to stand still; it is written before they do, and taken back after they run.
+    ``timings`` are milliseconds of the phases of the start.
     """
 
     id: str
     name: str
     created: str
     reference: str
-    digest: Digest
+    digest: Digest | None
     vmm: str
     vmm_version: str
     machine: Machine
@@ -75,6 +89,12 @@ class Record:
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
     restart: Restart | None = None
+    resolved: bool = True
+    problem: Mapping[str, Any] | None = None
+    paused: bool = False
+    timings: Mapping[str, float] = field(default_factory=dict)
+    not_restored: str | None = None
+    start_key: StartKey | None = None
 
     @property
     def watched(self) -> Watched | None:
@@ -112,6 +132,12 @@ class Record:
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
             "restart": None if self.restart is None else asdict(self.restart),
+            "resolved": self.resolved,
+            "problem": None if self.problem is None else dict(self.problem),
+            "paused": self.paused,
+            "timings": dict(self.timings),
+            "not_restored": self.not_restored,
+            "start_key": None if self.start_key is None else asdict(self.start_key),
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -129,7 +155,7 @@ class Record:
             name=str(value["name"]),
             created=str(value["created"]),
             reference=str(value["reference"]),
-            digest=parse_digest(value["digest"]),
+            digest=None if value["digest"] is None else parse_digest(value["digest"]),
             vmm=str(value["vmm"]["name"]),
             vmm_version=str(value["vmm"]["version"]),
             machine=Machine.from_json(value["machine"], "machine"),
@@ -147,6 +173,12 @@ class Record:
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
             restart=None if restart is None else Restart(**restart),
+            resolved=bool(value["resolved"]),
+            problem=None if value["problem"] is None else dict(value["problem"]),
+            paused=bool(value["paused"]),
+            timings={str(phase): float(ms) for phase, ms in value["timings"].items()},
+            not_restored=value["not_restored"],
+            start_key=None if value["start_key"] is None else StartKey(**value["start_key"]),
         )
 
     def with_overlay(self) -> Record:

@@ -60,6 +60,8 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         VmmError, HostError: the VMM or the host refused; the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
+    # before the lock, which a start may hold for long
+    after(instances.status(record).state, Call.SNAPSHOT, record.name)
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
@@ -125,7 +127,7 @@ def _add_parts(
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     disks = list(_add_overlays(runtime, frozen, len(manifest.disk_layers), progress))
     header = compat.describe(
-        runtime.vmm(record.vmm), record.machine, manifest, record.digest, tuple(d.digest for d in disks)
+        runtime.vmm(record.vmm), record.machine, manifest, source.digest, tuple(d.digest for d in disks)
     )
     ram, size = snapshot.store(layout, frozen.memory, frozen.state, header, progress)
     document = copy.deepcopy(dict(manifest.document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,9 @@ class Control(Protocol):
 
     def power_down(self) -> None:
         """Presses the power button; what the guest makes of it is its own matter."""
+
+    def figures(self) -> Mapping[str, int]:
+        """What the guest has moved so far: ``disk_read_bytes``, ``disk_written_bytes``, … as far as the VMM counts it."""
 
     def quit(self) -> None:
         """Ends the VM at once, as if its power failed. The VMM has let go of its files when this returns."""

@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    if context.has_server and not args.vmm:
+        return _from_server(args, context)
     from ovms.cli.console import follow_log
 
     instances = context.runtime.instances
@@ -41,6 +43,20 @@ def run(args: argparse.Namespace, context: Context) -> int:
             sys.stdout.buffer.flush()
     if buffer is not None:
         buffer.end()
+    return Exit.OK
+
+
+def _from_server(args: argparse.Namespace, context: Context) -> int:
+    from ovms.cli import output
+
+    for record in context.client.logs(args.instance, follow=args.follow, tail=args.tail):
+        if record.get("stream") != "console":
+            continue
+        if args.json:
+            output.answer_json({"line": record["text"]})
+        else:
+            sys.stdout.write(f"{record['text']}\n")
+            sys.stdout.flush()
     return Exit.OK
 
 

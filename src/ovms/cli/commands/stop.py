@@ -25,16 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.cli.view import instance
-
-    runtime = context.runtime
-    records = [runtime.instances.find(text) for text in args.instances]
+    client = context.client
+    found = [client.instance(text) for text in args.instances]
     answers = []
-    for record in records:
-        status = runtime.stop(record, grace=args.time)
-        answers.append(instance(status))
+    for one in found:
+        answers.append(client.stop(one["instance_id"], args.time))
         if not args.json:
-            output.answer(record.name)
+            output.answer(one["name"])
     if args.json:
         output.answer_json(answers)
     return Exit.OK
