@@ -280,7 +280,8 @@ class Instances:
                 directory.mkdir(mode=0o700)
                 lock.enter_context(fsutil.file_lock(directory / LOCK))
                 try:
-                    save(directory, record)
+                    # until there is a VM, a power failure may have it all
+                    save(directory, record, durable=False)
                 except BaseException:
                     fsutil.remove_tree(directory)
                     raise
@@ -300,7 +301,7 @@ class Instances:
                 start_key=pending.start_key,
                 ports=pending.ports,
             )
-            self.save(record)
+            save(self.directory(record.id), record, durable=False)
         yield record
 
     def newest(self, record: Record) -> Record | None:

@@ -192,9 +192,9 @@ def overlay_name(number: int) -> str:
     return f"overlay-{number}.qcow2"
 
 
-def save(directory: Path, record: Record) -> None:
-    """Replaces the record of the instance in *directory*."""
-    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600)
+def save(directory: Path, record: Record, *, durable: bool = True) -> None:
+    """Replaces the record of the instance in *directory*. What is not *durable* a power failure may take back."""
+    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600, durable=durable)
 
 
 def load(directory: Path) -> Record | None:

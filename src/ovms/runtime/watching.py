@@ -55,7 +55,7 @@ class EventLog:
         self._lock = threading.Lock()
         self._next = int(time.time() * 1000) if first is None else first
         self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
-        self._listeners: set[Callable[[], object]] = set()
+        self._listeners: dict[object, Callable[[], object]] = {}
 
     def add(self, kind: str, **fields: Any) -> None:
         """Notes an event; fields that are None are left out."""
@@ -63,8 +63,7 @@ class EventLog:
             event = {"time": now(), "seq": self._next, "type": kind}
             self._next += 1
             self._events.append(event | {key: value for key, value in fields.items() if value is not None})
-            listeners = list(self._listeners)
-        for listener in listeners:
+        for listener in list(self._listeners.values()):
             listener()
 
     def after(self, seq: int | None) -> list[Event]:
@@ -86,13 +85,13 @@ class EventLog:
     @contextlib.contextmanager
     def listening(self, listener: Callable[[], object]) -> Iterator[None]:
         """Calls *listener*, from whatever thread, after each event."""
-        with self._lock:
-            self._listeners.add(listener)
+        # without the lock: this may be ended by the garbage collector, in a thread that holds it
+        key = object()
+        self._listeners[key] = listener
         try:
             yield
         finally:
-            with self._lock:
-                self._listeners.discard(listener)
+            self._listeners.pop(key, None)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -280,7 +280,9 @@ class App:
         record = await self._jobs.readers.run(self._find, argument)
         return Answer(self._log_records(record, follow, tail, since_ns), api.NDJSON)
 
-    async def _log_records(self, record: Record, follow: bool, tail: int | None, since_ns: int) -> AsyncIterator[bytes]:
+    async def _log_records(
+        self, record: Record, follow: bool, tail: int | None, since_ns: int
+    ) -> AsyncGenerator[bytes, None]:
         files = self._instances.files(record)
         run = self._jobs.readers.run
         reader = logrecords.LogReader(files, since_ns=since_ns)
@@ -315,7 +317,7 @@ class App:
         follow, since = _flag(query, "follow"), _number(query, "since")
         return Answer(self._event_records(follow, since), api.NDJSON)
 
-    async def _event_records(self, follow: bool, since: int | None) -> AsyncIterator[bytes]:
+    async def _event_records(self, follow: bool, since: int | None) -> AsyncGenerator[bytes, None]:
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
         with self._log.listening(lambda: loop.call_soon_threadsafe(more.set)):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, Protocol
@@ -56,7 +56,7 @@ class Request:
 class Answer:
     """What is answered: bytes, or a stream of them."""
 
-    body: bytes | AsyncIterator[bytes]
+    body: bytes | AsyncGenerator[bytes, None]
     media_type: str = api.JSON
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -332,7 +332,7 @@ class _Connection:
         await self._write(head)
         await self._stream(answer.body)
 
-    async def _stream(self, chunks: AsyncIterator[bytes]) -> None:
+    async def _stream(self, chunks: AsyncGenerator[bytes, None]) -> None:
         gone = asyncio.ensure_future(self._until_gone())
         stream = asyncio.ensure_future(self._copy(chunks))
         try:
@@ -344,10 +344,12 @@ class _Connection:
                 task.cancel()
             await asyncio.gather(gone, stream, return_exceptions=True)
 
-    async def _copy(self, chunks: AsyncIterator[bytes]) -> None:
-        async for chunk in chunks:
-            if chunk:
-                await self._write(self._h11.send(h11.Data(data=chunk)))
+    async def _copy(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        # closed here, also when we are broken off while we write: else the garbage collector would do it, some time
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                if chunk:
+                    await self._write(self._h11.send(h11.Data(data=chunk)))
         await self._write(self._h11.send(h11.EndOfMessage()))
 
     async def _until_gone(self) -> None:
