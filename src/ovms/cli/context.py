@@ -46,11 +46,12 @@ class Context:
     @cached_property
     def client(self) -> Client:
         """The server where one runs, else this process."""
-        from ovms.runtime.client import Local, choose
+        from ovms.runtime.client import choose
 
         socket = choose(self.root, self._host, os.environ)
         if socket is None:
             from ovms.cli import output
+            from ovms.runtime.local import Local
 
             return Local(self.runtime, self.connect, lambda error: output.say(f"warning: {error.message}"))
         from ovms.runtime.remote import Remote
@@ -59,10 +60,10 @@ class Context:
 
     @property
     def has_server(self) -> bool:
-        """Whether the client is a server's."""
-        from ovms.runtime.client import Local
+        """Whether there is a server to ask."""
+        from ovms.runtime.client import choose
 
-        return not isinstance(self.client, Local)
+        return choose(self.root, self._host, os.environ) is not None
 
     @cached_property
     def layout(self) -> Layout:

@@ -10,14 +10,16 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ovms import errors, fsutil
 from ovms.errors import HostError, ManifestInvalid, OvmsError, Problem, VmmTimeout
 from ovms.progress import NULL, Progress, Task
 from ovms.runtime.client import Document
-from ovms.runtime.runtime import RunOptions
 from ovms.spec import limits
+
+if TYPE_CHECKING:
+    from ovms.runtime.runtime import RunOptions
 
 #: Seconds for an answer that takes no long work, and for one that does.
 _TIMEOUT: Final = 60.0

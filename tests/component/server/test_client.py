@@ -22,7 +22,8 @@ from ovms.errors import (
 )
 from ovms.runtime import client as clients
 from ovms.runtime import ports
-from ovms.runtime.client import Client, Local
+from ovms.runtime.client import Client
+from ovms.runtime.local import Local
 from ovms.runtime.remote import Remote, from_problem
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime

@@ -18,6 +18,7 @@ from ovms.errors import InputError, NotFound, OvmsError, Unsupported, UsageError
 from ovms.oci import transport
 from ovms.runtime import logrecords, snapshots
 from ovms.runtime.document import instance
+from ovms.runtime.figures import Usage
 from ovms.runtime.instances import Status
 from ovms.runtime.record import Record, StartKey
 from ovms.runtime.runtime import RUNTIMES, RunOptions, Runtime
@@ -26,7 +27,6 @@ from ovms.runtime.server.http import Answer, HttpError, Request
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.server.metrics import Metrics
 from ovms.runtime.starting import Start, begin
-from ovms.runtime.usage import Usage
 from ovms.runtime.watching import EventLog
 from ovms.spec import api, limits
 from ovms.spec.digest import of_bytes

@@ -57,6 +57,8 @@ def serve(runtime: Runtime, options: Options, *, ready: Callable[[list[str]], No
     """
     with ExitStack() as held:
         sockets = _sockets(options, held)
+        # a thread that computes must not let the connections wait for 5 ms each time
+        sys.setswitchinterval(0.001)
         asyncio.run(_Server(runtime, options, sockets).run(ready))
 
 
