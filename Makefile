@@ -50,12 +50,16 @@ demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
 
 .PHONY: test
 test: setup lint ## the quick tests (under 5 minutes)
-	$(BIN)/pytest -q -n $(WORKERS) -m "not guest" $(TESTS)
+	$(BIN)/pytest -q -n $(WORKERS) -m "not guest and not long" $(TESTS)
 
 .PHONY: test-all
-test-all: setup-demo setup-interop lint ## all tests, with real Linux guests
+test-all: setup-demo setup-interop lint ## all tests, with real Linux guests and those that take minutes
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
+
+.PHONY: test-long
+test-long: setup ## the property tests with other examples in each run, and fifty times as many (an hour or so; TESTS=tests/unit/spec)
+	OVMS_TEST_PROFILE=long $(BIN)/pytest -q -n $(WORKERS) --timeout 3600 $(or $(TESTS),tests/unit)
 
 .PHONY: lint
 lint: setup-python ## ruff and mypy
@@ -70,6 +74,10 @@ vectors: setup-python ## write the test vectors of spec/vectors, and the worked 
 .PHONY: spec-coverage
 spec-coverage: setup-python ## which tests and vectors cite which rule of the specification (ALL=1: every one of them)
 	@$(BIN)/python scripts/spec_coverage.py $(if $(ALL),--all)
+
+.PHONY: spec-mutations
+spec-mutations: setup-python ## change each number of the specification once: does a test notice? (a minute)
+	@$(BIN)/python scripts/spec_mutations.py
 
 .PHONY: bench
 bench: ## all benchmarks

@@ -123,6 +123,8 @@ def document_cases() -> list[Case]:
         bad("NaN", head + b',\n  "x": NaN\n}\n', "DOC-3"),
         bad("minus infinity", head + b',\n  "x": -Infinity\n}\n', "DOC-3"),
         bad("a number beyond double precision", head + b',\n  "x": 1e999\n}\n', "DOC-3"),
+        bad("an integer beyond double precision", head + b',\n  "x": 1' + b"0" * 400 + b"\n}\n", "DOC-3"),
+        Case("an integer of 309 digits", head + b',\n  "x": 1' + b"0" * 308 + b"\n}\n", ("DOC-3",)),
         bad("half a surrogate pair", head + b',\n  "x": "\\ud800"\n}\n', "DOC-3"),
         Case("a whole surrogate pair", head + b',\n  "x": "\\ud83d\\ude00"\n}\n', ("DOC-3",)),
         Case("unknown fields", plain({**MINIMAL, "x-note": {"deep": [None, 1.5]}}), ("DOC-7", "VER-2")),
@@ -153,6 +155,10 @@ def manifest_cases() -> Iterator[Case]:
     yield good("longest name", "MAN-4 LIM-1", "NAME_MAX", name="x" * limits.NAME_MAX)
     yield good("a name of parts", "MAN-4", name="example.org/Team_1/web-2.x")
     yield good("longest kernel arguments", "MAN-9 LIM-1", kernel={**kernel, "args": "x" * limits.KERNEL_ARGS_MAX})
+    args = "\u00e9" * (limits.KERNEL_ARGS_MAX // 2) + "x"
+    yield good(
+        "longest kernel arguments in two bytes each", "MAN-9 LIM-1", "KERNEL_ARGS_MAX", kernel={**kernel, "args": args}
+    )
     yield good("longest ref", "MAN-7 MAN-6 LIM-1", kernel={"ref": "x" * limits.STRING_MAX})
     yield good("refs of every kind", "MAN-7", kernel={"ref": "./vmlinuz"}, initrd={"ref": "https://example/initrd"})
     yield good("most disk layers", "MAN-11 LIM-1", diskLayers=[base] * limits.DISK_LAYERS_MAX)
@@ -173,7 +179,14 @@ def manifest_cases() -> Iterator[Case]:
     yield good(
         "another architecture", "MAN-20", "a runtime refuses it: BIN-4", metadata={"platform": {"arch": "riscv64"}}
     )
-    yield good("hints", "MAN-21", runtimeHints={"preferredRuntime": ["x"] * 32, "coldStartTargetMs": 2**31})
+    yield good(
+        "hints",
+        "MAN-21",
+        runtimeHints={"preferredRuntime": ["x"] * limits.RUNTIMES_MAX, "coldStartTargetMs": limits.COLD_START_MAX},
+    )
+    yield good("a leap second at noon", "MAN-19", metadata={"created": "2026-01-31T12:00:60Z"})
+    yield good("the first year and the last", "MAN-19", metadata={"created": "0001-01-01T00:00:00Z"})
+    yield good("the last year", "MAN-19", metadata={"created": "9999-12-31T23:59:59Z"})
     yield good("bootstrap", "MAN-22", bootstrap={"ref": digest("bootstrap")})
 
     for key in ("schemaVersion", "mediaType", "name", "version"):
@@ -224,6 +237,14 @@ def manifest_cases() -> Iterator[Case]:
     yield bad("a kernel that is a string", "$.kernel", "MAN-9", kernel=digest("kernel"))
     yield bad("kernel arguments too long", "$.kernel.args", "MAN-9", "KERNEL_ARGS_MAX",
               kernel={**kernel, "args": "x" * (limits.KERNEL_ARGS_MAX + 1)})  # fmt: skip
+    yield bad(
+        "kernel arguments with too many bytes",
+        "$.kernel.args",
+        "MAN-9",
+        "KERNEL_ARGS_MAX counts bytes, a schema characters",
+        beyond=True,
+        kernel={**kernel, "args": args + "x"},
+    )
     yield bad("kernel arguments of two lines", "$.kernel.args", "MAN-6", kernel={**kernel, "args": "quiet\nsingle"})
     yield bad("an initrd without ref", "$.initrd.ref", "MAN-10", kernel=kernel, initrd={})
     yield bad("an initrd without a kernel", "$.initrd", "MAN-10", initrd={"ref": digest("initrd")})
@@ -278,6 +299,7 @@ def manifest_cases() -> Iterator[Case]:
     yield bad("a time without a zone", "$.metadata.created", "MAN-19", metadata={"created": "2026-01-31T12:00:00"})
     yield bad("the 30th of February", "$.metadata.created", "MAN-19", "a validator that asserts formats refuses it",
               beyond=True, metadata={"created": "2026-02-30T12:00:00Z"})  # fmt: skip
+    yield bad("the year 0", "$.metadata.created", "MAN-19", beyond=True, metadata={"created": "0000-01-01T00:00:00Z"})
     yield bad("a date in words", "$.metadata.created", "MAN-19", metadata={"created": "yesterday"})
     yield bad("an author that is a list", "$.metadata.author", "MAN-19", metadata={"author": ["me"]})
     yield bad(
@@ -287,13 +309,40 @@ def manifest_cases() -> Iterator[Case]:
     yield bad(
         "a target below zero", "$.runtimeHints.coldStartTargetMs", "MAN-21", runtimeHints={"coldStartTargetMs": -1}
     )
+    yield bad(
+        "a target of 25 days",
+        "$.runtimeHints.coldStartTargetMs",
+        "MAN-21",
+        "COLD_START_MAX",
+        runtimeHints={"coldStartTargetMs": limits.COLD_START_MAX + 1},
+    )
     yield bad("a runtime that is a number", "$.runtimeHints.preferredRuntime[1]", "MAN-21",
               runtimeHints={"preferredRuntime": ["x", 1]})  # fmt: skip
-    yield bad("33 runtimes", "$.runtimeHints.preferredRuntime", "MAN-21", runtimeHints={"preferredRuntime": ["x"] * 33})
+    yield bad(
+        "33 runtimes",
+        "$.runtimeHints.preferredRuntime",
+        "MAN-21",
+        "RUNTIMES_MAX",
+        runtimeHints={"preferredRuntime": ["x"] * (limits.RUNTIMES_MAX + 1)},
+    )
     yield bad("a bootstrap without ref", "$.bootstrap.ref", "MAN-22", bootstrap={})
 
 
 # --- OCI -------------------------------------------------------------------------------------------------------------
+
+
+def write_oci_cases(files: Files) -> None:
+    """Both manifests of each case as files: a digest is that of bytes, not of what somebody's JSON library writes."""
+    entries = []
+    for case in oci_cases():
+        image, document = plain(case.pop("image")), plain(case.pop("manifest"))
+        name = re.sub(r"[^a-z0-9]+", "-", case["name"].lower()).strip("-")
+        file = f"{'valid' if case['valid'] else 'invalid'}/{name}.json"
+        manifest = f"manifests/{hashlib.sha256(document).hexdigest()[:16]}.json"
+        files[f"vectors/oci/{file}"], files[f"vectors/oci/{manifest}"] = image, document
+        note = {"note": case.pop("note")} if "note" in case else {}
+        entries.append({"name": case.pop("name"), "file": file, "manifest": manifest, **case, **note})
+    write_index(files, "oci", entries)
 
 
 def oci_cases() -> Iterator[dict[str, Any]]:
@@ -345,7 +394,7 @@ def oci_cases() -> Iterator[dict[str, Any]]:
         if change is not None:
             change(image, document)
         # the descriptor of the OVMS manifest, whatever the change made of it
-        raw = strictjson.canonical(document)
+        raw = plain(document)
         for descriptor in (image.get("config"), *(image.get("layers") or [])):
             if isinstance(descriptor, dict) and descriptor.get("digest") == "OVMS-MANIFEST":
                 descriptor["digest"] = "sha256:" + hashlib.sha256(raw).hexdigest()
@@ -379,7 +428,95 @@ def oci_cases() -> Iterator[dict[str, Any]]:
     def drop_kernel(image: dict[str, Any], _: Any) -> None:
         del image["layers"][0]
 
+    def without(*keys: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+        def change(image: dict[str, Any], _: Any) -> None:
+            for key in keys:
+                del image[key]
+
+        return change
+
+    def config_of(media_type: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+        return lambda image, _: image["config"].update(mediaType=media_type, digest=digest("config"), size=100)
+
+    def null(key: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+        return lambda image, _: image.update({key: None})
+
+    def mixed(image: dict[str, Any], document: dict[str, Any]) -> None:
+        chain(1)(image, document)
+        image["layers"][4]["mediaType"] = mediatypes.RAM_SNAPSHOT_ZSTD
+
+    def chain(count: int, missing: int | None = None) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+        def change(image: dict[str, Any], document: dict[str, Any]) -> None:
+            parents = [digest(f"parent {i}") for i in range(count)]
+            document["ramSnapshot"]["parents"] = parents
+            for i, parent in enumerate(parents):
+                if i != missing:
+                    image["layers"].insert(4 + i, {**image["layers"][-2], "digest": parent})
+
+        return change
+
+    def twice(image: dict[str, Any], _: Any) -> None:
+        # one blob that is kernel and base: a layer for each
+        image["layers"].insert(0, {"mediaType": "text/plain", "digest": digest("kernel"), "size": 4096})
+        image["layers"].append({**image["layers"][3], "annotations": {"ovms.format": "qcow2"}})
+
     yield case("canonical", "OCI-1 OCI-2 OCI-3 OCI-10")
+    yield case(
+        "without artifactType", "OCI-1", change=without("artifactType"), note="the config's media type stands for it"
+    )
+    yield case(
+        "attached, without artifactType", "OCI-1", code="unsupported", attached=True, change=without("artifactType")
+    )
+    yield case(
+        "another artifactType",
+        "OCI-1",
+        code="unsupported",
+        change=lambda image, _: image.update(artifactType="application/vnd.cncf.helm.chart"),
+    )
+    yield case("without mediaType", "OCI-1", code="registry-protocol", change=without("mediaType"))
+    yield case(
+        "schemaVersion with a fraction",
+        "DOC-6 DOC-10 OCI-1",
+        code="registry-protocol",
+        change=lambda image, _: image.update(schemaVersion=2.0),
+    )
+    for key in ("mediaType", "artifactType", "annotations", "subject"):
+        yield case(
+            f"{key} that is null",
+            "DOC-8 DOC-10 OCI-9",
+            code="registry-protocol",
+            change=null(key),
+        )
+    yield case(
+        "a foreign config and one layer",
+        "OCI-4",
+        attached=True,
+        change=config_of("application/vnd.oci.image.config.v1+json"),
+    )
+    yield case(
+        "the config wins",
+        "OCI-4",
+        change=lambda image, _: image["layers"].append(
+            {"mediaType": mediatypes.MANIFEST, "digest": digest("another"), "size": 100}
+        ),
+    )
+    yield case("a chain of snapshots", "RAM-40 MAN-16 OCI-3", change=chain(3))
+    yield case("the longest chain", "RAM-41 MAN-16", note="RAM_PARENTS_MAX", change=chain(limits.RAM_PARENTS_MAX))
+    yield case(
+        "a chain with a gap",
+        "OCI-6 RAM-40",
+        code="manifest-invalid",
+        path="$.ramSnapshot.parents[1]",
+        change=chain(3, missing=1),
+    )
+    yield case(
+        "a chain of two compressions",
+        "OCI-11 RAM-45",
+        code="manifest-invalid",
+        path="$.ramSnapshot.parents[0]",
+        change=mixed,
+    )
+    yield case("a digest in several layers", "OCI-11 OCI-12", change=twice)
     yield case("attached", "OCI-4", attached=True)
     yield case("attached, layers without types", "OCI-11 OCI-5", attached=True, change=untyped)
     yield case("layers in another order", "OCI-5", change=shuffle)
@@ -409,7 +546,7 @@ def oci_cases() -> Iterator[dict[str, Any]]:
     yield case("a compressed disk layer", "OCI-13", code="unsupported",
                note="or valid, for a reader that decompresses",
                change=layer(2, mediaType=mediatypes.DISK_LAYER + "+gzip"))  # fmt: skip
-    yield case("a parent that is no layer", "RAM-40", code="manifest-invalid",
+    yield case("a parent that is no layer", "OCI-6 RAM-40", code="manifest-invalid", path="$.ramSnapshot.parents[0]",
                change=lambda _, document: document["ramSnapshot"].update(parents=[digest("gone")]))  # fmt: skip
     for name, fields in (
         ("a digest of SHA-512", {"digest": "sha512:" + "a" * 128}),
@@ -421,7 +558,12 @@ def oci_cases() -> Iterator[dict[str, Any]]:
         ("no media type", {"mediaType": ""}),
         ("annotations that are numbers", {"annotations": {"x": 1}}),
     ):
-        yield case(f"descriptor: {name}", "OCI-9", code="registry-protocol", change=layer(1, **fields))
+        yield case(
+            f"descriptor: {name}",
+            "OCI-9 DOC-9" if "digest" in name else "OCI-9",
+            code="registry-protocol",
+            change=layer(1, **fields),
+        )
     yield case(
         "schemaVersion 1", "OCI-1", code="registry-protocol", change=lambda image, _: image.update(schemaVersion=1)
     )
@@ -464,9 +606,15 @@ def reference_cases() -> list[dict[str, Any]]:
         ("[::1]:5000/web", ("[::1]:5000", "web", "latest", None), "REF-1"),
         (f"registry.example/web@{d}", ("registry.example", "web", None, d), "REF-3"),
         (f"registry.example/web:1@{d}", ("registry.example", "web", "1", d), "REF-3"),
-        ("x" * 512, (None, "x" * 512, "latest", None), "REF-1"),
+        ("[fe80::1:2]/web", ("[fe80::1:2]", "web", "latest", None), "REF-1"),
+        ("192.0.2.1:65535/web", ("192.0.2.1:65535", "web", "latest", None), "REF-1"),
+        ("a---b/c_d", (None, "a---b/c_d", "latest", None), "REF-1"),
+        ("web:" + "x" * limits.TAG_MAX, (None, "web", "x" * limits.TAG_MAX, None), "REF-1 LIM-1"),
+        ("x" * limits.REFERENCE_MAX, (None, "x" * limits.REFERENCE_MAX, "latest", None), "REF-1 LIM-1"),
     ]
-    bad = ["", "x" * 513, "Web", "web:", "web:-x", "web:" + "x" * 129, "web@sha256:abc", f"web@sha512:{'a' * 128}",
+    bad = ["", "x" * (limits.REFERENCE_MAX + 1), "Web", "web:", "web:-x", "web:.x", "web:" + "x" * (limits.TAG_MAX + 1),
+           "host:0/web", "host:65536/web", "[:::]/web", "[1:2]:5000/web", "[::1/web", "-host.example/web", "a..example/web",
+           "a..b", "a___b", "a_.b", "-a", "a-", "w\u0435b", "web@sha256:abc", f"web@sha512:{'a' * 128}",
            "/web", "web/", "a//b", "a__-b", "../web", "host:99999/web", "host.example:x/web", "web:1:2", "we b", "web\n",
            "http://registry.example/web"]  # fmt: skip
     return [
@@ -496,13 +644,17 @@ _QCOW2: Final = {"version": (4, ">I"), "backing_offset": (8, ">Q"), "backing_siz
 
 
 def qcow2(
-    *, extensions: tuple[tuple[int, bytes], ...] = (), text: tuple[int, bytes] = (0, b""), **fields: int
+    *,
+    cluster: int = 512,
+    extensions: tuple[tuple[int, bytes], ...] = (),
+    text: tuple[int, bytes] = (0, b""),
+    **fields: int,
 ) -> bytes:
-    """An empty image of 1 MiB in clusters of 512 bytes: header, refcount table, refcount block, L1 table."""
-    values = {"version": 3, "cluster_bits": 9, "size": 1 << 20, "l1_entries": 32, "l1_offset": 1536,
-              "refcount_offset": 512, "refcount_clusters": 1, "refcount_order": 4, "header_length": 104,
-              **fields}  # fmt: skip
-    data = bytearray(2048)
+    """An empty image of 1 MiB in clusters of *cluster* bytes: header, refcount table, refcount block, L1 table."""
+    values = {"version": 3, "cluster_bits": cluster.bit_length() - 1, "size": 1 << 20, "l1_entries": 32,
+              "l1_offset": 3 * cluster, "refcount_offset": cluster, "refcount_clusters": 1, "refcount_order": 4,
+              "header_length": 104, **fields}  # fmt: skip
+    data = bytearray(4 * cluster)
     data[:4] = b"QFI\xfb"
     for name, value in values.items():
         at, form = _QCOW2[name]
@@ -513,8 +665,8 @@ def qcow2(
         data[at : at + 8 + len(content)] = struct.pack(">II", kind, len(content)) + content
         at += 8 + -(-len(content) // 8) * 8
     data[text[0] : text[0] + len(text[1])] = text[1]
-    struct.pack_into(">Q", data, 512, 1024)
-    struct.pack_into(">4H", data, 1024, 1, 1, 1, 1)
+    struct.pack_into(">Q", data, cluster, 2 * cluster)
+    struct.pack_into(">4H", data, 2 * cluster, 1, 1, 1, 1)
     return bytes(data)
 
 
@@ -534,6 +686,10 @@ def disk_cases() -> Iterator[Case]:
     yield good("zstd clusters", qcow2(incompatible=8, header_length=112, text=(104, b"\x01")), "LAY-13", 1 << 20)
     yield good("extended L2 entries", qcow2(incompatible=16, l1_entries=64), "LAY-13 LAY-15", 1 << 20)
     yield good("unknown extensions", qcow2(extensions=((0x6803F857, bytes(48)), (0x12345678, b"x"))), "LAY-16", 1 << 20)
+    many = tuple((0x12345678, b"") for _ in range(limits.QCOW2_EXTENSIONS_MAX))
+    yield good("as many extensions as allowed", qcow2(cluster=1024, extensions=many[1:]), "LAY-16 LIM-1", 1 << 20)
+    yield good("the longest header", qcow2(cluster=4096, header_length=4096), "LAY-14 LIM-1", 1 << 20)
+    yield Case("ovfms", qcow2(), ("LAY-7",), code="unsupported", more={"format": "ovfms"})
     yield good("raw", b"base" * 256, "LAY-6", 1024, "raw")
     yield bad("raw of an odd size", b"x" * 1000, "LAY-6", format="raw")
     yield bad("raw with the magic of qcow2", qcow2(), "LAY-6", "would be read as qcow2 where formats are probed", "raw")
@@ -572,16 +728,29 @@ def disk_cases() -> Iterator[Case]:
     yield bad("clusters of 4 GiB", qcow2(cluster_bits=32), "LAY-14")
     yield bad("refcounts of 128 bits", qcow2(refcount_order=7), "LAY-14")
     yield bad("a header of 72 bytes", qcow2(header_length=72), "LAY-14")
+    yield bad("a header of 108 bytes", qcow2(header_length=108), "LAY-14", "no multiple of 8")
+    yield bad("a header of 4104 bytes", qcow2(cluster=8192, header_length=4104), "LAY-14", "QCOW2_HEADER_MAX")
+    yield bad("clusters of 4 MiB", qcow2(cluster_bits=22), "LAY-14")
     yield bad("a header longer than a cluster", qcow2(header_length=1024), "LAY-14")
     yield bad("compression type 7", qcow2(incompatible=8, header_length=112, text=(104, b"\x07")), "LAY-14")
     yield bad("a compression type without its bit", qcow2(header_length=112, text=(104, b"\x01")), "LAY-14")
     yield bad("an L1 table of 16 GiB", qcow2(l1_entries=2**31), "LAY-15", "takes memory")
+    yield bad(
+        "an L1 table of a byte more than 32 MiB",
+        qcow2(l1_entries=limits.QCOW2_L1_MAX // 8 + 1),
+        "LAY-15",
+        "QCOW2_L1_MAX",
+    )
+    yield bad("an L1 table that reaches beyond the end", qcow2(l1_entries=65), "LAY-15")
+    yield bad("no refcount table", qcow2(refcount_clusters=0), "LAY-15")
+    yield bad("a refcount table in the header", qcow2(refcount_offset=0), "LAY-15")
     yield bad("an L1 table too short", qcow2(l1_entries=1), "LAY-15")
     yield bad("an L1 table in the header", qcow2(l1_offset=0), "LAY-15")
     yield bad("an L1 table beyond the end", qcow2(l1_offset=4096), "LAY-15")
     yield bad("an L1 table across clusters", qcow2(l1_offset=1544), "LAY-15")
     yield bad("a refcount table of 2 TiB", qcow2(refcount_clusters=2**32 - 1), "LAY-15")
     yield bad("an endless extension", qcow2(text=(104, struct.pack(">II", 1, 2**32 - 1))), "LAY-16")
+    yield bad("one extension too many", qcow2(cluster=1024, extensions=many), "LAY-16", "QCOW2_EXTENSIONS_MAX")
     yield bad("a disk of no size", qcow2(size=0), "LAY-5")
     yield bad("a disk of 8 EiB", qcow2(size=2**63, l1_entries=2**22), "LAY-5", "DISK_VIRTUAL_MAX")
 
@@ -596,17 +765,44 @@ def kernel_cases() -> Iterator[Case]:
         data[0x211] = loadflags
         return bytes(data)
 
-    def elf(kind: int = 18, machine: int = 62) -> bytes:
-        note = struct.pack("<III", 4, 4, kind) + b"Xen\0" + b"\0\0\x10\0"
-        head = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-        segment = struct.pack("<IIQQQQQQ", 4, 4, 120, 0, 0, len(note), len(note), 4)
-        return b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + head + segment + note
+    def elf(kind: int = 18, machine: int = 62, *, owner: bytes = b"Xen\0", type: int = 2, headers: int = 1, before: int = 0,
+            order: int = 1) -> bytes:  # fmt: skip
+        """*headers* in all, *before* bytes of other notes in front of the one that counts."""
+        filler = struct.pack("<III", 4, before - 16, 3) + b"GNU\0" + bytes(before - 16) if before else b""
+        note = filler + struct.pack("<III", len(owner), 4, kind) + owner + b"\0\0\x10\0"
+        head = struct.pack("<HHIQQQIHHHHHH", type, machine, 1, 0, 64, 0, 0, 64, 56, headers, 0, 0, 0)
+        load = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, 0, 0, 0) * (headers - 1)
+        segment = struct.pack("<IIQQQQQQ", 4, 4, 64 + 56 * headers, 0, 0, len(note), len(note), 4)
+        return b"\x7fELF" + bytes([2, order, 1]) + bytes(9) + head + load + segment + note
 
     def bad(name: str, data: bytes, note: str = "") -> Case:
-        return Case(name, data, ("BIN-1",), note, code="kernel-invalid")
+        rule = "BIN-6" if data.startswith(b"\x7fELF") else "BIN-5"
+        return Case(
+            name, data, ("BIN-1", rule, "LIM-1") if "MAX" in note else ("BIN-1", rule), note, code="kernel-invalid"
+        )
 
-    yield Case("bzImage", bzimage(), ("BIN-1",))
-    yield Case("ELF with a PVH note", elf(), ("BIN-1",))
+    yield Case("bzImage", bzimage(), ("BIN-1", "BIN-5"))
+    yield Case("bzImage of boot protocol 2.00", bzimage(version=0x0200), ("BIN-1", "BIN-5"))
+    yield Case("the shortest bzImage", bzimage()[:0x264], ("BIN-1", "BIN-5"))
+    yield Case("ELF with a PVH note", elf(), ("BIN-1", "BIN-6"))
+    yield Case("ELF for i386", elf(machine=3), ("BIN-1", "BIN-6"))
+    yield Case("ELF that can be moved", elf(type=3), ("BIN-1", "BIN-6"))
+    most = limits.ELF_NOTES_MAX - 20
+    yield Case("ELF with as many notes as allowed", elf(before=most), ("BIN-6", "LIM-1"), "ELF_NOTES_MAX")
+    yield Case(
+        "ELF with as many headers as allowed",
+        elf(headers=limits.ELF_HEADERS_MAX),
+        ("BIN-6", "LIM-1"),
+        "ELF_HEADERS_MAX",
+    )
+    yield bad("ELF with too many notes", elf(before=most + 4), "ELF_NOTES_MAX")
+    yield bad("ELF with too many headers", elf(headers=limits.ELF_HEADERS_MAX + 1), "ELF_HEADERS_MAX")
+    yield bad("ELF with a note of Xenx", elf(owner=b"Xenx"))
+    yield bad("ELF with a note of Xen without its end", elf(owner=b"Xen"))
+    yield bad("ELF with big-endian numbers", elf(order=2))
+    yield bad("ELF that is no executable", elf(type=1))
+    yield bad("a bzImage cut short", bzimage()[:0x263])
+    yield bad("a bzImage without the boot mark", bzimage()[:0x1FE] + b"\0\0" + bzimage()[0x200:])
     yield bad("zImage", bzimage(loadflags=0), "loaded low")
     yield bad("boot protocol 1", bzimage(version=0x0103))
     yield bad("ELF without a PVH note", elf(kind=17))
@@ -745,6 +941,15 @@ def ram_cases() -> Iterator[Case]:
     yield good(
         "diff", diff.whole, "RAM-14 RAM-18 RAM-43", memory_of(diff_pages, base_memory), parents=["valid/base.ovmr"]
     )
+    yield good(
+        "a device that nobody knows",
+        with_header(lambda document: document["devices"].append({"type": "sound"})),
+        "RAM-24",
+        base_memory,
+    )
+    yield good(
+        "the most of everything in the header", with_header(fill_header), "RAM-23 RAM-25 RAM-21 LIM-1", base_memory
+    )
     unknown = with_header(lambda document: document.update({"com.example.note": {"x": 1}}))
     yield good("unknown header fields", unknown, "DOC-7 RAM-20", base_memory)
 
@@ -801,11 +1006,12 @@ def ram_cases() -> Iterator[Case]:
     yield bad("an entry of no pages", poke(whole, index + 8, "<I", 0), "RAM-13")
     yield bad("an entry of 17 pages", poke(whole, index + 64 + 8, "<I", 17), "RAM-13")
     yield bad("more stored than there is", poke(whole, index + 12, "<I", PAGE + 1), "RAM-13")
-    yield bad(
-        "stored in part",
-        poke(whole, index + 64 + 24, "<B", 0)[: index + 64] + poke(whole, index + 64 + 8, "<I", 3)[index + 64 :],
-        "RAM-7",
-    )
+    yield bad("stored in part", poke(whole, index + 64 + 8, "<I", 3), "RAM-13", "codec 0, two pages' bytes for three")
+    yield bad("stored, and compressed", poke(whole, index + 24, "<B", 0), "RAM-13", "codec 0, 26 bytes for a page")
+    fields = list(struct.unpack("<8sIIQIIQQQQQQQQ32s", whole[:128]))
+    fields[3], fields[11] = limits.RAM_MAX, limits.RAM_CHUNKS_MAX + 1
+    fields[12] = -(-(fields[10] + fields[11] * 64) // PAGE) * PAGE
+    yield bad("too many entries", struct.pack("<8sIIQIIQQQQQQQQ32s", *fields) + whole[128:], "RAM-6", "RAM_CHUNKS_MAX")
     yield bad("a zero chunk without a parent", _zero_in_base(), "RAM-14")
     yield bad("a zero chunk with a digest", poke(diff.whole, diff_index + 32, "<B", 1), "RAM-14")
     yield bad("an unknown codec", poke(whole, index + 24, "<B", 9), "RAM-15")
@@ -859,6 +1065,8 @@ def ram_cases() -> Iterator[Case]:
         "RAM-20",
         path="$.devices[3].backend",
     )
+    for name, change, rule, path in header_mistakes():
+        yield bad(name, with_header(change), rule, path=path)
     yield bad(
         "a name that clears the screen",
         with_header(lambda document: document["vmm"].update(name="\x1b[2J")),
@@ -871,6 +1079,129 @@ def ram_cases() -> Iterator[Case]:
         "RAM-21",
         path="$.disks",
     )
+
+
+def fill_header(document: dict[str, Any]) -> None:
+    """Every list and number of a header at its limit."""
+    document["cpu"].update(count=limits.VCPUS_MAX, flags=["x"] * limits.RAM_LIST_MAX)
+    document["devices"][4]["size"] = limits.DISK_VIRTUAL_MAX
+    shared = {"type": "ivshmem", "name": "a", "size": limits.IVSHMEM_MAX}
+    document["devices"] += [shared, {**shared, "size": limits.IVSHMEM_MIN}, {"type": "sound", "size": 2**63 - 1}]
+    document["devices"] += [{"type": "serial"}] * (limits.RAM_LIST_MAX - len(document["devices"]))
+    document["disks"] = [digest(str(i)) for i in range(limits.DISK_LAYERS_MAX)]
+    document["vmm"]["version"] = "7" * limits.STRING_MAX
+
+
+def header_mistakes() -> Iterator[tuple[str, Callable[[dict[str, Any]], None], str, str]]:
+    """(name, change, rule, JSON path) of what a header must not say."""
+    yield "a flag too many", lambda d: d["cpu"].update(flags=["x"] * (limits.RAM_LIST_MAX + 1)), "RAM-25", "$.cpu.flags"
+    yield (
+        "a device too many",
+        lambda d: d.update(devices=[{"type": "serial"}] * (limits.RAM_LIST_MAX + 1)),
+        "RAM-25",
+        "$.devices",
+    )
+    yield (
+        "a version too long",
+        lambda d: d["vmm"].update(version="7" * (limits.STRING_MAX + 1)),
+        "RAM-25",
+        "$.vmm.version",
+    )
+    yield (
+        "a disk too large",
+        lambda d: d["devices"][4].update(size=limits.DISK_VIRTUAL_MAX + 1),
+        "RAM-23",
+        "$.devices[4].size",
+    )
+    for size in (limits.IVSHMEM_MIN - 1, limits.IVSHMEM_MAX + 1):
+        yield (
+            f"a region of {size} bytes",
+            lambda d: d["devices"].append({"type": "ivshmem", "name": "a", "size": size}),  # noqa: B023 - called at once
+            "RAM-23",
+            "$.devices[5].size",
+        )
+    for where, key in (("vmm", "name"), ("vmm", "state_format"), ("machine", "type"), ("cpu", "model")):
+        yield (
+            f"an empty {where}.{key}",
+            lambda d: d[where].update({key: ""}),  # noqa: B023 - called at once
+            "RAM-20",
+            f"$.{where}.{key}",
+        )
+    yield "memory with a fraction", lambda d: d["memory"].update(size=1048576.0), "DOC-6", "$.memory.size"
+    yield "a source of SHA-512", lambda d: d.update(source="sha512:" + "a" * 128), "RAM-21", "$.source"
+    yield "no devices", lambda d: d.pop("devices"), "RAM-20", "$.devices"
+
+
+def restore_cases() -> Iterator[dict[str, Any]]:
+    """Sections 7 and 9: headers, the OVMS manifest around them, and whether they belong together."""
+    vm: dict[str, Any] = {
+        **MINIMAL,
+        "kernel": {"ref": digest("kernel"), "args": "console=ttyS0"},
+        "diskLayers": [{"ref": digest("base"), "format": "qcow2"}],
+    }
+    base = HEADER.to_json()
+    diff = {**base, "parent": digest("first"), "disks": [digest("base"), digest("overlay")]}
+    child = {**vm, "diskLayers": [*vm["diskLayers"], {"ref": digest("overlay"), "format": "qcow2"}]}
+
+    def case(name: str, rule: str, manifest: dict[str, Any], headers: list[dict[str, Any]], *, valid: bool = False,
+             disk: int | None = 1 << 30) -> dict[str, Any]:  # fmt: skip
+        names = ["first", "second", "third"][: len(headers)]
+        chain = [{"digest": digest(label), "header": header} for label, header in zip(names, headers, strict=True)]
+        code = {} if valid else {"code": "snapshot-invalid"}
+        return {
+            "name": name,
+            "rules": rule.split(),
+            "valid": valid,
+            **code,
+            "manifest": manifest,
+            "disk_size": disk,
+            "chain": chain,
+        }
+
+    def changed(header: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        return {**copy.deepcopy(header), **fields}
+
+    yield case("one of the artifact", "RAM-30", vm, [base], valid=True)
+    yield case("another kernel", "RAM-30", vm, [changed(base, kernel=digest("other"))])
+    yield case("no kernel", "RAM-30", vm, [changed(base, kernel=None)])
+    yield case("an initrd", "RAM-30", vm, [changed(base, initrd=digest("initrd"))])
+    yield case("other kernel arguments", "RAM-30", vm, [changed(base, kernel_args="single")])
+    plain_vm = {key: value for key, value in vm.items() if key != "kernel"}
+    yield case("without a kernel", "RAM-30", plain_vm, [changed(base, kernel=None, kernel_args="")], valid=True)
+    yield case("kernel arguments without a kernel", "RAM-30", plain_vm, [changed(base, kernel=None)])
+    yield case("another disk layer", "RAM-30", vm, [changed(base, disks=[digest("other")])])
+    yield case("a layer more", "RAM-30", vm, [changed(base, disks=[digest("base"), digest("more")])])
+    yield case("a disk of another size", "RAM-30", vm, [base], disk=1 << 29)
+    first = {"type": "virtio-blk", "size": 1 << 30}
+    two = [*base["devices"][:4], first, {**first, "size": 512}]
+    yield case("the first disk counts", "RAM-30", vm, [changed(base, devices=two)], valid=True)
+    yield case("the second does not", "RAM-30", vm, [changed(base, devices=two[:4] + two[:3:-1])])
+    none = {key: value for key, value in vm.items() if key != "diskLayers"}
+    yield case("no disk", "RAM-30", none, [changed(base, disks=[], devices=base["devices"][:4])], valid=True, disk=None)
+    yield case("a disk that there is not", "RAM-30", none, [changed(base, disks=[])], disk=None)
+    shared = {"type": "ivshmem", "name": "shm", "size": 1 << 20}
+    device = {"type": "ivshmem", "name": "shm"}
+    with_region = changed(base, devices=[*base["devices"], shared])
+    yield case("shared memory", "RAM-30 DEV-2", {**vm, "devices": [device]}, [with_region], valid=True)
+    yield case("shared memory that the manifest lacks", "RAM-30", vm, [with_region])
+    yield case("shared memory that the snapshot lacks", "RAM-30", {**vm, "devices": [device]}, [base])
+    yield case("shared memory of another size", "RAM-30", {**vm, "devices": [{**device, "size": 4096}]}, [with_region])
+    yield case("shared memory of another name", "RAM-30", {**vm, "devices": [{**device, "name": "x"}]}, [with_region])
+
+    yield case("a diff", "RAM-40 RAM-42 RAM-44", child, [base, diff], valid=True)
+    other = changed(base, vmm={**base["vmm"], "version": "6.0"}, created="2026-11-23T10:00:00Z")
+    yield case("a diff of another version of the VMM", "RAM-44", child, [other, diff], valid=True)
+    third = changed(diff, parent=digest("second"))
+    yield case("a diff of a diff", "RAM-40 RAM-42", child, [base, diff, third], valid=True)
+    yield case("a diff alone", "RAM-40", child, [diff])
+    yield case("another parent", "RAM-40", child, [base, changed(diff, parent=digest("other"))])
+    yield case("a grandchild of the base", "RAM-40", child, [base, diff, diff])
+    yield case("two bases", "RAM-40", child, [base, changed(base, disks=diff["disks"])])
+    yield case("a diff of another memory", "RAM-42", child, [base, changed(diff, memory={"size": 2 << 20})])
+    yield case("a diff of another kernel", "RAM-42", child, [changed(base, kernel=digest("other")), diff])
+    yield case("a diff of other kernel arguments", "RAM-42", child, [changed(base, kernel_args="quiet"), diff])
+    yield case("a diff of other disks", "RAM-42", child, [changed(base, disks=[digest("other")]), diff])
+    yield case("a diff of fewer disks", "RAM-42", child, [changed(base, disks=[*diff["disks"], digest("more")]), diff])
 
 
 def _zero_in_base() -> bytes:
@@ -952,12 +1283,13 @@ def generate() -> Files:
     files: Files = {}
     write_cases(files, "json", ".json", document_cases())
     write_cases(files, "manifest", ".json", list(manifest_cases()))
-    write_index(files, "oci", list(oci_cases()))
+    write_oci_cases(files)
     write_index(files, "platform", platform_cases())
     write_index(files, "reference", reference_cases())
     write_cases(files, "disk", ".img", list(disk_cases()))
     write_cases(files, "kernel", ".bin", list(kernel_cases()))
     write_cases(files, "ramsnap", ".ovmr", list(ram_cases()))
+    write_index(files, "restore", list(restore_cases()))
     rfc = (REPOSITORY / "spec" / "rfc" / "ramsnap-v1.md").read_text(encoding="utf-8")
     head, _, rest = rfc.partition(_BEGIN)
     tail = rest.partition(_END)[2]

@@ -29,6 +29,7 @@ need qemu-system-x86_64 qemu-system-x86 # SeaBIOS comes with it
 need qemu-img qemu-utils
 need ld binutils # the tests assemble a guest
 need skopeo skopeo
+need openssl openssl # the tests make certificates
 need flock util-linux
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing="$missing ca-certificates"
 if ! command -v python3 >/dev/null 2>&1; then

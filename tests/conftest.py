@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from ovms.oci.layout import Layout
 settings.register_profile(
     "ovms", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100
 )
-settings.load_profile("ovms")
+# For hours when nobody waits: other examples in each run, and far more of them. 'make test-long', or OVMS_TEST_PROFILE=long.
+settings.register_profile(
+    "long", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=5000, print_blob=True
+)
+settings.load_profile(os.environ.get("OVMS_TEST_PROFILE", "ovms"))
 
 GOLDEN = Path(__file__).parent / "vectors" / "golden"
 
@@ -25,7 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OVMS_ROOT", "OVMS_DEBUG", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"):
+    for name in (
+        "OVMS_ROOT", "OVMS_DEBUG", "OVMS_TOKEN_SERVICES", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG",
+        "CONTAINERS_REGISTRIES_CONF", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 

@@ -8,7 +8,6 @@ import fcntl
 import glob
 import os
 import secrets
-import shutil
 import socket
 import stat
 import time
@@ -138,11 +137,13 @@ def read_input(path: Path, what: str, *, max_size: int) -> bytes:
 
 def require_space(directory: Path, needed: int, what: str) -> None:
     """Raises :class:`DiskFull` unless *directory*'s file system has room for *needed* bytes more (and a reserve)."""
+    import shutil
+
     free = shutil.disk_usage(directory).free
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
             f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
-            hint="free some space ('ovm rmi' removes artifacts), or set OVMS_ROOT to a larger file system",
+            hint="free some space ('ovm df' shows what takes it), or set OVMS_ROOT to a larger file system",
             needed=needed,
             available=free,
             path=str(directory),
@@ -320,6 +321,8 @@ def hash_file(fd: int, hasher: Hasher, *, advance: Callable[[int], None] | None 
 
 def remove_tree(path: Path) -> None:
     """Removes a directory tree (never following links out of it); fine when it is gone already."""
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -388,32 +391,43 @@ def staging_dir(parent: Path) -> Iterator[Path]:
 
 def sweep_staging(parent: Path) -> int:
     """Removes what killed processes left below *parent* (see :func:`staging_dir`). Returns how many were removed."""
-    removed = 0
     try:
         entries = list(parent.iterdir())
     except FileNotFoundError:
         return 0
-    for path in entries:
-        try:
-            lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            # mkdir happened, the lock file not yet: leave a fresh one to its owner
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 60:
-                    remove_tree(path)
-                    removed += 1
-            continue
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(path)
-            removed += 1
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
-    return removed
+    return sum(remove_abandoned(path) for path in entries)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether *path* is a :func:`staging_dir` whose owner was killed."""
+    return _if_abandoned(path, lambda _: None)
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Removes *path* if it is a :func:`staging_dir` whose owner was killed. Whether it was."""
+    return _if_abandoned(path, remove_tree)
+
+
+def _if_abandoned(path: Path, action: Callable[[Path], None]) -> bool:
+    try:
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # mkdir happened, the lock file not yet: leave a fresh one to its owner
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60:
+                action(path)
+                return True
+        return False
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        action(path)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
 
 
 def listen_unix(path: Path, *, backlog: int = 8) -> socket.socket:

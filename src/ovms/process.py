@@ -7,7 +7,6 @@ import errno
 import os
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -40,6 +39,8 @@ def find_tool(name: str) -> Path:
     Raises:
         ToolMissing: it is not installed; the hint names the package.
     """
+    import shutil
+
     found = shutil.which(name) or shutil.which(name, path=CLEAN_ENV["PATH"])
     if found is None:
         package = PACKAGES.get(name, name)

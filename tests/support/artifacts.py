@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ovms.artifact import model
+from ovms.oci.layout import Layout
 from ovms.spec import mediatypes, ramsnap
+from ovms.spec.digest import of_bytes
+from ovms.spec.manifest import DiskFormat, PartKind
 from support import kernels, qcow2_images, ram
 
 MANIFEST: dict[str, Any] = {
@@ -44,3 +48,23 @@ def write_manifest(directory: Path, *, name: str = "ovms.json", **changes: Any) 
     document = {k: v for k, v in {**MANIFEST, **changes}.items() if v is not None}
     path.write_text(json.dumps(document))
     return path
+
+
+def small(layout: Layout, name: str) -> model.Artifact:
+    """An artifact whose blobs are like no other's, without a real kernel: transfers do not look into blobs."""
+    kernel, disk = f"kernel of {name}".encode() * 100, f"disk of {name}".encode() * 40_000
+    parts = model.Parts(
+        kernel=model.part_descriptor(PartKind.KERNEL, layout.add_bytes(kernel), len(kernel)),
+        disks=(model.part_descriptor(PartKind.DISK, layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
+    )
+    document = {
+        "schemaVersion": 1,
+        "mediaType": mediatypes.MANIFEST,
+        "name": "test",
+        "version": "1",
+        "kernel": {"ref": of_bytes(kernel)},
+        "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
+    }
+    artifact = model.compose(layout, document, parts)
+    layout.set_name(name, artifact.image.descriptor())
+    return artifact

@@ -39,11 +39,17 @@ class Ovm:
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "HOME": str(self.home), "OVMS_ROOT": str(self.root), **(extra or {})}
 
-    def __call__(self, *arguments: object, timeout: float = 60, env: Mapping[str, str] | None = None) -> Done:
+    def __call__(
+        self,
+        *arguments: object,
+        timeout: float = 60,
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+    ) -> Done:
         done = subprocess.run(
             [OVM, *map(str, arguments)],
             env=self.env(env),
-            stdin=subprocess.DEVNULL,
+            input=b"" if input is None else input,
             capture_output=True,
             timeout=timeout,
             check=False,

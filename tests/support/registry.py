@@ -15,24 +15,42 @@ from typing import Final
 
 from ovms.process import terminate
 from support import tools
+from support.tls import Pair
+
+#: The user "ovms" with the password "secret".
+HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
 
 
 class Registry:
     """A running docker-registry."""
 
+    _tls: Pair | None = None
     #: Whether it has the referrers API.
     has_referrers = False
     #: Whether it answers with OCI-Subject: then clients write no fallback tag.
     says_subject = False
 
-    def __init__(self, directory: Path, *, htpasswd: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        htpasswd: str | None = None,
+        auth: str = "",
+        tls: Pair | None = None,
+        client_ca: Path | None = None,
+    ) -> None:
+        """*auth* is a section of its configuration; with *tls* it is called ``localhost``, and may ask for clients'
+        certificates."""
         self._htpasswd = htpasswd
+        self._section = auth
+        self._tls = tls
+        self._client_ca = client_ca
         self._start(directory)
 
     def _start(self, directory: Path) -> None:
         self.directory = directory
         self.port = _free_port()
-        self.host = f"127.0.0.1:{self.port}"
+        self.host = f"{'127.0.0.1' if self._tls is None else 'localhost'}:{self.port}"
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "log").open("wb") as log:
             self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -48,7 +66,9 @@ class Registry:
         config.write_text(
             "version: 0.1\nlog: {level: warn}\n"
             f"storage: {{filesystem: {{rootdirectory: {self.directory / 'data'}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '{self.host}'}}\n" + self._auth(self._htpasswd)
+            f"http: {{addr: '127.0.0.1:{self.port}'{_tls(self._tls, self._client_ca)}}}\n"
+            + self._section
+            + self._auth(self._htpasswd)
         )
         return [program, "serve", config]
 
@@ -103,6 +123,13 @@ class ReferrersRegistry(Registry):
 
 #: The kinds that tests are parametrised over.
 KINDS: Final[dict[str, type[Registry]]] = {"docker-registry": Registry, "referrers-registry": ReferrersRegistry}
+
+
+def _tls(pair: Pair | None, client_ca: Path | None) -> str:
+    if pair is None:
+        return ""
+    clients = "" if client_ca is None else f", clientcas: ['{client_ca}']"
+    return f", tls: {{certificate: {pair.cert}, key: {pair.key}{clients}}}"
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ from support.schemas import SPEC
 ROOT: Final = SPEC.parent
 MAIN: Final = SPEC / "rfc" / "ovms-v0.1.md"
 RAMSNAP: Final = SPEC / "rfc" / "ramsnap-v1.md"
+BOOTSTRAP: Final = SPEC / "rfc" / "ovms-bootstrap.md"
 
 
 def tables(path: Path) -> Iterator[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
@@ -51,3 +52,39 @@ def anchors(path: Path) -> set[str]:
             name = f"{slug}-{number}"
         answer.add(name)
     return answer
+
+
+#: A number as the rules write it, with what makes it another number: a sign of hexadecimal, a power, a unit.
+FIGURE: Final = re.compile(
+    r"`(?:[0-9A-F]{2} )+[0-9A-F]{2}`|\b[0-9a-f]{4}:[0-9a-f]{4}\b"
+    r"|(?<![\w.-])(?:0x[0-9a-fA-F]+|U\+[0-9A-F]{4}|2[\u2070-\u2079\u00b9\u00b2\u00b3]+|[0-9]+(?:\.[0-9]+)*)"
+    r"(?: (?:KiB|MiB|GiB|TiB|bytes?|bits?|characters|s|hours)\b)?(?!\w)"
+)
+#: Where other documents are named, a number is no figure: a rule, a section, an RFC.
+CITED: Final = re.compile(
+    r"\b[A-Z]{3,4}-[0-9]+(?: to [A-Z]{3,4}-[0-9]+)?\b|\b[sS]ections? [0-9]+(?:\.[0-9]+)*(?:(?:,| and| to) [0-9]+)*|\bRFC [0-9]+|\]\([^)]*\)"
+)
+
+
+def rules(path: Path) -> dict[str, str]:
+    """Rule → its text, in one line."""
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"^- \*\*\[([A-Z]+-[0-9]+)\]\*\* (.*?)(?=^- |^\n|^#|^\||\Z)", text, re.MULTILINE | re.DOTALL)
+    return {rule: " ".join(content.split()) for rule, content in found}
+
+
+def figures(text: str) -> list[str]:
+    """The numbers in a rule's text, in their order."""
+    return FIGURE.findall(CITED.sub("", text))
+
+
+def names(text: str) -> list[str]:
+    """The media types and annotations in a rule's text, in their order."""
+    return re.findall(r"`((?:application/|ovms\.|org\.)[A-Za-z0-9.+/-]+)`", text)
+
+
+def limit_names(path: Path) -> set[str]:
+    """The names in a document that look like those of limits."""
+    return set(
+        re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_(?:MAX|MIN|DEFAULT|PAGES?))`", path.read_text(encoding="utf-8"))
+    )

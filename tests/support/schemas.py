@@ -22,7 +22,8 @@ def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Validatio
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-_Validator: Final = extend(Draft202012Validator, {"pattern": _pattern})
+#: Draft 2020-12, with ECMA-262's "$".
+Validator: Final = extend(Draft202012Validator, {"pattern": _pattern})
 
 
 @cache
@@ -30,4 +31,4 @@ def validator(name: str, *, formats: bool = False) -> Any:
     """The validator of ``spec/schemas/<name>.v1.json``; with *formats* it asserts them."""
     schema = json.loads((SPEC / "schemas" / f"{name}.v1.json").read_text())
     Draft202012Validator.check_schema(schema)
-    return _Validator(schema, format_checker=FormatChecker() if formats else None)
+    return Validator(schema, format_checker=FormatChecker() if formats else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
-from ovms.errors import JsonInvalid
+from ovms.errors import FileProblem, JsonInvalid
 from ovms.spec import limits, strictjson
 
 
@@ -16,13 +16,24 @@ def read_document(path: Path) -> Any:
     """The parsed content of a manifest file. A name that ends in ``.json`` is JSON, any other YAML (which JSON is too).
 
     Raises:
-        FileProblem: no such file, empty, a directory, too large.
-        JsonInvalid: neither JSON nor the JSON subset of YAML.
+        FileProblem: no such file, a directory, unreadable.
+        JsonInvalid: neither JSON nor the JSON subset of YAML, empty, too large.
     """
-    data = fsutil.read_input(path, "the manifest", max_size=limits.MANIFEST_MAX)
+    data = read_bytes(path, "the manifest", limits.MANIFEST_MAX)
     if path.suffix == ".json":
         return strictjson.parse(data, str(path), max_size=limits.MANIFEST_MAX)
     return _parse_yaml(data, str(path))
+
+
+def read_bytes(path: Path, what: str, max_size: int) -> bytes:
+    """The bytes of a document. Raises like :func:`read_document`."""
+    try:
+        return fsutil.read_input(path, what, max_size=max_size)
+    except FileProblem as exc:  # what a document has too much or too little of is a matter of the specification
+        rule = {"file-too-large": "DOC-5", "file-empty": "DOC-1"}.get(exc.code)
+        if rule is None:
+            raise
+        raise JsonInvalid(exc.message, rule=rule, **exc.context) from None
 
 
 #: JSON's types, by their YAML names.
@@ -49,17 +60,18 @@ def _parse_yaml(data: bytes, what: str) -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
-                raise JsonInvalid(f"{what}: aliases are not allowed, in line {_line(event)}")
+                raise JsonInvalid(f"{what}: aliases are not allowed, in line {_line(event)}", rule="DOC-1")
             self.ovms_depth = getattr(self, "ovms_depth", 0) + 1
             if self.ovms_depth > limits.JSON_DEPTH_MAX:
-                raise JsonInvalid(f"{what} is nested deeper than {limits.JSON_DEPTH_MAX} levels")
+                raise JsonInvalid(f"{what} is nested deeper than {limits.JSON_DEPTH_MAX} levels", rule="DOC-4")
             try:
                 node: Any = super().compose_node(parent, index)
             finally:
                 self.ovms_depth -= 1
             if node.tag not in [_TAG + name for name in _TYPES[node.id]]:
                 tag = str(node.tag).removeprefix(_TAG)[:80]
-                raise JsonInvalid(f"{what}: the type {tag!a} in line {_line(node)} is not one that JSON has there")
+                wrong = f"{what}: the type {tag!a} in line {_line(node)} is not one that JSON has there"
+                raise JsonInvalid(wrong, rule="DOC-1")
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -68,9 +80,10 @@ def _parse_yaml(data: bytes, what: str) -> Any:
                 key = self.construct_object(key_node, deep=True)
                 line = _line(key_node)
                 if not isinstance(key, str):
-                    raise JsonInvalid(f"{what}: the key {ascii(key)[:80]} in line {line} is no string")
+                    raise JsonInvalid(f"{what}: the key {ascii(key)[:80]} in line {line} is no string", rule="DOC-1")
                 if key in seen:
-                    raise JsonInvalid(f"{what} has a key twice in one object: {key[:80]!a}, in line {line}")
+                    wrong = f"{what} has a key twice in one object: {key[:80]!a}, in line {line}"
+                    raise JsonInvalid(wrong, rule="DOC-2")
                 seen[key] = self.construct_object(value_node, deep=deep)
             return seen
 
@@ -81,18 +94,23 @@ def _parse_yaml(data: bytes, what: str) -> Any:
                     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
                 except UnicodeDecodeError:
                     raise JsonInvalid(
-                        f"{what} holds half of a surrogate pair, which is no character, in line {_line(node)}"
+                        f"{what} holds half of a surrogate pair, which is no character, in line {_line(node)}",
+                        rule="DOC-3",
                     ) from None
             return text
 
         def construct_number(self, node: Any) -> int | float:
             if len(node.value) > _NUMBER_MAX:
-                raise JsonInvalid(f"{what} holds a number that is too long, in line {_line(node)}")
+                raise JsonInvalid(f"{what} holds a number that is too long, in line {_line(node)}", rule="DOC-3")
             if node.tag == _TAG + "int":
-                return int(self.construct_yaml_int(node))
+                whole = int(self.construct_yaml_int(node))
+                if strictjson.beyond_double(str(whole)):
+                    raise JsonInvalid(f"{what} holds a number that is too large, in line {_line(node)}", rule="DOC-3")
+                return whole
             value = float(self.construct_yaml_float(node))
             if not math.isfinite(value):
-                raise JsonInvalid(f"{what} holds {value}, which JSON does not know, in line {_line(node)}")
+                text = f"{what} holds {value}, which JSON does not know, in line {_line(node)}"
+                raise JsonInvalid(text, rule="DOC-3")
             return value
 
     # A date stays the text that it is: JSON has no dates.
@@ -110,6 +128,6 @@ def _parse_yaml(data: bytes, what: str) -> Any:
         mark = getattr(exc, "problem_mark", None)
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = str(getattr(exc, "problem", None) or "unreadable")[:200]
-        raise JsonInvalid(f"{what} is not YAML: {problem}{place}") from None
+        raise JsonInvalid(f"{what} is not YAML: {problem}{place}", rule="DOC-1") from None
     except (ValueError, LookupError, RecursionError) as exc:  # such as "!!bool maybe"
-        raise JsonInvalid(f"{what} is not YAML that we read: {str(exc)[:200]}") from None
+        raise JsonInvalid(f"{what} is not YAML that we read: {str(exc)[:200]}", rule="DOC-1") from None

@@ -12,12 +12,12 @@ from enum import StrEnum
 from typing import Final
 
 from ovms.errors import KernelInvalid
+from ovms.spec import limits
 
 #: The end of the bzImage setup header; no kernel is shorter.
-_SETUP_SIZE: Final = 0x264
-_NOTE_PVH_ENTRY: Final = 18
-_PROGRAM_HEADERS_MAX: Final = 64
-_NOTES_MAX: Final = 64 * 1024
+SETUP_SIZE: Final = 0x264
+NOTE_PVH_ENTRY: Final = 18
+NOTE_OWNER: Final = b"Xen\0"
 
 
 class KernelKind(StrEnum):
@@ -33,10 +33,10 @@ def check_kernel(fd: int, what: str = "the kernel") -> KernelKind:
     Raises:
         KernelInvalid: none that x86-64 boots.
     """
-    head = os.pread(fd, _SETUP_SIZE, 0)
+    head = os.pread(fd, SETUP_SIZE, 0)
     if head[:4] == b"\x7fELF":
         return _check_elf(fd, head, what)
-    if len(head) == _SETUP_SIZE and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
+    if len(head) == SETUP_SIZE and head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:0x206] == b"HdrS":
         version = int.from_bytes(head[0x206:0x208], "little")
         if version < 0x0200 or not head[0x211] & 1:
             raise KernelInvalid(f"{what} is a Linux kernel of a format before bzImage", rule="BIN-1")
@@ -57,7 +57,7 @@ def _check_elf(fd: int, head: bytes, what: str) -> KernelKind:
     if kind not in (2, 3) or machine not in (3, 62):
         raise KernelInvalid(f"{what} is an ELF file, but no x86 executable", hint=hint, rule="BIN-1")
     table, size, count = struct.unpack_from("<Q14xHH", head, 32) if wide else struct.unpack_from("<I10xHH", head, 28)
-    if size != (56 if wide else 32) or not 0 < count <= _PROGRAM_HEADERS_MAX:
+    if size != (56 if wide else 32) or not 0 < count <= limits.ELF_HEADERS_MAX:
         raise KernelInvalid(f"{what}: the ELF program headers are damaged", hint=hint, rule="BIN-1")
     for i in range(count):
         entry = os.pread(fd, size, table + i * size) if table < 2**62 else b""
@@ -70,7 +70,9 @@ def _check_elf(fd: int, head: bytes, what: str) -> KernelKind:
             if wide
             else (struct.unpack_from("<I", entry, 4)[0], struct.unpack_from("<I", entry, 16)[0])
         )
-        if offset < 2**62 and _has_pvh_note(os.pread(fd, min(length, _NOTES_MAX), offset)):
+        if length > limits.ELF_NOTES_MAX:
+            raise KernelInvalid(f"{what} has {length} bytes of ELF notes", hint=hint, rule="BIN-1")
+        if offset < 2**62 and _has_pvh_note(os.pread(fd, length, offset)):
             return KernelKind.ELF_PVH
     raise KernelInvalid(f"{what} is an ELF file without a PVH entry note", hint=hint, rule="BIN-1")
 
@@ -79,7 +81,7 @@ def _has_pvh_note(notes: bytes) -> bool:
     at = 0
     while at + 12 <= len(notes):
         name_size, desc_size, kind = struct.unpack_from("<III", notes, at)
-        if kind == _NOTE_PVH_ENTRY and notes[at + 12 : at + 15] == b"Xen":
+        if kind == NOTE_PVH_ENTRY and notes[at + 12 : at + 12 + name_size] == NOTE_OWNER:
             return True
         at += 12 + -(-name_size // 4) * 4 + -(-desc_size // 4) * 4
     return False

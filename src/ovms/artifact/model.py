@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ovms.errors import ManifestInvalid, Problem, ReferenceNotFound, Unsupported
+from ovms.errors import DigestMismatch, ManifestInvalid, Problem, ReferenceNotFound, RegistryProtocol, Unsupported
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, HOST, Platform, check_guest, fitting, is_artifact
@@ -60,6 +60,7 @@ def load(layout: Layout, digest: Digest, platform: Platform | None = None) -> Ar
         ReferenceNotFound: it is an index, whose manifest for the platform was not pulled.
         Unsupported: it is something else than an OVMS artifact, or for another platform.
         ManifestInvalid, JsonInvalid, RegistryProtocol: its manifests are wrong, or disagree.
+        DigestMismatch: a blob that is there has another size than its descriptor says.
     """
     image = layout.manifest(digest)
     if isinstance(image, ImageIndex):
@@ -82,12 +83,45 @@ def load_any(layout: Layout, digest: Digest) -> Artifact:
 
 def check_documents(layout: Layout, image: ImageManifest, platform: Platform | None = None) -> manifest.Manifest:
     """The OVMS manifest of *image*, which is in the store. Raises like :func:`load`."""
+    check_image(image)
+    for blob in (image.config, *image.layers):
+        check_size(layout, blob.digest, blob.size)
     where = ovms_descriptor(image)
     raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
     checked = manifest.parse(raw, f"the OVMS manifest of {image.digest}")
     check_parts(checked, image)
     check_guest(platform, checked.metadata.platform.arch, checked.name)
     return checked
+
+
+def check_size(layout: Layout, digest: Digest, said: int) -> None:
+    """Whether a blob, where the store has it, has the *said* size: its name vouches for its bytes only.
+
+    Raises:
+        DigestMismatch: it is not.
+    """
+    if (size := layout.size(digest)) not in (None, said):
+        raise DigestMismatch(
+            f"{digest} has {size} bytes, and its descriptor says {said}",
+            hint="'ovm fsck' tells whether the blob is damaged; else the artifact is wrong: build it again",
+            rule="OCI-21",
+        )
+
+
+def check_image(image: ImageManifest) -> None:
+    """Whether an OCI manifest is of the form that an artifact of ours has.
+
+    Raises:
+        RegistryProtocol: it does not say that it is an OCI image manifest.
+        Unsupported: it says that it is another kind of artifact.
+    """
+    if image.media_type is None:
+        raise RegistryProtocol(f"{image.digest} has no mediaType", rule="OCI-1")
+    # OCI's own rule: where there is no artifactType, the config's media type says what it is
+    kind = image.config.media_type if image.artifact_type is None else image.artifact_type
+    if kind != mediatypes.MANIFEST:
+        text = f"{image.digest} is no OVMS artifact: its artifactType is {kind[:80]!a}, not {mediatypes.MANIFEST}"
+        raise Unsupported(text, hint=CONTAINER_HINT, rule="OCI-1")
 
 
 def choose(layout: Layout, index: ImageIndex, platform: Platform | None = None) -> ImageManifest:
@@ -104,11 +138,18 @@ def choose(layout: Layout, index: ImageIndex, platform: Platform | None = None) 
         if isinstance(image, ImageManifest) and is_artifact(image):
             return image
     if len(here) == len(listed):
-        raise Unsupported(f"{where} holds no OVMS artifact for {platform or HOST}", hint=CONTAINER_HINT)
+        raise Unsupported(f"{where} holds no OVMS artifact for {platform or HOST}", hint=CONTAINER_HINT, rule="OCI-16")
     raise ReferenceNotFound(
         f"what {where} has for {platform or HOST} is not in the local store",
         hint=f"'ovm pull --platform {platform or HOST}' fetches it",
     )
+
+
+def _manifests_of(image: ImageManifest) -> list[Descriptor]:
+    # the config wins, whatever the layers say (OCI-4)
+    if image.config.media_type == mediatypes.MANIFEST:
+        return [image.config]
+    return [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
 
 
 def ovms_descriptor(image: ImageManifest) -> Descriptor:
@@ -117,14 +158,13 @@ def ovms_descriptor(image: ImageManifest) -> Descriptor:
     Raises:
         Unsupported: in neither, or in several.
     """
-    if image.config.media_type == mediatypes.MANIFEST:
-        return image.config
-    found = [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
+    found = _manifests_of(image)
     if len(found) != 1:
         raise Unsupported(
             f"{image.digest} is no OVMS artifact: its config is {image.config.media_type!a}"
             + (", and several layers claim to be the manifest" if found else ""),
             hint=CONTAINER_HINT,
+            rule="OCI-4",
         )
     return found[0]
 

@@ -48,19 +48,31 @@ def check_content(part: Part, fd: int, compression: Compression) -> None:
         assert part.format is not None
         check_layer(fd, part.format, what)
     elif part.kind is PartKind.RAM:
-        prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
-        ramsnap.check_codecs(ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0)), compression)
-        size = os.fstat(fd).st_size
-        if size != prefix.blob_size:
-            raise SnapshotInvalid(f"{what} has {size} bytes, but should have {prefix.blob_size}", rule="RAM-1")
+        ramsnap.check_codecs(ramsnap.parse_control(read_control(fd, what)), compression)
     elif part.kind is PartKind.BOOTSTRAP:
         bootstrap.parse(os.pread(fd, limits.BOOTSTRAP_MAX, 0))
 
 
+def read_control(fd: int, what: str, *, whole: bool = True) -> bytes:
+    """The control part of an open RAM snapshot; nothing is allocated that the file does not hold.
+
+    Raises:
+        SnapshotInvalid: the prefix is wrong, or (without *whole*: only where the control part is cut short) the file
+            has another size than it says.
+    """
+    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
+    size = os.fstat(fd).st_size
+    if size < prefix.data_offset or (whole and size != prefix.blob_size):
+        raise SnapshotInvalid(
+            f"{what} has {size} bytes, and its prefix says {prefix.blob_size}", rule="RAM-1", offset=size
+        )
+    return os.pread(fd, prefix.data_offset, 0)
+
+
 def ram_annotations(fd: int) -> dict[str, str]:
     """What the descriptor of a RAM snapshot says of its control part, so that it can be fetched by itself."""
-    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
+    control = read_control(fd, "the RAM snapshot")
     return {
-        mediatypes.RAM_CONTROL_ANNOTATION: of_bytes(os.pread(fd, prefix.data_offset, 0)),
-        mediatypes.RAM_CONTROL_SIZE_ANNOTATION: str(prefix.data_offset),
+        mediatypes.RAM_CONTROL_ANNOTATION: of_bytes(control),
+        mediatypes.RAM_CONTROL_SIZE_ANNOTATION: str(len(control)),
     }

@@ -16,27 +16,28 @@ from typing import Any, BinaryIO, Final
 
 from ovms import fsutil
 from ovms.artifact import model
-from ovms.artifact.document import read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label
+from ovms.artifact.document import read_bytes, read_document
+from ovms.artifact.parts import SIZE_LIMITS, check_content, label, read_control
 from ovms.disk.layers import check_layer
 from ovms.errors import (
     DigestMismatch,
+    FileProblem,
     InputError,
     IntegrityError,
+    JsonInvalid,
+    ManifestInvalid,
     NotFound,
     OvmsError,
     RegistryProtocol,
+    SnapshotInvalid,
     UsageError,
 )
-from ovms.oci.descriptor import ImageIndex
+from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.spec import bootstrap, limits, manifest, mediatypes, ramheader, ramsnap
-from ovms.spec.digest import Digest, from_hasher, is_digest
+from ovms.spec.digest import Digest, from_hasher, is_digest, of_bytes
 from ovms.spec.manifest import Compression, DiskFormat, Manifest, Part, PartKind
-
-#: A file of rubbish has a problem in every chunk; nobody reads more than this.
-_PROBLEMS_MAX: Final = 100
 
 
 class Kind(StrEnum):
@@ -48,6 +49,10 @@ class Kind(StrEnum):
     QCOW2 = "qcow2"
     RAW = "raw"
     KERNEL = "kernel"
+
+
+#: What an empty file of a kind breaks. (A document is no JSON then, which its reader says.)
+_EMPTY: Final = {Kind.RAM_SNAPSHOT: "RAM-1", Kind.QCOW2: "LAY-8", Kind.RAW: "LAY-6", Kind.KERNEL: "BIN-1"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Problem:
 
 @dataclass
 class Report:
-    """What was looked at (``kind`` is one of :class:`Kind`, ``unpacked`` or ``artifact``), and what is wrong."""
+    """What was looked at (``kind`` is one of :class:`Kind`, ``unpacked``, ``artifact`` or ``file``: it can't be told what),
+    and what is wrong.
+    """
 
     name: str
     kind: str
@@ -91,6 +98,8 @@ class Report:
             )
             return
         rule, offset = error.context.get("rule"), error.context.get("offset")
+        if error.code == "file-too-large":
+            rule = rule or "LIM-1"
         self.problems.append(Problem(error.code, error.message, rule, part, None, offset, error.hint))
 
     @contextlib.contextmanager
@@ -118,14 +127,28 @@ def validate_path(path: Path, kind: Kind | None = None, progress: Progress = NUL
         FileProblem: it can't be read at all.
         UsageError: what it is can't be told.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - a name that no file can have is no directory
         return _validate_unpacked(path, progress)
-    if kind is None:
-        kind = _guess(path)
-    report = Report(str(path), kind)
+    report = Report(str(path), "file" if kind is None else kind)
+    try:
+        if kind is None:
+            report.kind = kind = _guess(path)
+        return _validate_file(path, kind, report, progress)
+    except FileProblem as exc:
+        if exc.code not in ("file-empty", "file-too-large"):
+            raise
+        if exc.code == "file-empty" and kind in _EMPTY:
+            exc.context["rule"] = _EMPTY[kind]
+        report.note(exc)  # it is there, and it is what is wrong
+        return report
+
+
+def _validate_file(path: Path, kind: Kind, report: Report, progress: Progress) -> Report:
     if kind in (Kind.MANIFEST, Kind.BOOTSTRAP):
-        with report.noting():
+        try:
             _check_document(path, kind)
+        except (ManifestInvalid, JsonInvalid) as exc:
+            report.note(exc)
         return report
     part = _part_of(kind)
     with fsutil.open_input(path, f"the {kind} file", max_size=SIZE_LIMITS[part.kind]) as file, report.noting():
@@ -138,7 +161,7 @@ def validate_path(path: Path, kind: Kind | None = None, progress: Progress = NUL
 
 def _check_document(path: Path, kind: Kind) -> None:
     if kind is Kind.BOOTSTRAP:
-        bootstrap.parse(fsutil.read_input(path, "the bootstrap config", max_size=limits.BOOTSTRAP_MAX), str(path))
+        bootstrap.parse(read_bytes(path, "the bootstrap config", limits.BOOTSTRAP_MAX), str(path))
     else:
         manifest.check(read_document(path), str(path))
 
@@ -149,11 +172,14 @@ def _part_of(kind: Kind) -> Part:
     return Part(part, "$", "", format=format)
 
 
+_DOCUMENTS: Final = (".json", ".yaml", ".yml")
 #: Keys that make a JSON object a bootstrap config when it says nothing of its type.
-_BOOTSTRAP_KEYS: Final = frozenset({"env", "workdir", "entrypoint", "cmd", "exposedPorts"})
+_BOOTSTRAP_KEYS: Final = bootstrap.FIELDS
 
 
 def _guess(path: Path) -> Kind:
+    if path.suffix in _DOCUMENTS and path.is_file() and path.stat().st_size == 0:
+        return Kind.MANIFEST
     with fsutil.open_input(path, "the file") as file:
         head = os.pread(file.fileno(), 0x206, 0)
     if head[:8] == ramsnap.MAGIC:
@@ -162,7 +188,7 @@ def _guess(path: Path) -> Kind:
         return Kind.QCOW2
     if head[:4] == b"\x7fELF" or head[0x202:0x206] == b"HdrS":
         return Kind.KERNEL
-    if path.suffix in (".json", ".yaml", ".yml") or head.lstrip()[:1] == b"{":
+    if path.suffix in _DOCUMENTS or head.lstrip()[:1] == b"{":
         with contextlib.suppress(OvmsError):
             document = read_document(path)
             keys = document.keys() if isinstance(document, dict) else set()
@@ -183,16 +209,21 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
         if isinstance(image, ImageIndex):
             image = model.choose(layout, image)
             report.digest = image.digest
-        if image.artifact_type != mediatypes.MANIFEST:
-            said = ascii(image.artifact_type)[:80]
-            text = f"artifactType must be {mediatypes.MANIFEST}, not {said}"
-            report.problems.append(Problem("unsupported", text, "OCI-1", "the OCI manifest"))
+        with report.noting("the OCI manifest"):
+            model.check_image(image)
+        for blob in dict.fromkeys((blob.digest, blob.size) for blob in (image.config, *image.layers)):
+            with report.noting("the OCI manifest"):
+                model.check_size(layout, *blob)
         where = model.ovms_descriptor(image)
         raw = layout.read(where.digest, "the OVMS manifest", max_size=limits.MANIFEST_MAX)
         with report.noting("the OVMS manifest"):
             checked = manifest.parse(raw)
             with report.noting("the OVMS manifest"):
                 model.check_parts(checked, image)
+            for layer in image.layers:
+                if mediatypes.RAM_CONTROL_ANNOTATION in layer.annotations:
+                    with report.noting("the RAM snapshot"):
+                        _check_annotations(layer, layout.path(layer.digest))
             sizes = {layer.digest: layer.size for layer in image.layers}
             _check_parts(
                 checked,
@@ -201,6 +232,21 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
                 progress,
             )
     return report
+
+
+def _check_annotations(layer: Descriptor, path: Path) -> None:
+    # A reader that fetches the control part by itself believes them.
+    try:
+        with path.open("rb") as blob:
+            control = read_control(blob.fileno(), "the RAM snapshot", whole=False)
+    except (OSError, SnapshotInvalid):
+        return  # which is told where the part is looked at
+    said = layer.annotations.get(mediatypes.RAM_CONTROL_SIZE_ANNOTATION)
+    if layer.annotations[mediatypes.RAM_CONTROL_ANNOTATION] != of_bytes(control) or said not in (
+        None,
+        str(len(control)),
+    ):
+        raise DigestMismatch("the annotations of its layer are not those of its control part", rule="RAM-46")
 
 
 def _validate_unpacked(directory: Path, progress: Progress) -> Report:
@@ -263,14 +309,16 @@ def _check_ram(
 ) -> ramheader.Header:
     # Every chunk; a damaged one does not hide the next.
     fd = file.fileno()
-    prefix = ramsnap.parse_prefix(os.pread(fd, ramsnap.PREFIX_SIZE, 0))
-    control = ramsnap.parse_control(os.pread(fd, prefix.data_offset, 0))
+    control = ramsnap.parse_control(read_control(fd, name or "the RAM snapshot", whole=False))
+    prefix = control.prefix
     if (size := os.fstat(fd).st_size) != prefix.blob_size:
         text = f"the blob has {size} bytes, and its prefix says {prefix.blob_size}"
         report.problems.append(Problem("snapshot-invalid", text, "RAM-1", name))
-    if compression is not None:
-        with report.noting(name):
-            ramsnap.check_codecs(control, compression)
+    with report.noting(name):
+        if compression is None:  # a file says nothing of its media type: one of them must fit
+            used = {chunk.codec for chunk in control.chunks}
+            compression = Compression.ZSTD if ramsnap.CODEC_LZ4 not in used else Compression.LZ4
+        ramsnap.check_codecs(control, compression)
     with progress.task("checking the RAM snapshot", prefix.data_size) as task:
         for chunk in control.chunks:
             if chunk.codec != ramsnap.CODEC_ZERO:
@@ -278,6 +326,6 @@ def _check_ram(
                     at = prefix.data_offset + chunk.offset
                     ramsnap.unpack_chunk(chunk, os.pread(fd, chunk.stored_size, at), prefix.data_offset)
             task.advance(chunk.stored_size)
-            if len(report.problems) > _PROBLEMS_MAX:
+            if len(report.problems) >= limits.PROBLEMS_MAX:
                 break
     return control.header

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ovms.progress import Progress
 
 if TYPE_CHECKING:
+    from ovms.oci.connect import Connector
     from ovms.oci.layout import Layout
     from ovms.oci.registry import RegistryClient
     from ovms.runtime.client import Client
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
-    def __init__(self, root: str | None, progress: str, host: str | None = None) -> None:
+    def __init__(
+        self, root: str | None, progress: str, tls_verify: bool | None = None, host: str | None = None
+    ) -> None:
         self._root = root
         self._progress = progress
+        self._tls_verify = tls_verify
         self._host = host
+        self._clients: dict[str, RegistryClient] = {}
 
     @cached_property
     def root(self) -> Root:
@@ -78,9 +83,16 @@ class Context:
 
         return make(self._progress)
 
-    def connect(self, host: str) -> RegistryClient:
-        """A client for a registry, with the user's credentials."""
-        from ovms.oci.credentials import Credentials
-        from ovms.oci.registry import RegistryClient
+    @cached_property
+    def connector(self) -> Connector:
+        """What makes clients for registries, as the user's configuration and ``--tls-verify`` say."""
+        from ovms.cli.progress import say_beside
+        from ovms.oci.connect import Connector
 
-        return RegistryClient(host, credentials=Credentials.from_environment())
+        return Connector.from_environment(tls_verify=self._tls_verify, say=lambda text: say_beside(self.progress, text))
+
+    def connect(self, host: str) -> RegistryClient:
+        """The command's client for a registry: it knows which mirrors it has passed over, and what it has written."""
+        if host not in self._clients:
+            self._clients[host] = self.connector(host)
+        return self._clients[host]

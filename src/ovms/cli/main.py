@@ -31,6 +31,9 @@ COMMANDS: Final = {
     "attach": "Attach a file to an artifact: a signature, an SBOM",
     "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
     "rmi": "Remove artifacts from the local store",
+    "prune": "Remove what nothing needs from the local store",
+    "df": "Show what takes room: artifacts, memories, downloads, instances",
+    "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
@@ -40,6 +43,8 @@ COMMANDS: Final = {
     "stop": "Power instances down",
     "rm": "Remove instances",
     "snapshot": "Snapshot a running instance as an artifact",
+    "login": "Log in to a registry",
+    "logout": "Forget the login to a registry",
     "serve": "Serve the runtime contract",
     "version": "Show the versions of ovms and of what it uses",
 }
@@ -149,7 +154,8 @@ def _run(arguments: list[str]) -> int:
 
     from ovms.cli.context import Context
 
-    return int(module.run(args, Context(options.root, options.progress, options.host)))
+    tls_verify = getattr(args, "tls_verify", None)
+    return int(module.run(args, Context(options.root, options.progress, tls_verify, options.host)))
 
 
 def _host_error(exc: OSError) -> OvmsError:

@@ -16,7 +16,10 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def safe(text: str) -> str:
     """*text* without anything that a terminal would act on: artifacts and registries choose their own words."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    # what the terminal's encoding lacks becomes '?', the replacement character too
+    encoding = sys.stdout.encoding or "ascii"
+    return text if encoding == "utf-8" else text.encode(encoding, "replace").decode(encoding)
 
 
 def say(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import shutil
 import sys
 import threading
 import time
@@ -32,6 +31,14 @@ def make(mode: str) -> Progress:
     if mode == "bar":
         return _Bars(sys.stderr)
     return _JsonLines(sys.stderr) if mode == "json" else NULL
+
+
+def say_beside(progress: Progress, text: str) -> None:
+    """A line of news on stderr, above the bars where there are some."""
+    if isinstance(progress, _Bars):
+        progress.say(text)
+    else:
+        output.say(text)
 
 
 class _Task:
@@ -109,6 +116,12 @@ class _Bars:
             self._stream.write(self._line(task, finished=True) + "\n")
             self._draw()
 
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._erase()
+            self._stream.write(f"ovm: {output.safe(text)}\n")
+            self._draw()
+
     def _erase(self) -> None:
         if self._drawn:
             self._stream.write(f"\x1b[{self._drawn}A\x1b[J")
@@ -134,6 +147,8 @@ class _Bars:
         else:
             line = f"{label} {output.size(task.done)}{self._speed(task)}"
         # a line that wraps could not be erased again
+        import shutil
+
         return line[: max(20, shutil.get_terminal_size().columns - 1)]
 
     def _speed(self, task: _Task) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ovms.spec import limits, sizes
 
@@ -13,9 +13,27 @@ if TYPE_CHECKING:
     from ovms.oci.platform import Platform
 
 
+def truth(text: str) -> bool:
+    """``true`` or ``false``."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is neither true nor false")
+    return text == "true"
+
+
+def add_tls_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--tls-verify``, for a command that talks to registries."""
+    parser.add_argument(
+        "--tls-verify",
+        metavar="true|false",
+        type=truth,
+        help="false: take any certificate of the registry, and plain HTTP; true: neither, also on loopback"
+        " (default: as registries.conf says)",
+    )
+
+
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
-    exact = sizes.parse(text)
+    exact = sizes.parse(text.strip())
     if exact is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no size; write 512m or 2g")
     if wrong := sizes.memory_problem(exact):
@@ -64,3 +82,14 @@ def depth(text: str) -> int:
     if text not in map(str, range(1, 9)):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no depth (1 to 8)")
     return int(text)
+
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def until(text: str) -> float:
+    """An age in seconds, from ``until=24h`` (also ``until=1h30m``), as Docker's filters have it."""
+    match = re.fullmatch(r"until=((?:[0-9]{1,6}[smhdw])+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is no filter; write until=24h or until=7d")
+    return float(sum(int(part[:-1]) * _UNITS[part[-1]] for part in re.findall(r"[0-9]+[a-z]", match[1])))

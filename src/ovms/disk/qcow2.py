@@ -19,9 +19,6 @@ from ovms.spec import limits
 MAGIC: Final = b"QFI\xfb"
 CLUSTER_BITS_MIN: Final = 9
 CLUSTER_BITS_MAX: Final = 21
-#: L1 entries: QEMU's own limit is 4 Mi entries (32 MiB); with it a hostile header costs memory before any check.
-L1_BYTES_MAX: Final = 32 * limits.MIB
-EXTENSIONS_MAX: Final = 64
 
 _V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
@@ -31,7 +28,8 @@ _HEAD_SIZE: Final = 112
 #: Offset of the compression type (0 zlib, 1 zstd) in a header long enough to hold it.
 _COMPRESSION_AT: Final = 104
 
-_INCOMPATIBLE: Final = {
+#: What the incompatible feature bits mean; None where that does no harm.
+INCOMPATIBLE: Final = {
     0: "is marked dirty (it was not closed cleanly)",
     1: "is marked corrupt",
     2: "uses an external data file",
@@ -43,7 +41,7 @@ _EXT_END: Final = 0
 _EXT_BACKING_FORMAT: Final = 0xE2792ACA
 _EXT_FEATURE_NAMES: Final = 0x6803F857
 #: What they mean, and the rule that refuses them.
-_EXTENSIONS_REFUSED: Final = {
+REFUSED_EXTENSIONS: Final = {
     0x44415441: ("names an external data file", "LAY-10"),
     0x0537BE77: ("is encrypted", "LAY-11"),
     0x23852875: ("holds persistent bitmaps", "LAY-12"),
@@ -124,7 +122,7 @@ def _check_tables(
 ) -> None:  # fmt: skip
     entry = 16 if extended else 8
     covered = cluster * (cluster // entry)
-    if l1_entries * 8 > L1_BYTES_MAX or l1_entries < -(-size // covered):
+    if l1_entries * 8 > limits.QCOW2_L1_MAX or l1_entries < -(-size // covered):
         raise DiskInvalid(f"{what}: {l1_entries} L1 entries do not fit a disk of {size} bytes", rule="LAY-15")
     for name, at, length in (
         ("L1 table", l1_at, l1_entries * 8),
@@ -132,14 +130,14 @@ def _check_tables(
     ):
         if at % cluster or not cluster <= at < file_size or at + length > -(-file_size // cluster) * cluster:
             raise DiskInvalid(f"{what}: the {name} at offset {at} is not inside the file", rule="LAY-15")
-    if table_clusters * cluster > 8 * limits.MIB or table_clusters == 0:
+    if table_clusters * cluster > limits.QCOW2_REFCOUNTS_MAX or table_clusters == 0:
         raise DiskInvalid(f"{what}: a refcount table of {table_clusters} clusters is out of range", rule="LAY-15")
 
 
 def _check_features(head: bytes, what: str, cluster: int) -> int:
     incompatible, _, _, refcount_order, header_length = _V3.unpack_from(head, _V2.size)
     for bit in range(64):
-        if incompatible >> bit & 1 and (reason := _INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
+        if incompatible >> bit & 1 and (reason := INCOMPATIBLE.get(bit, f"needs the unknown feature {bit}")):
             raise DiskInvalid(
                 f"{what} {reason}",
                 rule="LAY-10" if bit == 2 else "LAY-13",
@@ -147,7 +145,7 @@ def _check_features(head: bytes, what: str, cluster: int) -> int:
             )
     if refcount_order > 6:
         raise DiskInvalid(f"{what}: refcounts of 2^{refcount_order} bits are out of range", rule="LAY-14")
-    if not _V2.size + _V3.size <= header_length <= min(4096, cluster) or header_length % 8:
+    if not _V2.size + _V3.size <= header_length <= min(limits.QCOW2_HEADER_MAX, cluster) or header_length % 8:
         raise DiskInvalid(f"{what}: a header of {header_length} bytes is out of range", rule="LAY-14")
     compression = head[_COMPRESSION_AT] if header_length > _COMPRESSION_AT else 0
     if compression > 1 or compression != incompatible >> 3 & 1:
@@ -159,7 +157,7 @@ def _check_features(head: bytes, what: str, cluster: int) -> int:
 
 def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
     at = start
-    for _ in range(EXTENSIONS_MAX):
+    for _ in range(limits.QCOW2_EXTENSIONS_MAX):
         if at + 8 > cluster:
             return
         head = os.pread(fd, 8, at)
@@ -168,7 +166,7 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
         kind, length = struct.unpack(">II", head)
         if kind == _EXT_END:
             return
-        if refused := _EXTENSIONS_REFUSED.get(kind):
+        if refused := REFUSED_EXTENSIONS.get(kind):
             raise DiskInvalid(
                 f"{what} {refused[0]}",
                 rule=refused[1],
@@ -179,7 +177,7 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
             raise DiskInvalid(
                 f"{what}: a header extension reaches beyond the first cluster, at offset {at}", rule="LAY-16"
             )
-    raise DiskInvalid(f"{what}: more than {EXTENSIONS_MAX} header extensions", rule="LAY-16")
+    raise DiskInvalid(f"{what}: more than {limits.QCOW2_EXTENSIONS_MAX} header extensions", rule="LAY-16")
 
 
 def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -31,6 +30,8 @@ def store(
     Raises:
         DiskFull: no room.
     """
+    import tempfile
+
     with (
         tempfile.TemporaryFile(dir=layout.staging_root) as spool,
         layout.writer() as writer,

@@ -1,7 +1,8 @@
 """Challenges of registries, and the tokens that answer them.
 
 Sources: RFC 9110 §11 for the header, the distribution project's token specification for Bearer. A credential goes to the
-registry that it belongs to, or to the token service that this registry names, and over TLS only (loopback aside).
+registry that it belongs to, or to a token service that :mod:`ovms.oci.realm` lets have it, and over TLS only (loopback
+aside).
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from urllib.parse import urlencode, urlsplit
 
 from ovms.errors import JsonInvalid, RegistryDenied, RegistryProtocol
 from ovms.oci.credentials import Credential
+from ovms.oci.http import shown
+from ovms.oci.realm import VARIABLE, TokenServices, is_host, is_loopback, same_host
 from ovms.spec import limits, strictjson
+
+__all__ = ["Authenticator", "Challenge", "denied", "is_loopback", "parse_challenges"]
 
 #: Seconds that a token is good for at least, whatever the service says.
 _LIFETIME_MIN: Final = 60
@@ -57,22 +62,23 @@ def parse_challenges(header: str) -> list[Challenge]:
     return answer
 
 
-def is_loopback(host: str) -> bool:
-    """Whether ``host[:port]`` can only be this machine."""
-    name = (urlsplit(f"//{host}").hostname or "").lower()
-    return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", name) is not None
-
-
 class Authenticator:
     """The ``Authorization`` headers for one registry. Tokens are kept for each scope."""
 
-    def __init__(self, host: str, *, plain_http: bool, fetch: Fetch) -> None:
+    def __init__(self, host: str, *, plain_http: bool, fetch: Fetch, services: TokenServices | None = None) -> None:
+        """*services* are the token services that the user has named."""
         self._host = host
         self._plain_http = plain_http
         self._fetch = fetch
+        self._services = services or TokenServices()
         self._challenge: Challenge | None = None
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def asks(self) -> bool:
+        """Whether the registry has asked for credentials."""
+        return self._challenge is not None
 
     def header(self, scope: str, credential: Callable[[], Credential | None]) -> str | None:
         """What to send with a request of this *scope*; None before the registry has asked for anything.
@@ -85,15 +91,22 @@ class Authenticator:
                 return None
             if self._challenge.scheme == "basic":
                 found = credential()
-                return None if found is None or found.identity else _basic(found)
+                if found is None or found.identity:
+                    return None
+                if self._plain_http and not is_loopback(self._host):
+                    raise self._unprotected(self._host)
+                return _basic(found)
             token, expires = self._tokens.get(scope, ("", 0.0))
             if time.monotonic() >= expires:
                 token, lifetime = self._request_token(self._challenge, scope, credential())
                 self._tokens[scope] = (token, time.monotonic() + lifetime)
             return f"Bearer {token}"
 
-    def challenged(self, headers: list[str], scope: str) -> bool:
-        """Takes note of a 401. Whether another try makes sense: whether there is a challenge that we can answer."""
+    def challenged(self, headers: list[str], scope: str, sent: str | None = None) -> bool:
+        """Takes note of a 401 to a request with the header *sent*.
+
+        Whether another try makes sense: whether there is a challenge that we can answer.
+        """
         for header in headers:
             for challenge in parse_challenges(header):
                 usable = challenge.scheme == "basic" or (
@@ -102,13 +115,22 @@ class Authenticator:
                 if usable:
                     with self._lock:
                         self._challenge = challenge
-                        self._tokens.pop(scope, None)
+                    self.forget(scope, sent)
                     return True
         return False
 
+    def forget(self, scope: str, sent: str | None) -> None:
+        """Drops the token that was sent in the header *sent*, unless another transfer has a newer one already.
+
+        It may also be why a connection broke: a registry need not read what it refuses.
+        """
+        with self._lock:
+            if sent is not None and sent == f"Bearer {self._tokens.get(scope, ('', 0.0))[0]}":
+                del self._tokens[scope]
+
     def _request_token(self, challenge: Challenge, scope: str, credential: Credential | None) -> tuple[str, float]:
         realm = challenge.parameters["realm"]
-        self._check_realm(realm)
+        self._check_realm(realm, credential)
         query = {"service": challenge.parameters.get("service", ""), "scope": scope}
         if credential is not None and credential.identity:
             form = {**query, "grant_type": "refresh_token", "refresh_token": credential.secret, "client_id": "ovms"}
@@ -118,7 +140,7 @@ class Authenticator:
             headers = {} if credential is None else {"Authorization": _basic(credential)}
             # a mount needs two scopes, which every service takes as two parameters
             pairs = [("service", query["service"])] if query["service"] else []
-            pairs += [("scope", one) for one in scope.split(" ")]
+            pairs += [("scope", one) for one in scope.split(" ") if one]
             joined = f"{realm}{'&' if '?' in realm else '?'}{urlencode(pairs)}"
             status, body = self._fetch("GET", joined, headers, None, _TOKEN_ANSWER_MAX)
         if status in (400, 401, 403):
@@ -127,18 +149,38 @@ class Authenticator:
             raise RegistryProtocol(f"the token service of {self._host} answers with {status}")
         return _read_token(body, self._host)
 
-    def _check_realm(self, realm: str) -> None:
+    def _check_realm(self, realm: str, credential: Credential | None) -> None:
         try:
             parts = urlsplit(realm)
-            host = parts.netloc
+            service, _ = parts.netloc, parts.port
         except ValueError:
-            raise RegistryProtocol(f"{self._host} names a token service that is no URL: {realm[:200]!a}") from None
-        local = parts.scheme == "http" and self._plain_http and is_loopback(host)
-        if not host or "@" in host or (parts.scheme != "https" and not local):
+            raise RegistryProtocol(f"{self._host} names a token service that is no URL: {shown(realm)!a}") from None
+        # who speaks plain text to us anyway may have its token service do the same, beside it
+        beside = parts.scheme == "http" and self._plain_http and same_host(service, self._host)
+        if not is_host(service) or (parts.scheme != "https" and not beside):
             raise RegistryProtocol(
-                f"{self._host} wants credentials sent to {realm[:200]!a}, which is not protected by TLS",
+                f"{self._host} wants credentials sent to {shown(realm)!a}, which is not protected by TLS",
                 hint="do not use this registry, or ask its owner",
             )
+        if credential is None:
+            return
+        # a token stands for the password for a while
+        for plain, where in ((self._plain_http, self._host), (parts.scheme == "http", service)):
+            if plain and not is_loopback(where):
+                raise self._unprotected(where)
+        if not self._services.trusts(self._host, service):
+            raise RegistryDenied(
+                f"{self._host} wants its credentials sent to {shown(service)}, which is neither its own host nor beside it",
+                hint=f"if that is its token service: {VARIABLE}='{self._host}={shown(service)}'; else do not use this registry",
+                registry=self._host,
+                token_service=shown(service),
+            )
+
+    def _unprotected(self, where: str) -> RegistryDenied:
+        return RegistryDenied(
+            f"{self._host} asks for credentials, and they would go to {where} without TLS",
+            hint=f"use a registry with TLS; ovms sends no credentials in plain text (log out with: ovm logout {self._host})",
+        )
 
 
 def _basic(credential: Credential) -> str:
@@ -165,15 +207,14 @@ def _read_token(body: bytes, host: str) -> tuple[str, float]:
 
 def denied(host: str, scope: str, *, has_credential: bool, said: str = "") -> RegistryDenied:
     """The error for a 401 or 403."""
-    what = scope.removeprefix("repository:").rpartition(":")[0] or "the registry"
+    what = scope.removeprefix("repository:").rpartition(":")[0] or "its API"
     detail = f": {said}" if said else ""
     if has_credential:
         return RegistryDenied(
             f"{host} refuses access to {what} with the credentials that it was given{detail}",
-            hint=f"check the name, and log in again: skopeo login {host} (or docker login)",
+            hint=f"check the name, the user and the password; log in with: ovm login {host}",
         )
     return RegistryDenied(
         f"{host} refuses access to {what} without credentials{detail}",
-        hint=f"check the name (many registries say this of one that does not exist); log in with: skopeo login {host}"
-        " (or docker login)",
+        hint=f"check the name (many registries say this of one that does not exist), or log in: ovm login {host}",
     )

@@ -1,9 +1,11 @@
-"""Credentials that the user has given to podman, skopeo or Docker; ovms keeps none of its own.
+"""Credentials that the user has given to ovms, podman, skopeo or Docker: they share their files.
 
 Searched in this order, as ``containers-auth.json(5)`` has it: ``REGISTRY_AUTH_FILE`` alone where it is set; else
 ``${XDG_RUNTIME_DIR}/containers/auth.json`` (or ``/run/containers/<uid>/auth.json``),
-``${XDG_CONFIG_HOME:-~/.config}/containers/auth.json``, ``${DOCKER_CONFIG:-~/.docker}/config.json``. In each: the helper
-that ``credHelpers`` names for the host, then ``auths`` from the longest path down to the host, then ``credsStore``.
+``${XDG_CONFIG_HOME:-~/.config}/containers/auth.json``, ``${DOCKER_CONFIG:-~/.docker}/config.json``, ``~/.dockercfg``. In
+each: the helper that ``credHelpers`` names for the host, and nothing else then; else the entry of ``auths`` with the
+longest path; where there is none, or an empty one, ``credsStore``. An empty entry means that this file has none: no
+shorter path is tried. Writing is :mod:`ovms.oci.authfile`'s.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ _HELPER_ENV: Final = (
     "CLOUDSDK_CONFIG",
 )
 _IDENTITY_USER: Final = "<token>"
+#: Docker Hub has more names than one; the first is what its helpers know it by.
+_HUB: Final = ("https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io")
 
 
 @dataclass(frozen=True)
@@ -64,62 +68,53 @@ class Credentials:
     def from_environment(cls, environ: Mapping[str, str] | None = None, uid: int | None = None) -> Credentials:
         """The files of the user whose environment this is."""
         values = os.environ if environ is None else environ
-        if named := values.get("REGISTRY_AUTH_FILE"):
-            return cls((Path(named),), values)
+        if values.get("REGISTRY_AUTH_FILE"):
+            return cls((primary(values, uid),), values)
         home = Path(values.get("HOME") or "/")
-        runtime = values.get("XDG_RUNTIME_DIR")
-        number = os.geteuid() if uid is None else uid
         return cls(
             (
-                Path(runtime, "containers/auth.json") if runtime else Path(f"/run/containers/{number}/auth.json"),
+                primary(values, uid),
                 Path(values.get("XDG_CONFIG_HOME") or home / ".config", "containers/auth.json"),
                 Path(values.get("DOCKER_CONFIG") or home / ".docker", "config.json"),
+                home / ".dockercfg",
             ),
             values,
         )
 
     def get(self, host: str, repository: str) -> Credential | None:
-        """The credential for a repository, None where there is none.
+        """The credential for a repository, None where there is none. A repository ``""`` stands for the host.
 
         Raises:
             InputError: a file is malformed, or a helper fails; no secret is in the message.
         """
         for path in self._files:
-            document = _read(path)
+            document = read(path)
             if document is not None and (found := self._search(path, document, host, repository)) is not None:
                 return found
         return None
 
     def _search(self, path: Path, document: Mapping[str, Any], host: str, repository: str) -> Credential | None:
-        helpers = _object(document, "credHelpers", path)
-        if host in helpers:
-            return self._ask(helpers[host], host, path)
-        auths = {_normal(key): value for key, value in _object(document, "auths", path).items()}
+        if (name := helper(document, host, path)) is not None:
+            return self._ask(name, host, path)
+        auths: dict[str, Any] = {}
+        for key, value in entries(document, path).items():
+            if key == normal(key):
+                auths[key] = value  # before what Docker wrote as a URL
+            else:
+                auths.setdefault(normal(key), value)
         for key in _keys(host, repository):
-            if key in auths and (found := _decode(auths[key], key, path)) is not None:
-                return found
+            if key in auths:
+                if (found := _decode(auths[key], key, path)) is not None:
+                    return found
+                break
         store = document.get("credsStore")
         return self._ask(store, host, path) if store else None
 
     def _ask(self, name: Any, host: str, path: Path) -> Credential | None:
-        if not isinstance(name, str) or not _HELPER.fullmatch(name):
-            raise InputError(f"{path}: {str(name)[:80]!a} is no name of a credential helper", path=str(path))
+        done = self.run_helper(name, "get", server(host).encode(), path)
+        if done is None:
+            return None
         program = f"docker-credential-{name}"
-        try:
-            done = process.run(
-                [self._find(program), "get"],
-                timeout=_HELPER_TIMEOUT,
-                check=False,
-                input=host.encode(),
-                env=self._environ,
-            )
-        except OvmsError as exc:
-            raise InputError(f"{path} names the credential helper {name}: {exc.message}", hint=exc.hint) from exc
-        if done.returncode != 0:
-            # the protocol's only way to say "none": a text
-            if b"credentials not found" in done.stdout + done.stderr:
-                return None
-            raise InputError(f"{program} failed: {process.tail(done.stderr or done.stdout)}", path=str(path))
         try:
             answer = strictjson.parse(done.stdout, "its answer", max_size=_FILE_MAX)
             username, secret = answer["Username"], answer["Secret"]
@@ -129,13 +124,69 @@ class Credentials:
             return None
         return Credential(username, secret, identity=username == _IDENTITY_USER)
 
+    def run_helper(self, name: Any, verb: str, stdin: bytes, path: Path) -> process.Completed | None:
+        """Has the credential helper that *path* names do something; None where it says that it has none.
+
+        Raises:
+            InputError: it is no helper, is not installed, or fails.
+        """
+        if not isinstance(name, str) or not _HELPER.fullmatch(name):
+            raise InputError(f"{path}: {str(name)[:80]!a} is no name of a credential helper", path=str(path))
+        program = f"docker-credential-{name}"
+        try:
+            done = process.run(
+                [self._find(program), verb],
+                timeout=_HELPER_TIMEOUT,
+                check=False,
+                input=stdin,
+                env=self._environ,
+            )
+        except OvmsError as exc:
+            raise InputError(f"{path} names the credential helper {name}: {exc.message}", hint=exc.hint) from exc
+        if done.returncode != 0:
+            # the protocol's only way to say "none": a text
+            if b"credentials not found" in done.stdout + done.stderr:
+                return None
+            raise InputError(f"{program} failed: {process.tail(done.stderr or done.stdout)}", path=str(path))
+        return done
+
     def _find(self, program: str) -> Path:
         # on the PATH of the environment that the files come from
         found = shutil.which(program, path=self._environ.get("PATH"))
         return Path(found) if found else process.find_tool(program)
 
 
-def _read(path: Path) -> Mapping[str, Any] | None:
+def primary(environ: Mapping[str, str], uid: int | None = None) -> Path:
+    """The file that is read first, and the one that a login writes to."""
+    if named := environ.get("REGISTRY_AUTH_FILE"):
+        return Path(named)
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "containers/auth.json")
+    return Path(f"/run/containers/{os.geteuid() if uid is None else uid}/auth.json")
+
+
+def server(host: str) -> str:
+    """What helpers call a registry."""
+    return _HUB[0] if host in _HUB else host
+
+
+def helper(document: Mapping[str, Any], host: str, path: Path) -> Any:
+    """What ``credHelpers`` names for the host; None where it names nothing."""
+    helpers = _object(document, "credHelpers", path)
+    return next((helpers[name] for name in (host, *(_HUB if host in _HUB else ())) if name in helpers), None)
+
+
+def entries(document: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The entries of ``auths``, by the keys that stand in the file. ``.dockercfg`` holds nothing else."""
+    return document if path.name == ".dockercfg" else _object(document, "auths", path)
+
+
+def read(path: Path) -> Mapping[str, Any] | None:
+    """A file's document; None where there is no file, or an empty one.
+
+    Raises:
+        InputError: it is malformed.
+    """
     try:
         data = fsutil.read_input(path, "the credentials", max_size=_FILE_MAX)
         value = strictjson.parse(data, str(path), max_size=_FILE_MAX)
@@ -159,15 +210,18 @@ def _object(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, A
     return value
 
 
-def _normal(key: str) -> str:
-    # Docker writes its own registry, and some others, as a URL.
-    key = key.removeprefix("https://").removeprefix("http://")
-    host, _, rest = key.partition("/")
-    return host if rest.rstrip("/") in ("", "v1", "v2") else f"{host}/{rest.rstrip('/')}"
+def normal(key: str) -> str:
+    """What a key of ``auths`` stands for: ``HOST[:PORT][/PATH]``. Docker writes some as URLs, whose path says nothing."""
+    bare = key.removeprefix("https://").removeprefix("http://")
+    host, _, rest = bare.partition("/")
+    host = "docker.io" if host in _HUB else host
+    rest = rest.rstrip("/")
+    return host if bare != key or rest in ("", "v1", "v2") else f"{host}/{rest}"
 
 
 def _keys(host: str, repository: str) -> Iterator[str]:
-    parts = repository.split("/")
+    host = normal(host)
+    parts = repository.split("/") if repository else []
     for count in range(len(parts), 0, -1):
         yield "/".join((host, *parts[:count]))
     yield host

@@ -37,10 +37,10 @@ class Descriptor:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _SIZE_MAX:
             raise RegistryProtocol(f"{where}.size is missing or no size", rule="OCI-9")
         platform = value.get("platform")
-        if platform is not None and not isinstance(platform, dict):
+        if "platform" in value and not isinstance(platform, dict):
             raise RegistryProtocol(f"{where}.platform is not an object", rule="OCI-9")
         artifact_type = value.get("artifactType")
-        if artifact_type is not None and not isinstance(artifact_type, str):
+        if "artifactType" in value and not isinstance(artifact_type, str):
             raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
         return cls(media_type, Digest(digest), size, annotations_of(value, where), artifact_type, platform)
 
@@ -64,9 +64,7 @@ class Descriptor:
 
 def annotations_of(value: Mapping[str, Any], where: str) -> dict[str, str]:
     """The ``annotations`` of a manifest or descriptor (an empty dict where there are none)."""
-    annotations = value.get("annotations")
-    if annotations is None:
-        return {}
+    annotations = value.get("annotations", {})
     if not isinstance(annotations, dict) or not all(isinstance(v, str) for v in annotations.values()):
         raise RegistryProtocol(f"{where}.annotations is not an object of strings", rule="OCI-9")
     return annotations
@@ -82,6 +80,8 @@ class ImageManifest:
     layers: tuple[Descriptor, ...]
     subject: Descriptor | None
     annotations: Mapping[str, str]
+    #: As it stands there: general OCI documents may leave it out, artifacts of ours may not (OCI-1).
+    media_type: str | None = mediatypes.OCI_MANIFEST
 
     @property
     def digest(self) -> Digest:
@@ -139,20 +139,21 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     """
     value = strictjson.parse(raw, where, max_size=limits.OCI_MANIFEST_MAX)
     if not isinstance(value, dict):
-        raise RegistryProtocol(f"{where} is not an object")
-    if value.get("schemaVersion") != 2:
-        raise RegistryProtocol(f"{where}.schemaVersion is not 2")
+        raise RegistryProtocol(f"{where} is not an object", rule="OCI-1")
+    version = value.get("schemaVersion")
+    if version != 2 or not isinstance(version, int):
+        raise RegistryProtocol(f"{where}.schemaVersion is not 2", rule="DOC-6" if version == 2 else "OCI-1")
     media_type = value.get("mediaType")
+    if "mediaType" in value and media_type is None:
+        raise RegistryProtocol(f"{where}.mediaType is null", rule="DOC-8")
     artifact_type = value.get("artifactType")
-    if artifact_type is not None and not isinstance(artifact_type, str):
+    if "artifactType" in value and not isinstance(artifact_type, str):
         raise RegistryProtocol(f"{where}.artifactType is no string", rule="OCI-9")
-    subject = None
-    if value.get("subject") is not None:
-        subject = Descriptor.from_json(value["subject"], f"{where}.subject")
+    subject = Descriptor.from_json(value["subject"], f"{where}.subject") if "subject" in value else None
     if media_type == mediatypes.OCI_INDEX or (media_type is None and "manifests" in value):
         manifests = value.get("manifests")
         if not isinstance(manifests, list) or "config" in value:
-            raise RegistryProtocol(f"{where}.manifests is not a list")
+            raise RegistryProtocol(f"{where}.manifests is not a list", rule="OCI-16")
         return ImageIndex(
             raw,
             tuple(Descriptor.from_json(m, f"{where}.manifests[{i}]") for i, m in enumerate(manifests)),
@@ -164,10 +165,11 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
         raise RegistryProtocol(
             f"{where} is of the type {str(media_type)[:100]!a}, not an OCI image manifest or index",
             hint="ovms artifacts are OCI manifests; Docker's own manifest types hold container images",
+            rule="OCI-1",
         )
     layers = value.get("layers")
     if not isinstance(layers, list) or len(layers) > limits.OCI_LAYERS_MAX:
-        raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}")
+        raise RegistryProtocol(f"{where}.layers is not a list of at most {limits.OCI_LAYERS_MAX}", rule="OCI-1")
     return ImageManifest(
         raw,
         artifact_type,
@@ -175,6 +177,7 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
         tuple(Descriptor.from_json(layer, f"{where}.layers[{i}]") for i, layer in enumerate(layers)),
         subject,
         annotations_of(value, where),
+        media_type,
     )
 
 

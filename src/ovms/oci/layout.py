@@ -6,9 +6,11 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── oci-layout               {"imageLayoutVersion": "1.0.0"}
     ├── index.json               one descriptor for each name, in ``org.opencontainers.image.ref.name``
     ├── index.lock               flock, exclusive, around every read-modify-write of index.json
+    ├── ovms.index.json          index.json as ovms wrote it last: what a damaged one is rebuilt from
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
+    ├── ovms.quarantine/         what a repair took out of the way (``repair.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
 
@@ -24,8 +26,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
-import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +50,10 @@ from ovms.spec.digest import Digest, from_hasher, hex_of, of_bytes
 _LAYOUT: Final = b'{"imageLayoutVersion": "1.0.0"}\n'
 _INDEX_MAX: Final = 64 * limits.MIB
 _LOCK_TIMEOUT: Final = 60.0
+#: The fields of an entry that says no more than that something is there.
+BARE: Final = ("mediaType", "digest", "size")
+#: What ``fsutil.atomic_write`` leaves when it is killed.
+_TEMPORARY: Final = re.compile(r"\.(index\.json|ovms\.index\.json|oci-layout)\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,13 @@ class BlobWriter:
         Raises:
             DigestMismatch: the size or the digest is not the expected one; nothing becomes visible.
         """
+        digest = self.check(expected)
+        os.ftruncate(self._fd, self.size)
+        self._layout.publish(self._fd, self._path, digest, durable=durable)
+        return digest
+
+    def check(self, expected: Descriptor | None) -> Digest:
+        """The digest of what came. Raises :class:`DigestMismatch` where it is not the *expected* one."""
         digest = from_hasher(self._hasher)
         if expected is not None and (digest != expected.digest or self.size != expected.size):
             raise DigestMismatch(
@@ -104,16 +117,20 @@ class BlobWriter:
                 expected=expected.digest,
                 got=digest,
             )
-        os.ftruncate(self._fd, self.size)
-        self._layout.publish(self._fd, self._path, digest, durable=durable)
         return digest
+
+    def flush(self) -> None:
+        """Lets the kernel begin to write what came, and does not wait: many files are durable sooner so than one by one."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Layout:
     """An OCI image layout on disk (see the module's docstring for its files and locks)."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, marked: bool = True) -> None:
         """Opens the layout at *root*, and makes an empty one where there is none.
+
+        Not *marked*: ``oci-layout`` is not looked at, for whoever repairs it.
 
         Raises:
             StoreCorrupt: *root* holds a layout of another version.
@@ -123,19 +140,27 @@ class Layout:
         self.derived_dir = root / "ovms.blobs"
         self.staging_root = root / "ovms.tmp"
         self.partial_dir = root / "ovms.partial"
-        marker = root / "oci-layout"
-        new = self._check_version(marker)
+        self.quarantine_dir = root / "ovms.quarantine"
+        self.marker = root / "oci-layout"
+        self.index = root / "index.json"
+        self.index_copy = root / "ovms.index.json"
+        new = marked and self._check_version(self.marker)
         # also in a layout that another tool made
         for directory in (self.blob_dir, self.derived_dir, self.staging_root, self.partial_dir):
             directory.mkdir(parents=True, exist_ok=True)
         if new:
-            self._create(marker)
+            self._create()
 
-    def _create(self, marker: Path) -> None:
-        with self._index_lock():
-            if not (self.root / "index.json").exists():
-                self._write_index({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": []})
-            fsutil.atomic_write(marker, _LAYOUT)
+    def _create(self) -> None:
+        with self.index_lock():
+            # with a copy, names may be lost: then it is not for us to begin with none
+            if not self.index.exists() and not self.index_copy.exists():
+                self.write_index(empty_index())
+            self.write_marker()
+
+    def write_marker(self) -> None:
+        """Makes ``oci-layout`` what it has to be."""
+        fsutil.atomic_write(self.marker, _LAYOUT)
 
     def _check_version(self, marker: Path) -> bool:
         """Whether there is no layout yet."""
@@ -153,7 +178,7 @@ class Layout:
         if version != "1.0.0":
             raise StoreCorrupt(
                 f"{self.root} is no OCI image layout of version 1.0.0",
-                hint="set OVMS_ROOT to a directory of ovms's own",
+                hint="set OVMS_ROOT to a directory of ovms's own; if it is one, 'ovm fsck --repair' mends it",
                 path=str(self.root),
             )
         return False
@@ -167,7 +192,8 @@ class Layout:
             yield
 
     @contextlib.contextmanager
-    def _index_lock(self) -> Iterator[None]:
+    def index_lock(self) -> Iterator[None]:
+        """Held around every read-modify-write of ``index.json``."""
         with fsutil.file_lock(self.root / "index.lock", timeout=_LOCK_TIMEOUT):
             yield
 
@@ -194,6 +220,7 @@ class Layout:
         if size is not None and size != descriptor.size:
             raise DigestMismatch(
                 f"{descriptor.digest} has {size} bytes, but its descriptor says {descriptor.size}",
+                hint="'ovm fsck' tells which of the two is wrong",
                 expected=descriptor.size,
                 got=size,
             )
@@ -215,7 +242,7 @@ class Layout:
         if of_bytes(data) != digest:
             raise StoreCorrupt(
                 f"{what}: the content of {self.path(digest)} is not what its name says",
-                hint="remove that file, and pull or build the artifact again",
+                hint="'ovm fsck --repair' takes it out of the way, and tells how to get it back",
                 digest=digest,
             )
         return data
@@ -245,11 +272,20 @@ class Layout:
     def add_bytes(self, data: bytes) -> Digest:
         """Adds a small blob."""
         digest = of_bytes(data)
-        if self.size(digest) != len(data):
+        if not self._holds(digest, data):
             with self.writer() as writer:
                 writer.write(data)
                 writer.commit()
         return digest
+
+    def _holds(self, digest: Digest, data: bytes) -> bool:
+        # looked at and not believed: it costs nothing, and a damaged one is mended on the way
+        if self.size(digest) != len(data):
+            return False
+        try:
+            return self.read(digest, "a blob", max_size=len(data)) == data
+        except OvmsError:
+            return not data
 
     def add_file(self, fd: int, what: str, *, advance: Callable[[int], None] | None = None) -> tuple[Digest, int, bool]:
         """Adds the content of an open file, by reflink where the file system can, else by a copy that keeps holes.
@@ -318,8 +354,13 @@ class Layout:
 
     # --- names -------------------------------------------------------------------------------------------------
 
-    def _read_index(self) -> dict[str, Any]:
-        path = self.root / "index.json"
+    def read_index(self, path: Path | None = None) -> dict[str, Any]:
+        """The content of ``index.json``, or of a copy of it.
+
+        Raises:
+            StoreCorrupt: it is missing, or no index.
+        """
+        path = path or self.index
         try:
             data = fsutil.read_input(path, "index.json", max_size=_INDEX_MAX)
             value = strictjson.parse(data, str(path), max_size=_INDEX_MAX)
@@ -328,28 +369,39 @@ class Layout:
         except (JsonInvalid, FileProblem) as exc:
             raise StoreCorrupt(
                 f"the store's index cannot be read: {exc}",
-                hint=f"move {path} away, and oci-layout with it, to start with no names",
+                hint="'ovm fsck --repair' rebuilds it",
                 path=str(path),
             ) from exc
         return value
 
-    def _write_index(self, value: dict[str, Any]) -> None:
+    def write_index(self, value: dict[str, Any]) -> None:
+        """Replaces ``index.json``, under its lock."""
+        data = strictjson.canonical(value)
         try:
-            fsutil.atomic_write(self.root / "index.json", strictjson.canonical(value))
+            fsutil.atomic_write(self.index, data)
         except OSError as exc:
             raise (fsutil.disk_full(exc, "writing the store's index", self.root) or exc) from exc
+        # One that a power failure makes of no use is as good as none: no reason to wait for the disk twice, or to fail.
+        with contextlib.suppress(OSError):
+            fsutil.atomic_write(self.index_copy, data, durable=False)
 
     def entries(self) -> list[Entry]:
         """Every name and what it stands for, in the order in which they were set. No name: the empty string."""
-        answer = []
-        for i, item in enumerate(self._read_index()["manifests"]):
-            try:
-                descriptor = Descriptor.from_json(item, f"index.json: manifests[{i}]")
-                name = annotations_of(item, "index.json").get(mediatypes.REF_NAME_ANNOTATION, "")
-            except RegistryProtocol as exc:
-                raise StoreCorrupt(f"the store's index is damaged: {exc}", path=str(self.root / "index.json")) from exc
-            answer.append(Entry(name, descriptor))
-        return answer
+        return [self.entry(item, i) for i, item in enumerate(self.read_index()["manifests"])]
+
+    def entry(self, item: Any, number: int) -> Entry:
+        """An entry of the index from its JSON.
+
+        Raises:
+            StoreCorrupt: it is none.
+        """
+        try:
+            descriptor = Descriptor.from_json(item, f"index.json: manifests[{number}]")
+            return Entry(annotations_of(item, "index.json").get(mediatypes.REF_NAME_ANNOTATION, ""), descriptor)
+        except RegistryProtocol as exc:
+            raise StoreCorrupt(
+                f"the store's index is damaged: {exc}", hint="'ovm fsck --repair' rebuilds it", path=str(self.index)
+            ) from exc
 
     def find(self, name: str) -> Descriptor | None:
         """What *name* stands for."""
@@ -359,40 +411,45 @@ class Layout:
         return None
 
     def set_name(self, name: str, descriptor: Descriptor) -> None:
-        """Lets *name* stand for *descriptor*, whatever it stood for before."""
+        """Lets *name* stand for *descriptor*, whatever it stood for before. An entry that says nothing else of it goes."""
         annotations = {**descriptor.annotations, mediatypes.REF_NAME_ANNOTATION: name}
         item = replace(descriptor, annotations=annotations).to_json()
-        with self._index_lock():
-            index = self._read_index()
-            index["manifests"] = [m for m in index["manifests"] if _name_of(m) != name] + [item]
-            self._write_index(index)
+        with self.index_lock():
+            index = self.read_index()
+            bare = {key: item[key] for key in BARE}
+            kept = [m for m in index["manifests"] if _name_of(m) != name and m != bare]
+            index["manifests"] = [*kept, item]
+            self.write_index(index)
 
     def add_nameless(self, descriptor: Descriptor) -> None:
         """Lists *descriptor* without a name, unless it is listed so."""
         item = descriptor.to_json()
-        with self._index_lock():
-            index = self._read_index()
-            if not any(_is_nameless(m, descriptor.digest) for m in index["manifests"]):
+        with self.index_lock():
+            index = self.read_index()
+            if not any(_key_of(m) == ("", descriptor.digest) for m in index["manifests"]):
                 index["manifests"].append(item)
-                self._write_index(index)
+                self.write_index(index)
 
     def remove_name(self, name: str) -> bool:
         """Takes *name* away; the blobs stay until :meth:`collect`. False when there was no such name."""
-        return self._remove(lambda item: _name_of(item) == name)
-
-    def remove_nameless(self, digests: Collection[Digest]) -> bool:
-        """Takes the entries without a name of these digests away. False when there were none."""
-        return self._remove(lambda item: any(_is_nameless(item, digest) for digest in digests))
-
-    def _remove(self, unwanted: Callable[[Any], bool]) -> bool:
-        with self._index_lock():
-            index = self._read_index()
-            kept = [m for m in index["manifests"] if not unwanted(m)]
+        with self.index_lock():
+            index = self.read_index()
+            kept = [m for m in index["manifests"] if _name_of(m) != name]
             if len(kept) == len(index["manifests"]):
                 return False
             index["manifests"] = kept
-            self._write_index(index)
+            self.write_index(index)
             return True
+
+    def remove_entries(self, entries: Collection[Entry]) -> None:
+        """Takes *entries* away, as far as they still stand for the same."""
+        if not entries:
+            return
+        going = {(entry.name, entry.descriptor.digest) for entry in entries}
+        with self.index_lock():
+            index = self.read_index()
+            index["manifests"] = [m for m in index["manifests"] if _key_of(m) not in going]
+            self.write_index(index)
 
     # --- manifests ---------------------------------------------------------------------------------------------
 
@@ -424,61 +481,14 @@ class Layout:
                 answer.update(blob.digest for blob in manifest.blobs)
         return answer
 
-    def live(self, keep: set[Digest]) -> tuple[set[Digest], set[Digest]]:
-        """All that *keep* and the index reach; and the nameless referrers whose subjects are not among it."""
-        roots = set(keep)
-        referrers: dict[Digest, Digest] = {}
-        for entry in self.entries():
-            subject = None if entry.name else self._subject(entry.descriptor.digest)
-            if subject is None:
-                roots.add(entry.descriptor.digest)
-            else:
-                referrers[entry.descriptor.digest] = subject
-        live: set[Digest] = set()
-        for digest in roots:
-            live |= self.reachable(digest)
-        # referrers have referrers
-        while found := [digest for digest, subject in referrers.items() if subject in live]:
-            for digest in found:
-                live |= self.reachable(digest)
-                del referrers[digest]
-        return live, set(referrers)
+    def is_temporary(self, name: str) -> bool:
+        """Whether a file of this name, beside ``index.json``, is what a killed writer has left."""
+        return _TEMPORARY.fullmatch(name) is not None
 
-    def _subject(self, digest: Digest) -> Digest | None:
-        try:
-            subject = self.manifest(digest).subject
-        except OvmsError:  # nobody knows whose it is: it stays
-            return None
-        return None if subject is None else subject.digest
 
-    # --- clean-up ----------------------------------------------------------------------------------------------
-
-    def collect(self, keep: Callable[[], set[Digest]]) -> int | None:
-        """Removes the blobs that neither a name nor *keep* reaches (see :meth:`live`), and stale work.
-
-        *keep* gives the digests of manifests that are in use without a name; it is asked under the lock, when nobody
-        can begin to use another.
-
-        Returns the bytes freed on disk, or None when another process adds or uses blobs just now: then nothing is
-        removed, and the next call will do it.
-        """
-        try:
-            with fsutil.file_lock(self.root / "ovms.lock", timeout=0):
-                fsutil.sweep_staging(self.staging_root)
-                with self._index_lock():
-                    fsutil.sweep_temporaries(self.root / "index.json")
-                live, orphans = self.live(keep())
-                if orphans:
-                    self.remove_nameless(orphans)
-                names = {hex_of(digest) for digest in live}
-                freed = 0
-                for directory in (self.blob_dir, self.derived_dir):
-                    freed += _remove_unnamed(directory, names)
-                return freed
-        except OvmsError as exc:
-            if exc.code == "locked":
-                return None
-            raise
+def empty_index() -> dict[str, Any]:
+    """What ``index.json`` begins as."""
+    return {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": []}
 
 
 def _name_of(item: Any) -> str:
@@ -487,22 +497,9 @@ def _name_of(item: Any) -> str:
     return ""
 
 
-def _is_nameless(item: Any, digest: Digest) -> bool:
-    return not _name_of(item) and isinstance(item, dict) and item.get("digest") == digest
+def _key_of(item: Any) -> tuple[str, Any]:
+    return _name_of(item), item.get("digest") if isinstance(item, dict) else None
 
 
 def _allocated(fd: int) -> int:
     return os.fstat(fd).st_blocks * 512
-
-
-def _remove_unnamed(directory: Path, names: set[str]) -> int:
-    # Derived files are named <hex of the blob that they were made from>.<kind>.
-    freed = 0
-    for path in directory.iterdir():
-        if path.name.partition(".")[0] not in names:
-            info = path.lstat()
-            if stat.S_ISDIR(info.st_mode):  # none of ours
-                continue
-            path.unlink()
-            freed += info.st_blocks * 512
-    return freed

@@ -27,7 +27,7 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.spec.digest import from_hasher, hex_of
 
-#: Seconds for which a partial file is worth keeping.
+#: Seconds for which a partial file is worth keeping: the collector takes those that are older.
 KEPT: Final = 7 * 24 * 3600.0
 #: Bytes after which the kernel is asked to begin to write: the fsync at the end has little left to wait for then.
 _FLUSH_EVERY: Final = 16 << 20
@@ -64,7 +64,7 @@ class Partial:
         self.size = self._flushed = 0
         self.resumed = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends *data*; runs of zeroes take no disk.
 
         Raises:
@@ -179,20 +179,3 @@ def _same_file(fd: int, path: Path) -> bool:
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-
-
-def sweep(directory: Path, *, age: float = KEPT) -> int:
-    """Removes partial files that nobody fetches and that are older than *age* seconds. Returns the bytes freed."""
-    freed = 0
-    for path in list(directory.iterdir()):
-        if path.suffix == ".lock":
-            continue
-        with contextlib.suppress(FileNotFoundError, Locked):
-            if time.time() - path.stat().st_mtime < age:
-                continue
-            lock = directory / f"{path.name}.lock"
-            with _locked(lock, lambda: True):
-                freed += path.stat().st_blocks * 512
-                path.unlink()
-                lock.unlink()
-    return freed

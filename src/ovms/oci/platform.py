@@ -119,9 +119,9 @@ def check_runnable(platform: Platform | None) -> None:
 
 
 def is_artifact(image: ImageManifest) -> bool:
-    """Whether an image manifest claims to be an OVMS artifact (in either of its forms)."""
-    types = {image.artifact_type, image.config.media_type, *(layer.media_type for layer in image.layers)}
-    return mediatypes.MANIFEST in types
+    """Whether an image manifest is an OVMS artifact: the config, or exactly one layer, is an OVMS manifest (OCI-4)."""
+    claims = [layer for layer in image.layers if layer.media_type == mediatypes.MANIFEST]
+    return image.config.media_type == mediatypes.MANIFEST or len(claims) == 1
 
 
 def _platform_of(value: Any) -> Platform | None:

@@ -7,22 +7,34 @@ that comes from a public registry by a typing error is not what we want.)
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from ovms.errors import ReferenceInvalid
+from ovms.spec import limits
 from ovms.spec.digest import Digest, is_digest
 
 DEFAULT_TAG: Final = "latest"
 
-_MAX_LENGTH: Final = 512
 _HOST: Final = re.compile(
     r"(?:\[[0-9a-fA-F:]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
     r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)(?::(?P<port>[0-9]{1,5}))?"
 )
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-_TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_TAG: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{limits.TAG_MAX - 1}}}")
+
+
+def _is_address(host: str) -> bool:
+    # what stands in brackets; ipaddress also takes zones, which the grammar has sorted out
+    if not host.startswith("["):
+        return True
+    try:
+        ipaddress.IPv6Address(host[1 : host.index("]")])
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,9 @@ class Reference:
         """
         shown = ascii(text[:120])
         hint = "write it as [HOST[:PORT]/]NAME[:TAG][@sha256:DIGEST], for example registry.example:5000/vms/web:1"
-        if not text or len(text) > _MAX_LENGTH:
+        if not text or len(text) > limits.REFERENCE_MAX:
             raise ReferenceInvalid(
-                f"a reference has 1 to {_MAX_LENGTH} characters, not {len(text)}", hint=hint, rule="REF-1"
+                f"a reference has 1 to {limits.REFERENCE_MAX} characters, not {len(text)}", hint=hint, rule="REF-1"
             )
         rest, at, digest = text.partition("@")
         if at and not is_digest(digest):
@@ -57,7 +69,7 @@ class Reference:
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
             host = _HOST.fullmatch(first)
-            if host is None or not 1 <= int(host["port"] or 443) <= 65535:
+            if host is None or not _is_address(first) or not 1 <= int(host["port"] or 443) <= 65535:
                 raise ReferenceInvalid(f"{shown}: {first!a} is no HOST[:PORT]", hint=hint, rule="REF-1")
             registry, rest = first, remainder
         repository, colon, tag = rest.partition(":")

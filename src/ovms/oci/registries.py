@@ -221,25 +221,43 @@ class Registries:
             InputError: what the configuration makes of the name is none.
             Unsupported: the prefix holds a tag or digest of this very repository.
         """
-        found = [table for table in self._tables.values() if table.matches(host, repository)]
-        if not found:
+        table = self._table(host, repository)
+        if table is None:
             return [Endpoint(host, "", False, False, False)]
-        # *.example.com is as long as a.example.com, and less exact
-        table = max(found, key=lambda table: (len(table.prefix), not table.wildcard))
         if table.pin:  # it may block, so it is not passed over
             raise Unsupported(
                 f"{table.source}: the prefix {table.prefix} holds a tag or digest, which ovms does not match",
                 hint="let the prefix end with the repository",
                 path=str(table.source),
             )
-        if table.blocked:
-            raise RegistryDenied(
-                f"{host}/{repository} is blocked: {table.source} says so of {table.prefix}",
-                hint=f"use another registry, or take 'blocked' out of {table.source}",
-                path=str(table.source),
-            )
+        _refuse_blocked(table, f"{host}/{repository}")
         mirrors = table.mirrors if pull else ()
         return [table.endpoint(host, repository, mirror) for mirror in (*mirrors, None)]
+
+    def host(self, host: str) -> Endpoint:
+        """The registry itself, whatever its location and mirrors: to log in to.
+
+        Raises:
+            RegistryDenied: the configuration blocks all of it.
+        """
+        table = self._table(host, "")
+        if table is not None:
+            _refuse_blocked(table, host)
+        return Endpoint(host, "", table is not None and table.insecure, False, False)
+
+    def _table(self, host: str, repository: str) -> _Table | None:
+        found = [table for table in self._tables.values() if table.matches(host, repository)]
+        # *.example.com is as long as a.example.com, and less exact
+        return max(found, key=lambda table: (len(table.prefix), not table.wildcard), default=None)
+
+
+def _refuse_blocked(table: _Table, name: str) -> None:
+    if table.blocked:
+        raise RegistryDenied(
+            f"{name} is blocked: {table.source} says so of {table.prefix}",
+            hint=f"use another registry, or take 'blocked' out of {table.source}",
+            path=str(table.source),
+        )
 
 
 def certificates(host: str, environ: Mapping[str, str] | None = None, *, system_root: Path = Path("/")) -> Certificates:

@@ -5,15 +5,13 @@ Source: the OCI distribution specification 1.1.
 
 from __future__ import annotations
 
-import email.utils
 import random
 import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
-from typing import IO, Final, Protocol, Self, TypeVar
+from typing import IO, Final, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 from ovms.errors import (
@@ -26,7 +24,6 @@ from ovms.errors import (
     RegistryProtocol,
 )
 from ovms.oci import auth
-from ovms.oci.credentials import Credential
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import (
     BUFFER,
@@ -35,7 +32,6 @@ from ovms.oci.http import (
     Answer,
     Broken,
     Refused,
-    Transport,
     host_of,
     next_url,
     origin,
@@ -43,6 +39,8 @@ from ovms.oci.http import (
 )
 from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
+from ovms.oci.route import Alone, Find, Route
+from ovms.oci.session import BUSY, Busy, CredentialSource, Session, Settings, busy
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 
@@ -53,8 +51,6 @@ ATTEMPTS_MAX: Final = 5
 _BACKOFF: Final = 0.2
 #: The most that a Retry-After may ask of us.
 _WAIT_MAX: Final = 30.0
-#: Statuses after which another try may go better.
-_BUSY: Final = frozenset({429, 500, 502, 503, 504})
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
@@ -89,21 +85,6 @@ class _NoChunks(Exception):
     """The registry takes no chunked upload."""
 
 
-class Busy(RegistryError):
-    """429 or 5xx: another try may go better, after *wait* seconds where the registry says so."""
-
-    def __init__(self, message: str, wait: float | None) -> None:
-        super().__init__(message, hint="try again later")
-        self.wait = wait
-
-
-class CredentialSource(Protocol):
-    """Where credentials come from."""
-
-    def get(self, host: str, repository: str) -> Credential | None:
-        """The credential for a repository of a host, None where there is none."""
-
-
 class RegistryClient:
     """One registry. Connections are kept open until :meth:`close`. Several threads may use it at once."""
 
@@ -115,16 +96,18 @@ class RegistryClient:
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
         backoff: float = _BACKOFF,
+        find: Find | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """Connects to nothing yet. *host* is ``host[:port]``; loopback is spoken to in plain HTTP, all else over TLS."""
+        """Connects to nothing yet. *host* is what names call the registry, ``host[:port]``.
+
+        *find* says where its repositories are, and how to speak to those places (:mod:`ovms.oci.connect` makes it of the
+        user's configuration; *credentials* and the timeouts are then its matter). *say* is told which mirror serves.
+        """
         self.host = host
-        self._credentials = credentials
-        plain = auth.is_loopback(host)
-        self._base = f"{'http' if plain else 'https'}://{host}/v2/"
-        self._transport = Transport(connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._auth = auth.Authenticator(host, plain_http=plain, fetch=self._fetch)
+        settings = Settings(credentials, connect_timeout=connect_timeout, read_timeout=read_timeout)
+        self._route = Route(find or Alone(Session(host, settings)), say)
         self._backoff = backoff
-        self._known: dict[str, Credential | None] = {}
         self._chunk_size = CHUNK
 
     def __enter__(self) -> Self:
@@ -137,7 +120,7 @@ class RegistryClient:
 
     def close(self) -> None:
         """Closes the connections."""
-        self._transport.close()
+        self._route.close()
 
     # --- manifests ---------------------------------------------------------------------------------------------
 
@@ -157,7 +140,7 @@ class RegistryClient:
         with self._request("GET", path, reference.repository, "pull", {"Accept": accept}) as answer:
             if answer.status == 404:
                 raise ReferenceNotFound(
-                    f"the registry {self.host} has no artifact {reference}",
+                    f"the registry {answer.asked} has no artifact {reference}",
                     hint="check the name and the tag",
                     reference=str(reference),
                 )
@@ -169,7 +152,7 @@ class RegistryClient:
         # a digest of another algorithm in the header is none of our business
         if promised is not None and is_digest(promised) and promised != digest:
             raise DigestMismatch(
-                f"{self.host} sent a manifest with digest {digest} for {reference}, which should have {promised}",
+                f"{answer.asked} sent a manifest with digest {digest} for {reference}, which should have {promised}",
                 hint="the registry is damaged, or what lies between changed it",
                 expected=promised,
                 got=digest,
@@ -207,10 +190,10 @@ class RegistryClient:
             self._expect(answer, 200, f"the blob {digest}", repository)
             return True
 
-    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Generator[bytes, None, None]:
+    def read_blob(self, repository: str, descriptor: Descriptor, offset: int = 0) -> Generator[memoryview, None, None]:
         """A blob's bytes from *offset* on, as they come: as many as the descriptor says, not yet checked.
 
-        One attempt: the caller goes on where it broke off.
+        A piece is overwritten when the next is asked for. One attempt: the caller goes on where it broke off.
 
         Raises:
             BlobNotFound: the registry does not have it.
@@ -222,34 +205,38 @@ class RegistryClient:
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
             if answer.status == 404:
                 raise BlobNotFound(
-                    f"the registry {self.host} has lost the blob {descriptor.digest} of {repository}",
+                    f"the registry {answer.asked} has lost the blob {descriptor.digest} of {repository}",
                     hint="push the artifact again",
                     digest=descriptor.digest,
                 )
             if offset and answer.status == 416:
                 # some announce the whole blob's length with it: the body can't be read
-                raise self._wrong_size(descriptor, offset)
+                raise _wrong_size(answer, descriptor, offset)
             resumed = bool(offset) and answer.status == 206
             if not resumed:
                 self._expect(answer, 200, f"the blob {descriptor.digest}", repository)
             elif not (answer.header("content-range") or "").startswith(f"bytes {offset}-"):
-                raise RegistryProtocol(f"{self.host} answers with another part of a blob than was asked for")
+                raise RegistryProtocol(f"{answer.asked} answers with another part of a blob than was asked for")
             # a registry that knows no ranges sends it all: what is here is skipped
             received, skip = (offset, 0) if resumed else (0, offset)
             length = answer.length()
             if length is not None and length != descriptor.size - received:
-                raise self._wrong_size(descriptor, received + length)
-            for data in answer.chunks():
-                received += len(data)
-                if received > descriptor.size:
-                    raise self._wrong_size(descriptor, received)
-                if skip >= len(data):
-                    skip -= len(data)
-                    continue
-                yield data[skip:] if skip else data
-                skip = 0
-            if received < descriptor.size:
-                raise Broken(f"the registry {self.host} closes the connection too early", hint="try again")
+                raise _wrong_size(answer, descriptor, received + length)
+            try:
+                for data in answer.chunks():
+                    received += len(data)
+                    if received > descriptor.size:
+                        raise _wrong_size(answer, descriptor, received)
+                    if skip >= len(data):
+                        skip -= len(data)
+                        continue
+                    yield data[skip:] if skip else data
+                    skip = 0
+                if received < descriptor.size:
+                    raise Broken(f"the registry {answer.asked} closes the connection too early", hint="try again")
+            except Broken as exc:
+                self._route.broke(repository, answer.asked, exc.message)
+                raise
 
     def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.
@@ -268,26 +255,25 @@ class RegistryClient:
             if not (answer.header("content-range") or "").startswith(span) or answer.length() not in (size, None):
                 raise NoRanges
             data = bytearray()
-            for piece in answer.chunks():
-                data += piece
-                if len(data) > size:
-                    raise NoRanges
-        if len(data) < size:
-            raise Broken(f"the registry {self.host} closes the connection too early", hint="try again")
+            try:
+                for piece in answer.chunks():
+                    data += piece
+                    if len(data) > size:
+                        raise NoRanges
+                if len(data) < size:
+                    raise Broken(f"the registry {answer.asked} closes the connection too early", hint="try again")
+            except Broken as exc:
+                self._route.broke(repository, answer.asked, exc.message)
+                raise
         return bytes(data)
-
-    def _wrong_size(self, descriptor: Descriptor, size: int) -> DigestMismatch:
-        return DigestMismatch(
-            f"{self.host} sends {size} bytes or more for the blob {descriptor.digest}, which has {descriptor.size}",
-            hint="the registry is damaged or was tampered with",
-            expected=descriptor.size,
-            got=size,
-        )
 
     def mount_blob(self, repository: str, digest: Digest, source: str) -> bool:
         """Whether the registry takes the blob over from the repository *source* without a transfer."""
-        path = f"{repository}/blobs/uploads/?{urlencode({'mount': digest, 'from': source})}"
-        actions = f"pull,push repository:{source}:pull"
+        there = self._route.mount_source(repository, source)
+        if there is None:
+            return False
+        path = f"{repository}/blobs/uploads/?{urlencode({'mount': digest, 'from': there})}"
+        actions = f"pull,push repository:{there}:pull"
         try:
             with self._request("POST", path, repository, actions, {}, lambda: b"") as answer:
                 return answer.status == 201
@@ -405,8 +391,8 @@ class RegistryClient:
         if match is None:
             return None
         target = next_url(answer.url, match[1])
-        if origin(target) != origin(self._base):
-            raise RegistryProtocol(f"{self.host} continues its list at another server, {host_of(target)}")
+        if origin(target) != answer.home:
+            raise RegistryProtocol(f"{answer.asked} continues its list at another server, {host_of(target)}")
         return target
 
     # --- requests ----------------------------------------------------------------------------------------------
@@ -438,72 +424,31 @@ class RegistryClient:
         headers: Mapping[str, str] | None = None,
         body: Callable[[], bytes | IO[bytes]] | None = None,
     ) -> Answer:
-        url = path if path.startswith(("http://", "https://")) else self._base + path
-        scope = f"repository:{repository}:{actions}"
-        ours = url.startswith(self._base)
-        for last in (False, True):
-            sent = dict(headers or {})
-            authorization = self._auth.header(scope, lambda: self._credential(repository)) if ours else None
-            if authorization is not None:
-                sent["Authorization"] = authorization
-            content = None if body is None else body()
-            try:
-                answer = self._transport.request(method, url, sent, content)
-            finally:
-                if content is not None and not isinstance(content, bytes):
-                    content.close()
-            if answer.status != 401 or last or not ours:
-                return answer
-            with answer:
-                if not self._auth.challenged(answer.headers("www-authenticate"), scope):
-                    return answer
-        raise AssertionError
-
-    def _credential(self, repository: str) -> Credential | None:
-        if repository not in self._known:
-            self._known[repository] = (
-                None if self._credentials is None else self._credentials.get(self.host, repository)
-            )
-        return self._known[repository]
-
-    def _fetch(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int
-    ) -> tuple[int, bytes]:
-        with self._transport.request(method, url, headers, body) as answer:
-            if answer.status in _BUSY:
-                raise self._busy(answer, "the token service")
-            return answer.status, answer.read(limit)
+        return self._route.request(method, path, repository, actions, headers or {}, body)
 
     def _expect(self, answer: Answer, status: int, what: str, repository: str) -> None:
         if answer.status == status:
             return
-        if answer.status in _BUSY:
-            raise self._busy(answer, what)
+        if answer.status in BUSY:
+            raise busy(answer, what)
         said = _error_text(answer)
         if _BLOB_UNKNOWN in said:
-            raise Busy(f"the registry {self.host} has not all blobs for {what}: {said}", None)
+            raise Busy(f"the registry {answer.asked} has not all blobs for {what}: {said}", None)
         if answer.status in (401, 403):
-            known = self._known.get(repository) is not None
-            raise auth.denied(self.host, f"repository:{repository}:", has_credential=known, said=said)
+            raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"the registry {self.host} answers with {answer.status} to a request for {what}"
+            f"the registry {answer.asked} answers with {answer.status} to a request for {what}"
             + (f": {said}" if said else "")
         )
 
-    def _busy(self, answer: Answer, what: str) -> Busy:
-        after = answer.header("retry-after") or ""
-        wait = _seconds(after)
-        return Busy(f"the registry {self.host} answers with {answer.status} to a request for {what}", wait)
 
-
-def _seconds(after: str) -> float | None:
-    """What a Retry-After says: seconds, or a date."""
-    if after.isdigit() and len(after) < 6:
-        return float(after)
-    try:
-        return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
-        return None
+def _wrong_size(answer: Answer, descriptor: Descriptor, size: int) -> DigestMismatch:
+    return DigestMismatch(
+        f"{answer.asked} sends {size} bytes or more for the blob {descriptor.digest}, which has {descriptor.size}",
+        hint="the registry is damaged or was tampered with",
+        expected=descriptor.size,
+        got=size,
+    )
 
 
 def _with_digest(url: str, digest: Digest) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, Unsupported
-from ovms.oci import partial, ranges, referrers, workers
+from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
+from ovms.oci import partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
-from ovms.oci.layout import Layout
+from ovms.oci.layout import BlobWriter, Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
 from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
@@ -145,14 +145,41 @@ class _Download:
         self._lock = threading.Lock()
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
-        """Fetches those of *blobs* that are *missing*, several at once, the largest first."""
+        """Fetches those of *blobs* that are *missing*, several at once: the small ones, then the others, largest first."""
         for blob in blobs:
             if blob not in missing:
                 with self._progress.task(label(blob), blob.size) as task:
                     task.note("exists already")
         wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
-        self._unfinished = len(wanted)
-        workers.run_all([self._job(blob) for blob in wanted])
+        self._fetch_all_small([blob for blob in wanted if blob.size <= _SMALL])
+        large = [blob for blob in wanted if blob.size > _SMALL]
+        self._unfinished = len(large)
+        workers.run_all([self._job(blob) for blob in large])
+
+    def _fetch_all_small(self, blobs: list[Descriptor]) -> None:
+        # Not worth files that could be gone on with: each comes whole, or again. They are made durable together.
+        with contextlib.ExitStack() as held:
+            writers: list[BlobWriter] = []
+
+            def job(blob: Descriptor) -> workers.Job:
+                def fetch(stopped: Callable[[], bool]) -> None:
+                    with self._progress.task(label(blob), blob.size) as task:
+                        data = self._read_small(blob)
+                        with self._lock:
+                            if stopped():
+                                return
+                            writer = held.enter_context(self._layout.loose(blob.digest))
+                        writer.write(data)
+                        writer.check(blob)
+                        writer.flush()
+                        writers.append(writer)
+                        task.advance(len(data))
+
+                return fetch
+
+            workers.run_all([job(blob) for blob in blobs])
+            for writer in writers:
+                writer.commit(durable=False)
 
     def _spare(self) -> int:
         # connections that no blob is waiting for, shared out among those at work
@@ -169,10 +196,6 @@ class _Download:
                     self._unfinished -= 1
 
         def fetch_one(stopped: Callable[[], bool]) -> None:
-            if blob.size <= _SMALL:
-                with self._progress.task(label(blob), blob.size) as task:
-                    self._fetch_small(blob, task)
-                return
             with (
                 self._progress.task(label(blob), blob.size) as task,
                 partial.receiving(self._layout, blob, stopped) as receiver,
@@ -187,16 +210,11 @@ class _Download:
 
         return fetch
 
-    def _fetch_small(self, blob: Descriptor, task: Task) -> None:
-        # Not worth a file that could be gone on with: it comes whole, or again.
+    def _read_small(self, blob: Descriptor) -> bytes:
         def attempt() -> bytes:
-            return b"".join(self._client.read_blob(self._repository, blob))
+            return b"".join(bytes(piece) for piece in self._client.read_blob(self._repository, blob))
 
-        data = self._client.retrying(attempt)
-        with self._layout.loose(blob.digest) as receiver:
-            receiver.write(data)
-            receiver.commit(expected=blob, durable=False)
-        task.advance(len(data))
+        return self._client.retrying(attempt)
 
     def _fetch(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         failures = 0
@@ -223,7 +241,7 @@ class _Download:
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         judge = ranges.Judge(spare=self._spare)
 
-        def take(data: bytes) -> None:
+        def take(data: bytes | memoryview) -> None:
             receiver.write(data)
             task.advance(len(data))
             if stopped():
@@ -239,8 +257,8 @@ class _Download:
         else:
             return
         try:
-            for data in self._ranges(blob, receiver.size, judge.rate, stopped):
-                take(data)
+            for segment in self._ranges(blob, receiver.size, judge.rate, stopped):
+                take(segment)
         except (ranges.NoRanges, ranges.NoGain):
             self._several = False
             self._receive(blob, receiver, task, stopped)
@@ -341,6 +359,8 @@ class _Upload:
         entry = manifest.as_referrer()
         handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
         if manifest.subject is not None and not handled:
+            from ovms.oci import referrers
+
             referrers.add(self._client, self._repository, entry, manifest.subject.digest)
 
     def _job(self, blob: Descriptor) -> workers.Job:
@@ -356,9 +376,21 @@ class _Upload:
                     path = self._files.get(blob.digest) or self._layout.path(blob.digest)
                     body = _Body(path, task, stopped)
                     with contextlib.closing(body):
-                        self._client.push_blob(self._repository, blob, body.open)
+                        self._push(blob, body)
 
         return send
+
+    def _push(self, blob: Descriptor, body: _Body) -> None:
+        try:
+            self._client.push_blob(self._repository, blob, body.open)
+        except RegistryProtocol:
+            from ovms.oci.fsck import damage
+
+            # what it refuses may well be our fault
+            if (why := damage(self._layout, blob.digest)) is None:
+                raise
+            hint = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
+            raise StoreCorrupt(why, hint=hint, digest=blob.digest) from None
 
     def _source(self, digest: Digest) -> str | None:
         # Another repository of this registry that we have pushed the blob to, or pulled it from.

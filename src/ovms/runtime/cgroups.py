@@ -7,6 +7,7 @@ cgroup that we are in. Source: the kernel's ``admin-guide/cgroup-v2.rst`` and ``
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -20,6 +21,8 @@ PARENT: Final = "ovms"
 _PROCS: Final = "cgroup.procs"
 #: The controllers that we use; one that is missing is said.
 CONTROLLERS: Final = ("memory", "pids")
+#: Tries to remove a group, 10 ms apart.
+_TRIES: Final = 20
 _OOM: Final = re.compile(r"^oom_kill ([0-9]+)$", re.MULTILINE)
 
 
@@ -175,11 +178,17 @@ def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: fl
                 if directory.name in instances or not directory.is_dir():
                     continue
                 if time.time() - directory.stat().st_mtime > age:
-                    _remove(directory)  # one that is in use can't be
+                    directory.rmdir()  # one that is in use can't be
 
 
 def _remove(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
+    for _ in range(_TRIES):
+        try:
+            directory.rmdir()
+            break
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                break
+            time.sleep(0.01)  # the kernel takes a moment to let go of a process that has ended
     with contextlib.suppress(OSError):
         directory.parent.rmdir()  # with the last one

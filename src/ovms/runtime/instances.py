@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,11 +20,11 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
+from ovms.oci.collector import Needs
 from ovms.runtime import cgroups, names
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
 from ovms.spec import api
-from ovms.spec.digest import Digest
 from ovms.spec.states import State
 from ovms.vmm import watch
 from ovms.vmm.model import Ending, VmFiles
@@ -179,8 +179,8 @@ class Instances:
         except FileNotFoundError:
             return False
 
-    def artifacts(self) -> set[Digest]:
-        """The artifacts that instances need.
+    def needs(self) -> Needs:
+        """What instances need of the store: their artifacts, and the memories that living VMs have mapped.
 
         Raises:
             StoreCorrupt: a record can't be read: then nobody knows what its instance needs.
@@ -189,7 +189,16 @@ class Instances:
         def refuse(error: OvmsError) -> None:
             raise error
 
-        return {record.digest for record in self.records(damaged=refuse) if record.digest is not None}
+        return self.needs_of(self.records(damaged=refuse))
+
+    def needs_of(self, records: Collection[Record]) -> Needs:
+        """What the instances of *records* need of the store."""
+        images = {
+            record.ram_image.name
+            for record in records
+            if record.ram_image is not None and (record.process is None or record.process.alive())
+        }
+        return Needs(frozenset(record.digest for record in records if record.digest is not None), frozenset(images))
 
     def watchers(self) -> list[int]:
         """The watchers of VMs that were restored: each holds the memory that its VM came from."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -115,6 +114,8 @@ def plan(
         if not is_root and namespaces:
             namespaces, own_root = frozenset(), False
             missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
+    if not is_root and Namespace.USER not in namespaces:
+        user = None  # it is whom it runs as anyway
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
         groups = cgroups.make(instance_id, _bounds(machine))
@@ -182,12 +183,14 @@ def _levels(is_root: bool) -> list[Jail]:
     user = User(UID_FIRST + UID_COUNT - 1, UID_FIRST + UID_COUNT - 1) if is_root else User(os.geteuid(), os.getegid())
     whole = Jail(_ALL | {Namespace.NETWORK}, user, own_root=True)
     without_user = replace(whole, namespaces=whole.namespaces - {Namespace.USER})
-    levels = [whole, *([without_user] if is_root else []), Jail(frozenset(), user)]
+    levels = [whole, *([without_user] if is_root else []), Jail(frozenset(), user if is_root else None)]
     return [replace(jail, namespaces=jail.namespaces - {Namespace.NETWORK}) for jail in levels]
 
 
 def probe(jail: Jail) -> str | None:
     """Why a program can't be run in *jail* on this host; None when it can."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
         files = VmFiles(Path(scratch))
         try:

@@ -1,4 +1,4 @@
-"""This process as a :class:`~ovms.runtime.client.Client`."""
+"""The runtime in this process, as a :class:`~ovms.runtime.client.Client`."""
 
 from __future__ import annotations
 

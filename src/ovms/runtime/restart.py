@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ovms.errors import OvmsError, UsageError
@@ -43,7 +44,10 @@ def at_end(root: str, record: Record) -> tuple[str, ...]:
     """What the watcher runs when the VM of *record* has ended; nothing where there is nothing to be done."""
     if record.restart is None and not record.remove_on_exit:
         return ()
-    return (sys.executable, "-m", "ovms.cli", "--root", root, "--progress", "none", COMMAND, record.id)
+    # whatever it was that let us find ovms (a virtual environment, PYTHONPATH): there is no such thing in the watcher
+    source = str(Path(__file__).parents[2])
+    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ovms.cli.main import main; sys.exit(main())"
+    return (sys.executable, "-c", start, source, "--root", root, "--progress", "none", COMMAND, record.id)
 
 
 def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] = time.sleep) -> Record | None:

@@ -46,6 +46,11 @@ class Root:
         return cls(Path(data) / "ovms")
 
     @property
+    def store(self) -> Path:
+        """Where the local store is."""
+        return self.path / "store"
+
+    @property
     def instances(self) -> Path:
         """Where the instances' directories are."""
         return self.path / "instances"
@@ -68,7 +73,7 @@ class Root:
         """
         try:
             with fsutil.noticing_full_disk("making the store", self.path):
-                return Layout(self.path / "store")
+                return Layout(self.store)
         except OSError as exc:
             raise HostError(
                 f"the store in {self.path} cannot be used: {exc.strerror}",

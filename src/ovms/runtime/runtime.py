@@ -20,6 +20,7 @@ from ovms.disk.layers import Layer, open_chain
 from ovms.errors import InputError, Interrupted, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
+from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
 from ovms.runtime import cgroups, jail, restart
 from ovms.runtime import ports as port_forwards
@@ -42,7 +43,7 @@ DEFAULT_MEMORY: Final = 512 * limits.MIB
 DEFAULT_VCPUS: Final = 1
 RUNTIMES: Final = ("qemu",)
 #: Seconds that a guest gets to power down before it is ended.
-STOP_GRACE: Final = 30.0
+STOP_GRACE: Final = float(limits.STOP_TIMEOUT_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,13 @@ class Runtime:
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
+            BlobNotFound, StoreCorrupt: the store does not have all of it.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        require_whole(self.layout, found.name, artifact.image.blobs)
         plan = self._plan(vmm, artifact, options, progress)
         ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -24,8 +25,6 @@ JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 PROBLEM: Final = "application/problem+json"
 METRICS: Final = "text/plain; version=0.0.4"
-#: Seconds that a guest gets to power down where the caller says nothing.
-STOP_TIMEOUT_S: Final = 30
 
 # --- operations ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +155,9 @@ def problem(error: OvmsError, *, status: int | None = None) -> dict[str, Any]:
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _OFFSET_MAX: Final = 2**63 - 1
-_PORTS_MAX: Final = 1024
+#: Characters of a size that is a text, and of an IP address.
+SIZE_TEXT_MAX: Final = 64
+ADDRESS_MAX: Final = 64
 
 
 class Protocol(StrEnum):
@@ -225,7 +226,7 @@ class StopRequest:
     """``POST /stop``; the guest gets ``timeout_s`` seconds to power down, and none with ``force``."""
 
     instance_id: str
-    timeout_s: int = STOP_TIMEOUT_S
+    timeout_s: int = limits.STOP_TIMEOUT_DEFAULT
     force: bool = False
 
     @classmethod
@@ -233,9 +234,10 @@ class StopRequest:
         """Raises InputError (every problem, by JSON path)."""
         problems: list[Problem] = []
         top = _top(document, problems)
-        timeout = top.integer("timeout_s", 0, 86400)
-        stop = cls(_instance_id(top), STOP_TIMEOUT_S if timeout is None else timeout, top.boolean("force", False))
-        return _checked(problems, stop)
+        timeout = top.integer("timeout_s", 0, limits.STOP_TIMEOUT_MAX)
+        if timeout is None:
+            timeout = limits.STOP_TIMEOUT_DEFAULT
+        return _checked(problems, cls(_instance_id(top), timeout, top.boolean("force", False)))
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,7 @@ def _checked(problems: list[Problem], request: _R) -> _R:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(
             f"the request's {first.path} {first.message}{more}",
-            problems=[one.to_json() for one in sorted(problems, key=lambda one: one[:2])],
+            problems=[one.to_json() for one in sorted(problems, key=lambda one: one[:2])[: limits.PROBLEMS_MAX]],
         )
     return request
 
@@ -366,11 +368,13 @@ def _base64(item: Reader, key: str) -> bytes:
             key, "is required" if key not in item.value else f"must be a string, not {kind_of(value)}", "RUN-15"
         )
         return b""
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        item.problem(key, "must be base64", "RUN-15")
-        return b""
+    with contextlib.suppress(binascii.Error, ValueError):
+        data = base64.b64decode(value, validate=True)
+        # Python takes 'YR==' for 'YQ==': the bits that are left over must be zero
+        if base64.b64encode(data).decode() == value:
+            return data
+    item.problem(key, "must be base64", "RUN-15")
+    return b""
 
 
 _KNOWN: Final = frozenset(Overrides.__dataclass_fields__)
@@ -390,7 +394,7 @@ def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:
         memory=_memory(item),
         cpus=item.integer("cpus", 1, limits.VCPUS_MAX, rule="RUN-9"),
         name=item.string("name", check=_check_name),
-        ports=tuple(_port(port) for port in item.children("ports", _PORTS_MAX)),
+        ports=tuple(_port(port) for port in item.children("ports", limits.PORTS_MAX)),
         accel=item.choice("accel", Accel),
         restore=item.choice("restore", RestorePolicy, rule="RUN-9") or RestorePolicy.AUTO,
         remove_on_exit=item.boolean("remove_on_exit", False),
@@ -404,7 +408,7 @@ def _memory(item: Reader) -> int | None:
         if size is not None and (wrong := sizes.memory_problem(size)):
             item.problem("memory", wrong, "RUN-9")
         return size
-    text = item.string("memory", max_length=64, rule="RUN-9")
+    text = item.string("memory", max_length=SIZE_TEXT_MAX, rule="RUN-9")
     if text is None:
         return None
     exact = sizes.parse(text)
@@ -437,6 +441,6 @@ def _port(item: Reader) -> Port:
     return Port(
         item.integer("guest_port", 1, 65535, required=True) or 0,
         item.integer("host_port", 0, 65535) or 0,
-        item.string("host_ip", max_length=64, check=_check_address) or "127.0.0.1",
+        item.string("host_ip", max_length=ADDRESS_MAX, check=_check_address) or "127.0.0.1",
         item.choice("protocol", Protocol) or Protocol.TCP,
     )

@@ -25,12 +25,6 @@ from ovms.errors import InputError, ManifestInvalid, Problem, Unsupported
 from ovms.spec import limits, strictjson
 from ovms.spec.document import Reader, invalid, kind_of, shown
 
-ENV_MAX: Final = 4096
-ARGUMENTS_MAX: Final = 1024
-PORTS_MAX: Final = 1024
-#: What Linux containers know as a user's number: a signed 32-bit integer.
-USER_ID_MAX: Final = 2**31 - 1
-
 OVMS_INIT: Final = "ovms-init"
 CLOUD_INIT: Final = "cloud-init"
 #: Where a config names no profile.
@@ -59,7 +53,8 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _DISK_LINE: Final = re.compile(rb"ovms-bootstrap 1 ([1-9][0-9]{0,6})\n")
 _SECTOR: Final = 512
 
-_FIELDS: Final = frozenset(
+#: What a config says; all else are unknown fields.
+FIELDS: Final = frozenset(
     {"env", "workdir", "entrypoint", "cmd", "exposedPorts", "user", "stopSignal", "profile"},
 )
 
@@ -96,15 +91,15 @@ def parse(data: bytes, what: str = "the bootstrap config") -> BootstrapConfig:
 
 def _read(top: Reader) -> BootstrapConfig:
     return BootstrapConfig(
-        top.arguments("env", ENV_MAX, _check_env, rule="BOOT-2"),
+        top.arguments("env", limits.ENV_MAX, _check_env, rule="BOOT-2"),
         top.string("workdir", check=_check_workdir, rule="BOOT-3"),
-        top.arguments("entrypoint", ARGUMENTS_MAX, rule="BOOT-4"),
-        top.arguments("cmd", ARGUMENTS_MAX, rule="BOOT-4"),
-        top.strings("exposedPorts", PORTS_MAX, _check_port, rule="BOOT-5"),
+        top.arguments("entrypoint", limits.ARGUMENTS_MAX, rule="BOOT-4"),
+        top.arguments("cmd", limits.ARGUMENTS_MAX, rule="BOOT-4"),
+        top.strings("exposedPorts", limits.PORTS_MAX, _check_port, rule="BOOT-5"),
         top.string("user", max_length=limits.NAME_MAX, check=_check_user, rule="BOOT-6"),
         top.string("stopSignal", max_length=limits.NAME_MAX, check=_check_signal, rule="BOOT-7"),
         top.string("profile", max_length=limits.NAME_MAX, check=_check_profile, rule="BOOT-8"),
-        {key: value for key, value in top.value.items() if key not in _FIELDS},
+        {key: value for key, value in top.value.items() if key not in FIELDS},
     )
 
 
@@ -137,8 +132,8 @@ def _check_user(value: str) -> str | None:
     match = _USER.fullmatch(value)
     if match is None:
         return f"must be USER or USER:GROUP, each a name or a number, not {shown(value)}"
-    if any(part.isdecimal() and int(part) > USER_ID_MAX for part in value.split(":")):
-        return f"must not have a number above {USER_ID_MAX}, as in {shown(value)}"
+    if any(part.isdecimal() and int(part) > limits.USER_ID_MAX for part in value.split(":")):
+        return f"must not have a number above {limits.USER_ID_MAX}, as in {shown(value)}"
     return None
 
 
@@ -192,10 +187,10 @@ def from_image_config(document: Any, what: str = "the image config") -> Bootstra
     # an image says "not given" with null and with an empty string, as Go writes them
     child.value = {key: value for key, value in _without_null(child.value).items() if value != ""}
     config = BootstrapConfig(
-        env=child.arguments("Env", ENV_MAX, _check_env, rule="BOOT-2"),
+        env=child.arguments("Env", limits.ENV_MAX, _check_env, rule="BOOT-2"),
         workdir=child.string("WorkingDir", check=_check_workdir, rule="BOOT-3"),
-        entrypoint=child.arguments("Entrypoint", ARGUMENTS_MAX, rule="BOOT-4"),
-        cmd=child.arguments("Cmd", ARGUMENTS_MAX, rule="BOOT-4"),
+        entrypoint=child.arguments("Entrypoint", limits.ARGUMENTS_MAX, rule="BOOT-4"),
+        cmd=child.arguments("Cmd", limits.ARGUMENTS_MAX, rule="BOOT-4"),
         exposed_ports=_image_ports(child),
         user=child.string("User", max_length=limits.NAME_MAX, check=_check_user, rule="BOOT-6"),
         stop_signal=_image_signal(child),
@@ -216,8 +211,8 @@ def _image_ports(item: Reader) -> tuple[str, ...]:
     if not isinstance(ports, dict):
         item.problem("ExposedPorts", f"must be an object, not {kind_of(ports)}", "BOOT-5")
         return ()
-    if len(ports) > PORTS_MAX:
-        item.problem("ExposedPorts", f"has {len(ports)} entries; at most {PORTS_MAX} are allowed", "BOOT-5")
+    if len(ports) > limits.PORTS_MAX:
+        item.problem("ExposedPorts", f"has {len(ports)} entries; at most {limits.PORTS_MAX} are allowed", "BOOT-5")
         return ()
     found: set[tuple[int, str]] = set()
     for key in ports:
@@ -297,8 +292,10 @@ def merge(
         profile=config.profile,
         extra=config.extra,
     )
-    if len(merged.env) > ENV_MAX:
-        raise InputError(f"$.overrides.bootstrap.env: together {len(merged.env)} variables; at most {ENV_MAX} may be")
+    if len(merged.env) > limits.ENV_MAX:
+        raise InputError(
+            f"$.overrides.bootstrap.env: together {len(merged.env)} variables; at most {limits.ENV_MAX} may be"
+        )
     if (size := len(document_bytes(merged))) > limits.BOOTSTRAP_MAX:
         raise InputError(f"$.overrides.bootstrap: together {size} bytes; at most {limits.BOOTSTRAP_MAX} may be")
     return merged

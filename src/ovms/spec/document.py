@@ -35,14 +35,25 @@ class Reader:
     """Takes typed fields out of one object, and notes each one that is missing or wrong.
 
     ``rule`` is what a field breaks that is wrong, unless the call names another; ``text_rule`` what a string with
-    control characters, or a longer one than any string may be, breaks.
+    control characters, or a longer one than any string may be, breaks; ``missing_rule`` what a field that is not there
+    does, where that is a matter of its own.
     """
 
-    def __init__(self, value: Any, path: str, problems: list[Problem], *, rule: str, text_rule: str) -> None:
+    def __init__(
+        self,
+        value: Any,
+        path: str,
+        problems: list[Problem],
+        *,
+        rule: str,
+        text_rule: str,
+        missing_rule: str | None = None,
+    ) -> None:
         self.path = path
         self.problems = problems
         self.rule = rule
         self.text_rule = text_rule
+        self.missing_rule = missing_rule
         self.ok = isinstance(value, dict)
         self.value: dict[str, Any] = value if self.ok else {}
         if not self.ok:
@@ -55,7 +66,7 @@ class Reader:
     def _typed(self, key: str, kind: type, required: bool, rule: str | None) -> Any:
         if key not in self.value:
             if required and self.ok:
-                self.problem(key, "is required", rule)
+                self.problem(key, "is required", self.missing_rule or rule)
             return None
         value = self.value[key]
         # bool is a subclass of int, and 1 is no boolean
@@ -168,7 +179,7 @@ class Reader:
         """The object in a field; None without one."""
         if key not in self.value:
             if required and self.ok:
-                self.problem(key, "is required", rule)
+                self.problem(key, "is required", self.missing_rule or rule)
             return None
         child = self._reader(self.value[key], f"{self.path}.{key}", rule)
         return child if child.ok else None
@@ -180,7 +191,14 @@ class Reader:
         return [reader for reader in readers if reader.ok]
 
     def _reader(self, value: Any, path: str, rule: str | None) -> Reader:
-        return Reader(value, path, self.problems, rule=rule or self.rule, text_rule=self.text_rule)
+        return Reader(
+            value,
+            path,
+            self.problems,
+            rule=rule or self.rule,
+            text_rule=self.text_rule,
+            missing_rule=self.missing_rule,
+        )
 
 
 def _type_rule(value: Any, rule: str) -> str:
@@ -224,8 +242,9 @@ def check_time(value: str) -> str | None:
 def invalid(problems: list[Problem], what: str) -> ManifestInvalid:
     """The error that names every problem of a document."""
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listed = sorted(problems, key=lambda problem: problem[:2])[: limits.PROBLEMS_MAX]
     return ManifestInvalid(
-        f"{what} has {count}",
-        problems=problems,
+        f"{what} has {count}" + (f", of which {len(listed)} are listed" if len(listed) < len(problems) else ""),
+        problems=listed,
         hint="each is named by its JSON path; the rules are in spec/rfc/ovms-v0.1.md",
     )

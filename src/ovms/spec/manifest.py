@@ -191,6 +191,13 @@ def _check_name(value: str) -> str | None:
     return None
 
 
+def _check_args(value: str) -> str | None:
+    size = len(value.encode("utf-8", "replace"))
+    if size > limits.KERNEL_ARGS_MAX:
+        return f"has {size} bytes in UTF-8; at most {limits.KERNEL_ARGS_MAX} are allowed"
+    return None
+
+
 def _check_word(value: str) -> str | None:
     if _WORD.fullmatch(value) is None:
         return f"must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only, not {shown(value)}"
@@ -246,7 +253,9 @@ def _read(top: Reader, document: Any) -> Manifest:
         version=version or "",
         kernel=None
         if kernel is None
-        else Kernel(_ref(kernel), kernel.string("args", empty=True, max_length=limits.KERNEL_ARGS_MAX) or ""),
+        else Kernel(
+            _ref(kernel), kernel.string("args", empty=True, max_length=limits.KERNEL_ARGS_MAX, check=_check_args) or ""
+        ),
         initrd=None if initrd is None else Initrd(_ref(initrd)),
         disk_layers=_read_disks(top),
         ram_snapshot=_read_ram(top.child("ramSnapshot", rule="MAN-15")),
@@ -342,4 +351,7 @@ def _read_metadata(item: Reader | None) -> Metadata:
 def _read_hints(item: Reader | None) -> RuntimeHints:
     if item is None:
         return RuntimeHints()
-    return RuntimeHints(item.strings("preferredRuntime", 32), item.integer("coldStartTargetMs", 0, 2**31))
+    return RuntimeHints(
+        item.strings("preferredRuntime", limits.RUNTIMES_MAX),
+        item.integer("coldStartTargetMs", 0, limits.COLD_START_MAX),
+    )

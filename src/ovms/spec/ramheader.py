@@ -18,9 +18,13 @@ from ovms.spec.manifest import Manifest
 
 SCHEMA_VERSION: Final = 1
 
+#: The least and the most bytes of a device.
+_SIZES: Final = {
+    "virtio-blk": (1, limits.DISK_VIRTUAL_MAX),
+    "ivshmem": (limits.IVSHMEM_MIN, limits.IVSHMEM_MAX),
+}
 #: The device types of version 1.
 DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "ivshmem")
-LIST_MAX: Final = 1024
 
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
@@ -108,7 +112,7 @@ def check(document: Any, offset: int = 0) -> Header:
         SnapshotInvalid: breaks the specification; names every problem.
     """
     problems: list[Problem] = []
-    header = _read(Reader(document, "$", problems, rule="RAM-20", text_rule="RAM-25"))
+    header = _read(Reader(document, "$", problems, rule="RAM-20", text_rule="RAM-25", missing_rule="RAM-20"))
     if problems:
         first = min(problems)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -116,7 +120,7 @@ def check(document: Any, offset: int = 0) -> Header:
             f"RAM snapshot: the header's {first.path} {first.message}{more}, at offset {offset}",
             rule=first.rule,
             offset=offset,
-            problems=[problem.to_json() for problem in sorted(problems, key=lambda p: p[:2])],
+            problems=[problem.to_json() for problem in sorted(problems, key=lambda p: p[:2])[: limits.PROBLEMS_MAX]],
         )
     return header
 
@@ -142,7 +146,7 @@ def _read(top: Reader) -> Header:
         arch=machine.string("arch", required=True) or "",
         accel=machine.string("accel", required=True) or "",
         cpu_model=cpu.string("model", required=True) or "",
-        cpu_flags=cpu.strings("flags", LIST_MAX, required=True, rule="RAM-25"),
+        cpu_flags=cpu.strings("flags", limits.RAM_LIST_MAX, required=True, rule="RAM-25"),
         vcpus=cpu.integer("count", 1, limits.VCPUS_MAX, required=True, rule="RAM-23") or 0,
         memory=memory.integer("size", limits.RAM_MIN, limits.RAM_MAX, required=True, rule="RAM-22") or 0,
         devices=_read_devices(top),
@@ -175,10 +179,10 @@ def _one_of(item: Reader, key: str, choices: tuple[str, ...]) -> str:
 def _read_devices(top: Reader) -> tuple[Device, ...]:
     # Of a type that this version does not know, nothing is known: RAM-24 is asked when a host is looked for.
     devices = []
-    for item in top.children("devices", LIST_MAX, required=True, rule="RAM-25"):
+    for item in top.children("devices", limits.RAM_LIST_MAX, required=True, rule="RAM-25"):
         kind = item.string("type", required=True, rule="RAM-20") or ""
         sized = kind in ("virtio-blk", "ivshmem")
-        size = item.integer("size", 1, 2**63 - 1, required=sized, rule="RAM-23")
+        size = item.integer("size", *_SIZES.get(kind, (1, 2**63 - 1)), required=sized, rule="RAM-23")
         mac = item.string("mac", required=kind == "virtio-net", check=_check_mac, rule="RAM-23")
         backend = item.string("backend", required=kind == "virtio-net", rule="RAM-20")
         devices.append(Device(kind, item.string("name", required=kind == "ivshmem", rule="RAM-20"), size, mac, backend))
@@ -202,6 +206,10 @@ def check_belongs(header: Header, manifest: Manifest, disk_size: int | None) -> 
         "kernel arguments": (manifest.kernel.args if manifest.kernel else "", header.kernel_args),
         "disk layers": (tuple(layer.ref for layer in manifest.disk_layers), header.disks),
         "disk size": (disk_size, None if disk is None else disk.size),
+        "shared memory": (
+            [(device.name, device.region_size) for device in manifest.devices if device.type == "ivshmem"],
+            [(device.name, device.size) for device in header.devices if device.type == "ivshmem"],
+        ),
     }
     wrong = [name for name, (here, there) in wanted.items() if here != there]
     if wrong:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ovms.spec import limits
 
-_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([KMGTkmgt]?)(?:[Ii]?[Bb])?")
 _FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t": limits.TIB}
-#: The least memory that an instance gets.
-MEMORY_MIN: Final = 16 * limits.MIB
 
 
 def parse(text: str) -> Decimal | None:
     """The number of bytes; None when *text* is no size."""
-    match = _SIZE.fullmatch(text.strip())
+    from decimal import Decimal
+
+    match = _SIZE.fullmatch(text)
     return None if match is None else Decimal(match[1]) * _FACTORS[match[2].lower()]
 
 
@@ -24,6 +26,6 @@ def memory_problem(size: Decimal | int) -> str | None:
     """What is wrong with *size* bytes as the memory of an instance; None when nothing is."""
     if size % limits.MIB:
         return "is not a whole number of MiB"
-    if not MEMORY_MIN <= size <= limits.RAM_MAX:
+    if not limits.MEMORY_MIN <= size <= limits.RAM_MAX:
         return "is out of range (16 MiB to 1 TiB)"
     return None

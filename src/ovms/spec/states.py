@@ -44,6 +44,8 @@ class Happening(StrEnum):
     START_FAILS = "the start fails"
     POWERS_OFF = "the guest powers off"
     FAILS = "the VMM or the guest fails"
+    ENDED = "the runtime ends it, or the start"
+    REBOOTED = "the host was rebooted"
 
 
 #: The state after a call; None: the instance is removed. A call that is missing is not allowed (STA-2).
@@ -77,10 +79,24 @@ HAPPENINGS: Final[Mapping[State, Mapping[Happening, State]]] = {
         Happening.START_FAILS: State.ERROR,
         Happening.POWERS_OFF: State.STOPPED,
         Happening.FAILS: State.ERROR,
+        Happening.REBOOTED: State.STOPPED,
     },
-    State.RUNNING: {Happening.POWERS_OFF: State.STOPPED, Happening.FAILS: State.ERROR},
-    State.PAUSED: {Happening.POWERS_OFF: State.STOPPED, Happening.FAILS: State.ERROR},
-    State.STOPPING: {Happening.POWERS_OFF: State.STOPPED, Happening.FAILS: State.STOPPED},
+    State.RUNNING: {
+        Happening.POWERS_OFF: State.STOPPED,
+        Happening.FAILS: State.ERROR,
+        Happening.REBOOTED: State.STOPPED,
+    },
+    State.PAUSED: {
+        Happening.POWERS_OFF: State.STOPPED,
+        Happening.FAILS: State.ERROR,
+        Happening.REBOOTED: State.STOPPED,
+    },
+    State.STOPPING: {
+        Happening.POWERS_OFF: State.STOPPED,
+        Happening.FAILS: State.STOPPED,
+        Happening.ENDED: State.STOPPED,
+        Happening.REBOOTED: State.STOPPED,
+    },
     State.STOPPED: {},
     State.ERROR: {},
 }

@@ -76,7 +76,7 @@ def test_a_registry_without_ranges_is_asked_for_the_rest_by_one(
     server.ranges = False
     pull(layout, client, server)
     assert layout.path(of_bytes(DATA)).read_bytes() == DATA
-    assert str(server.asked("GET", BLOB)[-1]).endswith(f"-{len(DATA) - 1}"), "all of the rest"
+    assert f"-{len(DATA) - 1}" in "".join(map(str, server.asked("GET", BLOB))), "all of the rest"
 
 
 @pytest.mark.usefixtures("impatient")

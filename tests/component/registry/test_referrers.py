@@ -20,7 +20,8 @@ from support.tools import find as find_tool
 from ovms.artifact import attach, model
 from ovms.artifact.attach import Attachment
 from ovms.errors import ReferenceNotFound, RegistryError, RegistryProtocol, UsageError
-from ovms.oci import referrers, transfer
+from ovms.oci import collector, referrers, transfer
+from ovms.oci.collector import Needs
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -138,7 +139,7 @@ def test_what_is_attached_is_found(
     raw, _ = client.get_manifest(replace(ref, tag=None, digest=first.digest))
     layer = strictjson.parse(raw, "x", max_size=len(raw))["layers"][0]
     blob = Descriptor(layer["mediaType"], layer["digest"], layer["size"])
-    assert b"".join(client.read_blob(ref.repository, blob)) == sbom.read_bytes()
+    assert b"".join(map(bytes, client.read_blob(ref.repository, blob))) == sbom.read_bytes()
 
 
 def test_attaching_to_nothing(layout: Layout, client: RegistryClient, ref: Reference, sbom: Path) -> None:
@@ -182,7 +183,7 @@ def test_referrers_go_and_come_with_the_artifact(
     fetched, left_out = attach.pull_referrers(other, client, ref.repository, image.digest)
     assert ({d.digest for d in fetched}, left_out) == ({first.digest, deeper.digest}, 0)
     assert other.size(snapshot.digest) is None
-    other.collect(set)
+    collector.collect(other, Needs)
     nodes, _ = tree([image.digest], referrers.local_lister(other))
     assert [n.descriptor.digest for n in nodes] == [first.digest]
     assert [n.descriptor.digest for n in nodes[0].children] == [deeper.digest]

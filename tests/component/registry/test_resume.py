@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from support import faulty
 from support.faulty import Server
 
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import partial, registry, transfer
+from ovms.oci import registry, transfer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -247,16 +246,6 @@ def test_a_killed_pull_is_gone_on_with(layout: Layout, server: Server, client: R
     transfer.pull(layout, client, ref(server))
     assert server.asked("GET", blob(BIG))[-1] == f"bytes={had}-{LAST}"
     is_whole(layout, server)
-
-
-def test_old_partial_files_are_swept_and_young_ones_kept(layout: Layout) -> None:
-    for name in ("a", "b"):
-        (layout.partial_dir / name).write_bytes(b"x" * 10_000)
-    os.utime(layout.partial_dir / "a", (0, 0))
-    assert partial.sweep(layout.partial_dir) > 0
-    assert sorted(path.name for path in layout.partial_dir.iterdir()) == ["b"]
-    assert partial.sweep(layout.partial_dir, age=0) > 0
-    assert list(layout.partial_dir.iterdir()) == []
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.registry import Registry
+from support.stores import damage
 
 from ovms.artifact import model, resolve
 from ovms.artifact.resolve import find
@@ -24,14 +25,18 @@ from ovms.errors import (
     ReferenceNotFound,
     RegistryDenied,
     RegistryUnreachable,
+    StoreCorrupt,
     Unsupported,
 )
 from ovms.oci import transfer
+from ovms.oci.collector import Needs, collect
 from ovms.oci.credentials import Credential
 from ovms.oci.descriptor import Descriptor, build_manifest
+from ovms.oci.fsck import Uses, check
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
+from ovms.oci.repair import repair
 from ovms.spec import mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of, of_bytes
 from ovms.spec.manifest import DiskFormat, PartKind
@@ -121,7 +126,7 @@ def test_what_is_here_is_not_fetched_again(
     fetched: list[Digest] = []
     original = client.read_blob
 
-    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[bytes]:
+    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[memoryview]:
         fetched.append(descriptor.digest)
         return original(repository, descriptor, offset)
 
@@ -215,7 +220,7 @@ def test_a_store_that_has_lost_a_blob(layout: Layout, client: RegistryClient, re
         client.get_manifest(ref)
 
 
-@pytest.mark.spec("OCI-19", "OCI-20")
+@pytest.mark.spec("OCI-20")
 def test_a_snapshot_is_found_by_its_base(
     layout: Layout, client: RegistryClient, ref: Reference, registry: Registry
 ) -> None:
@@ -282,6 +287,72 @@ def test_skopeo_copies_from_the_local_store_and_we_pull_it(
     run_skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", source, f"docker://{ref}")
     transfer.pull(other, client, ref)
     assert find(other, str(ref)).artifact.digest == artifact.digest
+
+
+@pytest.mark.spec("OCI-23")
+@skopeo
+def test_skopeo_reads_the_store_after_a_clean_up_and_a_repair(layout: Layout, ref: Reference) -> None:
+    artifact = make(layout, str(ref))
+    make(layout, "other:1", DISK + b"other")
+    make(layout, "gone:1", DISK + b"more")
+    damage(layout, make(layout, "lost:1", DISK + b"lost").digest)
+    source = f"oci:{layout.root}:{ref}"
+
+    def readable() -> bool:
+        return run_skopeo("inspect", "--raw", source) == artifact.image.raw
+
+    layout.remove_name("gone:1")
+    assert collect(layout, Needs).broken
+    assert readable()
+    assert not repair(layout, Uses).sound
+    assert readable()
+    layout.remove_name("lost:1")
+    assert collect(layout, Needs).items
+    layout.index.write_bytes(b"damaged")
+    assert repair(layout, Uses).sound
+    assert readable()
+    layout.index.write_bytes(b"damaged")
+    layout.index_copy.unlink()
+    assert repair(layout, Uses).sound  # now there are entries without a name
+    layout.set_name(str(ref), artifact.image.descriptor())
+    assert [entry.name for entry in layout.entries()] in (["", str(ref)], [str(ref), ""])
+    assert readable()
+
+
+@pytest.mark.spec("OCI-21", "OCI-22")
+def test_after_a_repair_a_pull_fetches_what_is_missing_and_nothing_else(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    transfer.pull(other, client, ref)
+    fetched: list[Digest] = []
+    original = client.read_blob
+
+    def noted(repository: str, descriptor: Descriptor, offset: int = 0) -> Iterator[memoryview]:
+        fetched.append(descriptor.digest)
+        return original(repository, descriptor, offset)
+
+    monkeypatch.setattr(client, "read_blob", noted)
+    for digest in (of_bytes(DISK), artifact.image.config.digest, artifact.digest):
+        damage(other, digest)
+        report = repair(other, Uses)
+        assert f"ovm pull {ref}" in str([finding.hint for finding in report.findings])
+        transfer.pull(other, client, ref)
+        assert check(other, Uses).findings == []
+        assert find(other, str(ref)).artifact.digest == artifact.digest
+    assert fetched == [of_bytes(DISK), artifact.image.config.digest], "a manifest is no blob for a registry"
+
+
+@pytest.mark.spec("OCI-21", "OCI-22")
+def test_a_damaged_blob_is_not_pushed(layout: Layout, client: RegistryClient, ref: Reference) -> None:
+    disk = os.urandom(1000)
+    artifact = make(layout, str(ref), disk)
+    damage(layout, of_bytes(disk))
+    with pytest.raises(StoreCorrupt, match="is damaged"):
+        transfer.push(layout, client, ref, artifact.digest)
+    with pytest.raises(ReferenceNotFound):
+        client.get_manifest(ref)
 
 
 def test_no_error_of_others_comes_out_of_a_pull_into_a_store_that_breaks(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import rfc
 from support.guests import MEMORY, Console
 
 from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
-from ovms.errors import DiskFull, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
+from ovms.errors import DiskFull, OvmsError, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
 from ovms.memory import capture, snapshot
+from ovms.oci.collector import collect
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots
@@ -27,6 +32,7 @@ from ovms.spec.digest import Digest
 from ovms.spec.manifest import PartKind
 from ovms.spec.ramheader import Device
 from ovms.spec.states import State
+from ovms.vmm.model import PortForward
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 RESTORE = RunOptions(accel=Accel.TCG)
@@ -53,7 +59,13 @@ def test_memory_lives_on_in_the_original_and_in_every_clone(runtime: Runtime, ru
     taken = take(runtime, running, "echo:snap")
     assert taken.artifact.manifest.ram_snapshot is not None
     assert console(runtime, running).ping() == 4
-    clones = [runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record for _ in range(2)]
+    assert taken.artifact.image.subject is not None
+    assert taken.artifact.image.subject.digest == running.digest
+    ports = (PortForward("127.0.0.1", 0, 80),)
+    options = replace(RESTORE, ports=ports)
+    clones = [runtime.start(find(runtime.layout, "echo:snap"), options).record for _ in range(2)]
+    assert len({clone.id for clone in (running, *clones)}) == 3
+    assert len({clone.ports[0].host_port for clone in clones}) == 2
     for clone in clones:
         assert clone.restored
         assert console(runtime, clone).ping() == 4
@@ -115,7 +127,7 @@ def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running:
     assert (console(runtime, first).ping(), console(runtime, second).ping()) == (2, 3)
 
 
-@pytest.mark.spec("RAM-50", "RAM-52")
+@pytest.mark.spec("RAM-50")
 def test_cold_boots_a_snapshot_from_its_disk(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")
     record = runtime.start(find(runtime.layout, "echo:snap"), replace(TCG, restore=RestorePolicy.NEVER)).record
@@ -284,10 +296,10 @@ def test_the_store_forgets_a_snapshot_with_its_ram_image(runtime: Runtime, runni
     image = clone.ram_image
     assert image is not None
     runtime.layout.remove_name("echo:snap")
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert Path(image).exists()  # the clone needs it
     runtime.remove(clone, force=True)
-    runtime.layout.collect(runtime.instances.artifacts)
+    collect(runtime.layout, runtime.instances.needs)
     assert list(runtime.layout.derived_dir.iterdir()) == []
 
 
@@ -306,6 +318,131 @@ def test_a_required_restore_does_not_become_a_boot(
     with pytest.raises(SnapshotIncompatible, match="has no RAM snapshot"):
         runtime.start(find(runtime.layout, str(running.digest)), required)
     assert len(runtime.instances.records()) == count
+
+
+# --- the table of section 7, cell by cell ----------------------------------------------------------------------------
+
+
+def _damage(runtime: Runtime, found: Found, change: Callable[[bytearray], None]) -> Found:
+    assert found.artifact.manifest.ram_snapshot is not None
+    blob = runtime.layout.path(Digest(found.artifact.manifest.ram_snapshot.ref))
+    data = bytearray(blob.read_bytes())
+    change(data)
+    blob.chmod(0o600)
+    blob.write_bytes(data)
+    return found
+
+
+def _header_without_json(data: bytearray) -> None:
+    prefix = ramsnap.parse_prefix(bytes(data))
+    data[128 : prefix.state_offset] = b"x" * prefix.header_size
+    data[96:128] = hashlib.sha256(data[128 : prefix.index_end]).digest()
+
+
+def _flip(at: int) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        data[at] ^= 0xFF
+
+    return change
+
+
+def _without_its_parent(runtime: Runtime, found: Found) -> Found:
+    image = json.loads(found.artifact.image.raw)
+    document = copy.deepcopy(dict(found.artifact.manifest.document))
+    document["ramSnapshot"]["parents"] = ["sha256:" + "0" * 64]
+    raw = json.dumps(document).encode()
+    image["config"].update(digest=runtime.layout.add_bytes(raw), size=len(raw))
+    return Found("x", model.load(runtime.layout, runtime.layout.add_bytes(json.dumps(image).encode())))
+
+
+def _locked(found: Found) -> Found:
+    manifest = found.artifact.manifest
+    assert manifest.ram_snapshot is not None
+    ram = replace(manifest.ram_snapshot, mlock_required=True)
+    return replace(found, artifact=replace(found.artifact, manifest=replace(manifest, ram_snapshot=ram)))
+
+
+#: (runtime, snapshot, options, patch) → what is started, and how.
+Way = Callable[[Runtime, Found, RunOptions, pytest.MonkeyPatch], tuple[Found, RunOptions]]
+
+
+def _with_header(change: dict[str, Any]) -> Way:
+    def way(_: Runtime, found: Found, options: RunOptions, patch: pytest.MonkeyPatch) -> tuple[Found, RunOptions]:
+        _change_header(patch, change)
+        return found, options
+
+    return way
+
+
+def _without_state(
+    _: Runtime, found: Found, options: RunOptions, patch: pytest.MonkeyPatch
+) -> tuple[Found, RunOptions]:
+    original = snapshot.read_control
+    patch.setattr(snapshot, "read_control", lambda *a: replace(original(*a), state=b"no device state"))
+    return found, options
+
+
+#: First cell of a row → the ways to come there.
+WAYS: dict[str, list[Way]] = {
+    "the artifact has no RAM snapshot": [
+        lambda runtime, found, options, _: (find(runtime.layout, "echo:1"), options),
+    ],
+    "the blob is damaged (sections 2 to 6), at once or while it is unpacked": [
+        lambda runtime, found, options, _: (_damage(runtime, found, _flip(0)), options),
+        lambda runtime, found, options, _: (_damage(runtime, found, _flip(200)), options),
+        lambda runtime, found, options, _: (_damage(runtime, found, _flip(-100)), options),
+    ],
+    "its header is no JSON document of section 4 (RAM-8)": [
+        lambda runtime, found, options, _: (_damage(runtime, found, _header_without_json), options),
+    ],
+    "it is not of this artifact (RAM-30)": [
+        _with_header({"kernel_args": "single"}),
+    ],
+    "the caller asks for another shape (RAM-31)": [
+        lambda _, found, options, __: (found, replace(options, memory=2 * MEMORY)),
+        lambda _, found, options, __: (found, replace(options, vcpus=2)),
+    ],
+    "the host is unfit (RAM-32, RAM-33)": [
+        _with_header({"accel": "hvf"}),
+        _with_header({"devices": (Device("sound"),)}),
+    ],
+    "mlock_required can't be honoured (SEC-10)": [
+        lambda _, found, options, __: (_locked(found), options),
+    ],
+    "the VMM refuses the device state although the host is fit": [
+        _without_state,
+    ],
+    "an ancestor of a diff is missing in the artifact (OCI-6)": [
+        lambda runtime, found, options, _: (_without_its_parent(runtime, found), options),
+    ],
+}
+
+
+POLICIES = [str(policy) for policy in RestorePolicy]
+CELLS = [
+    pytest.param(row[0], policy, cell, way, id=f"{row[0][:30]}-{i}-{policy}")
+    for row in rfc.table(rfc.RAMSNAP, "what is found", *POLICIES)
+    for policy, cell in zip(POLICIES, row[1:], strict=True)
+    for i, way in enumerate(WAYS[row[0]])
+]
+
+
+@pytest.mark.spec("RAM-50", "RAM-24", "RAM-30", "RAM-31", "RAM-32")
+@pytest.mark.parametrize(("found", "policy", "cell", "way"), CELLS)
+def test_each_cell_of_the_table(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch, found: str, policy: str, cell: str, way: Way
+) -> None:
+    take(runtime, running, "echo:snap")
+    count = len(runtime.instances.records())
+    options = replace(TCG, memory=None, restore=RestorePolicy(policy))
+    try:
+        started = runtime.start(*way(runtime, find(runtime.layout, "echo:snap"), options, monkeypatch))
+    except OvmsError as exc:
+        assert exc.code == cell, found  # noqa: PT017 - a cold boot is the other outcome
+        assert len(runtime.instances.records()) == count
+        return
+    assert cell == ("cold boot" if started.not_restored is None else "cold boot, and say why"), found
+    assert not started.record.restored
 
 
 @pytest.mark.spec("SEC-10", "RAM-50")

@@ -130,12 +130,14 @@ def test_the_file_itself(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileProblem, match="the manifest: there is no file"):
         read_document(path)
     path.touch()
-    with pytest.raises(FileProblem, match="is empty"):
+    with pytest.raises(JsonInvalid, match="is empty") as info:
         read_document(path)
+    assert info.value.context["rule"] == "DOC-1"
     with path.open("wb") as file:
         file.truncate(limits.MANIFEST_MAX + 1)
-    with pytest.raises(FileProblem, match="at most"):
+    with pytest.raises(JsonInvalid, match="at most") as info:
         read_document(path)
+    assert info.value.context["rule"] == "DOC-5"
     with pytest.raises(FileProblem, match="is a directory"):
         read_document(tmp_path)
 

@@ -14,6 +14,7 @@ from support.kernels import bzimage, elf, note
 
 from ovms.artifact.kernels import KernelKind, check_kernel
 from ovms.errors import KernelInvalid
+from ovms.spec import limits
 
 
 @contextmanager
@@ -99,12 +100,30 @@ def test_a_note_segment_beyond_everything() -> None:
 
 def test_hostile_notes_take_no_time() -> None:
     # 64 segments that all hold the same 64 KiB of empty notes
-    notes = struct.pack("<III", 0, 0, 0) * 10_000
+    notes = struct.pack("<III", 0, 0, 0) * (limits.ELF_NOTES_MAX // 12)
     data = bytearray(elf(notes=notes, segments=63))
     last = bytes(data[64 + 56 * 63 : 64 + 56 * 64])
     data[64 : 64 + 56 * 63] = last * 63
     with pytest.raises(KernelInvalid, match="without a PVH"):
         check(bytes(data))
+
+
+@pytest.mark.spec("BIN-1", "LIM-1")
+def test_the_limits_of_an_elf_kernel() -> None:
+    filler = note(b"GNU\0", 3, bytes(limits.ELF_NOTES_MAX - len(note()) - 16))
+    assert check(elf(notes=filler + note())) is KernelKind.ELF_PVH
+    with pytest.raises(KernelInvalid, match="bytes of ELF notes"):
+        check(elf(notes=filler + note(b"GNU\0", 3, b"") + note()))
+    assert check(elf(segments=limits.ELF_HEADERS_MAX - 1)) is KernelKind.ELF_PVH
+    with pytest.raises(KernelInvalid, match="program headers are damaged"):
+        check(elf(segments=limits.ELF_HEADERS_MAX))
+
+
+@pytest.mark.spec("BIN-1")
+@pytest.mark.parametrize("owner", [b"Xenx", b"Xen", b"Xen\0\0", b"XEN\0", b""])
+def test_a_note_of_another_owner(owner: bytes) -> None:
+    with pytest.raises(KernelInvalid, match="without a PVH"):
+        check(elf(notes=note(owner)))
 
 
 @given(st.binary(max_size=80), st.sampled_from([b"", elf()[:64], elf(bits=32, machine=3)[:52], bzimage()[:0x202]]))

@@ -13,6 +13,7 @@ from ovms.artifact import model
 from ovms.artifact.build import Builder
 from ovms.errors import (
     BlobNotFound,
+    DigestMismatch,
     JsonInvalid,
     ManifestInvalid,
     OvmsError,
@@ -119,6 +120,46 @@ def test_damage(layout: Layout, built: model.Artifact) -> None:
     path.unlink()
     with pytest.raises(BlobNotFound):
         model.load(layout, built.digest)
+
+
+@pytest.mark.spec("OCI-21")
+def test_a_descriptor_that_says_another_size(layout: Layout, built: model.Artifact) -> None:
+    """The digest is right, and a reader that trusts it alone would show a byte that is not there."""
+    for place in ("config", 0, 1, 2):
+        image = document(built)
+        item = image["config"] if place == "config" else image["layers"][place]
+        item["size"] += 1
+        with pytest.raises(DigestMismatch, match="its descriptor says") as info:
+            model.load(layout, add(layout, image))
+        assert info.value.context["rule"] == "OCI-21"
+
+
+@pytest.mark.spec("OCI-1")
+def test_what_is_no_manifest_of_an_artifact(layout: Layout, built: model.Artifact) -> None:
+    image = document(built)
+    del image["mediaType"]
+    with pytest.raises(RegistryProtocol, match="has no mediaType"):
+        model.load(layout, add(layout, image))
+    for change in ({"artifactType": "application/x"}, {"artifactType": ""}):
+        with pytest.raises(Unsupported, match="artifactType") as info:
+            model.load(layout, add(layout, document(built, **change)))
+        assert info.value.context["rule"] == "OCI-1"
+    # without one the config's media type stands for it: in the canonical form that is ours
+    image = document(built)
+    del image["artifactType"]
+    assert model.load(layout, add(layout, image)).manifest == built.manifest
+    layout.add_bytes(b"{}")
+    image.update(config=EMPTY, layers=[image["config"], *image["layers"]])
+    with pytest.raises(Unsupported, match="artifactType"):
+        model.load(layout, add(layout, image))
+
+
+@pytest.mark.spec("OCI-4")
+def test_the_config_wins(layout: Layout, built: model.Artifact) -> None:
+    image = document(built)
+    other = layout.add_bytes(b"{}")
+    image["layers"].append({"mediaType": mediatypes.MANIFEST, "digest": other, "size": 2})
+    assert model.load(layout, add(layout, image)).manifest == built.manifest
 
 
 # --- indexes -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from ovms.errors import (
     StoreCorrupt,
     Unsupported,
 )
-from ovms.oci import exporting
+from ovms.oci import collector, exporting
+from ovms.oci.collector import Needs
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.platform import Platform
@@ -404,7 +405,7 @@ def test_an_import_that_is_killed_at_any_time(layout: Layout, built: Artifact, p
                 assert all(store.has(blob) for blob in built.image.blobs)
             assert all(of_bytes(blob.read_bytes())[7:] == blob.name for blob in store.blob_dir.iterdir())
             assert pull(store, place).artifact == built
-            store.collect(set)
+            collector.collect(store, Needs)
             assert list(store.staging_root.iterdir()) == []
 
 
@@ -615,7 +616,7 @@ BROKEN: dict[str, tuple[Break, str, str]] = {
                                 "digest-mismatch", "another digest"),
     "Docker's manifest": (_other_image(mediaType="application/vnd.docker.distribution.manifest.v2+json"),
                           "registry-protocol", "docker"),
-    "a container image": (_other_image(artifactType=None, config={"mediaType": mediatypes.OCI_EMPTY, "size": 2,
+    "a container image": (_other_image(artifactType="application/x", config={"mediaType": mediatypes.OCI_EMPTY, "size": 2,
                           "digest": of_bytes(b"{}")}), "unsupported", "no OVMS artifact"),
     "a layer that is no part": (_other_image(layers=[]), "manifest-invalid", "does not fit"),
     "a blob is missing": (_blob(lambda data: None), "blob-not-found", "lacks the blob"),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,12 +18,13 @@ from support.artifacts import write_inputs, write_manifest
 
 from ovms.artifact import model
 from ovms.artifact.build import Builder
+from ovms.artifact.parts import check_content, ram_annotations
 from ovms.artifact.validate import Kind, Problem, Report, validate_artifact, validate_path
 from ovms.errors import FileProblem, SnapshotInvalid, UsageError
 from ovms.oci.layout import Layout
-from ovms.spec import ramheader, ramsnap
+from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.digest import Digest, of_bytes
-from ovms.spec.manifest import Compression
+from ovms.spec.manifest import Compression, Part, PartKind
 
 
 def no_registry(host: str) -> NoReturn:
@@ -201,7 +206,97 @@ def test_a_file_of_rubbish_does_not_make_a_book(tmp_path: Path) -> None:
     at = ramsnap.parse_prefix(bytes(blob)).data_offset
     blob[at:] = b"\xff" * (len(blob) - at)
     (tmp_path / "x.ovmr").write_bytes(blob)
-    assert 100 <= len(validate_path(tmp_path / "x.ovmr").problems) <= 102
+    assert len(validate_path(tmp_path / "x.ovmr").problems) == limits.PROBLEMS_MAX
+    (tmp_path / "b.json").write_text(json.dumps({"env": ["-"] * limits.ENV_MAX, "cmd": [1] * limits.ARGUMENTS_MAX}))
+    assert len(validate_path(tmp_path / "b.json").problems) == limits.PROBLEMS_MAX
+
+
+@pytest.mark.spec("RAM-3", "SEC-1")
+@pytest.mark.parametrize("size", [ramsnap.PREFIX_SIZE, 4096, 1 << 20])
+def test_a_small_file_takes_no_large_memory(tmp_path: Path, size: int) -> None:
+    """A prefix that says the most of everything: 321 MiB before the data, none of which is there."""
+    fields = list(struct.unpack("<8sIIQIIQQQQQQQQ32s", ram.blob({})[:128]))
+    fields[3], fields[7], fields[9], fields[11] = limits.RAM_MAX, limits.RAM_HEADER_MAX, limits.RAM_STATE_MAX, 4 << 20
+    fields[8] = 128 + fields[7]
+    fields[10] = fields[8] + fields[9]
+    fields[12] = -(-(fields[10] + fields[11] * 64) // 4096) * 4096
+    path = tmp_path / "x.ovmr"
+    path.write_bytes(struct.pack("<8sIIQIIQQQQQQQQ32s", *fields).ljust(size, b"\0"))
+    with path.open("rb") as file:
+        for read in (
+            lambda: validate_path(path),
+            lambda: check_content(Part(PartKind.RAM, "$", ""), file.fileno(), Compression.LZ4),
+            lambda: ram_annotations(file.fileno()),
+        ):
+            tracemalloc.start()
+            try:
+                report = read()
+                assert isinstance(report, Report)
+                assert [(p.code, p.rule) for p in report.problems] == [("snapshot-invalid", "RAM-1")]
+            except SnapshotInvalid as exc:
+                assert exc.context["rule"] == "RAM-1"  # noqa: PT017
+            finally:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            assert peak < 8 << 20
+
+
+@pytest.mark.spec("RAM-17")
+def test_a_snapshot_with_two_codecs_is_of_no_media_type(tmp_path: Path) -> None:
+    page = b"a" * ramsnap.PAGE
+    parts = [ramsnap.compress(page, compression) for compression in Compression]
+    chunks, data = [], b""
+    for i, (codec, stored, digest) in enumerate(parts):
+        chunks.append(ramsnap.Chunk(i, 1, len(data), len(stored), codec, digest))
+        data += bytes(stored)
+    for count in (1, 2):
+        size = chunks[count - 1].offset + chunks[count - 1].stored_size
+        control = ramsnap.build_control(ram.HEADER, b"s", chunks[:count], chunk_pages=1)
+        (tmp_path / "x.ovmr").write_bytes(control + data[:size])
+        report = validate_path(tmp_path / "x.ovmr")
+        assert rules(report) == ([(None, "RAM-17")] if count == 2 else [])
+
+
+@pytest.mark.spec("GEN-2", "DOC-1", "DOC-5")
+@pytest.mark.parametrize(
+    ("name", "data", "kind", "code", "rule"),
+    [
+        ("x.json", b"{}" + b" " * (limits.MANIFEST_MAX + 6), "manifest", "json-invalid", "DOC-5"),
+        ("x.yaml", b"a: 1\na: 2\n", "manifest", "json-invalid", "DOC-2"),
+        ("x.yaml", b"a: .nan\n", "manifest", "json-invalid", "DOC-3"),
+        ("x.yaml", b"a: 0x" + b"f" * 400, "manifest", "json-invalid", "DOC-3"),
+        ("x.yaml", b"a: 1" + b"0" * 1001, "manifest", "json-invalid", "DOC-3"),
+        ("x.yaml", b"a: &x 1\nb: *x\n", "manifest", "json-invalid", "DOC-1"),
+        ("x.yaml", b"[" * 40 + b"]" * 40, "manifest", "json-invalid", "DOC-4"),
+        ("x.yaml", b"1: 2\n", "manifest", "json-invalid", "DOC-1"),
+        ("x.yaml", b"a: !!set {}\n", "manifest", "json-invalid", "DOC-1"),
+        ("x.yaml", b"{", "manifest", "json-invalid", "DOC-1"),
+        ("x.yaml", b'"\\ud800": 1\n', "manifest", "json-invalid", "DOC-3"),
+        ("x.json", b"", "manifest", "json-invalid", "DOC-1"),
+        ("x.yml", b"", "manifest", "json-invalid", "DOC-1"),
+        ("x.bin", b"", "file", "file-empty", None),
+    ],
+)
+def test_every_problem_of_a_document_has_its_rule(
+    tmp_path: Path, name: str, data: bytes, kind: str, code: str, rule: str | None
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    report = validate_path(tmp_path / name)
+    assert (report.kind, [(p.code, p.rule) for p in report.problems]) == (kind, [(code, rule)])
+
+
+@pytest.mark.parametrize("document", [{"user": "root"}, {"profile": "cloud-init"}, {"stopSignal": "SIGINT"}])
+def test_any_field_of_a_bootstrap_config_tells_it(tmp_path: Path, document: dict[str, str]) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    assert (validate_path(tmp_path / "x.json").kind, validate_path(tmp_path / "x.json").problems) == ("bootstrap", [])
+
+
+@pytest.mark.spec("OCI-21")
+def test_a_descriptor_of_another_size(layout: Layout, built: model.Artifact) -> None:
+    image = json.loads(built.image.raw)
+    image["layers"][0]["size"] += 1
+    report = validate_artifact(layout, "web:1", layout.add_bytes(json.dumps(image).encode()))
+    assert [(p.part, p.code, p.rule) for p in report.problems] == [("the OCI manifest", "digest-mismatch", "OCI-21")]
 
 
 # --- chains --------------------------------------------------------------------------------------------------------
@@ -259,3 +354,39 @@ def test_codecs_of_an_artifact(layout: Layout, built: model.Artifact, project: P
         write_manifest(project, ramSnapshot={"ref": "ram.ovmr", "compression": "zstd"})
     )
     assert made.image.layers[4].media_type == "application/vnd.ovms.ramsnap.v1+zstd"
+
+
+@pytest.mark.spec("RAM-46")
+@pytest.mark.parametrize("key", ["ovms.ramsnap.control", "ovms.ramsnap.control-size"])
+def test_an_annotation_that_is_not_that_of_the_control_part(layout: Layout, built: model.Artifact, key: str) -> None:
+    image = json.loads(built.image.raw)
+    annotations = image["layers"][4]["annotations"]
+    annotations[key] = {"ovms.ramsnap.control": of_bytes(b"x"), "ovms.ramsnap.control-size": "8192"}[key]
+    report = validate_artifact(layout, "web:1", layout.add_bytes(json.dumps(image).encode()))
+    assert [(p.part, p.code, p.rule) for p in report.problems] == [("the RAM snapshot", "digest-mismatch", "RAM-46")]
+
+
+@pytest.mark.spec("LIM-1", "BIN-1", "BIN-2")
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("kernel", limits.KERNEL_MAX), ("initrd", limits.INITRD_MAX), ("bootstrap", limits.BOOTSTRAP_MAX)],
+)
+def test_a_part_that_is_too_large(layout: Layout, built: model.Artifact, tmp_path: Path, kind: str, limit: int) -> None:
+    directory = unpack(layout, built, tmp_path / "unpacked")
+    part = next(part for part in built.manifest.parts() if part.kind == kind)
+    path = directory / "blobs" / part.ref.replace(":", "-")
+    path.chmod(0o600)
+    os.truncate(path, limit + 1)  # not read: it would take seconds
+    began = time.monotonic()
+    report = validate_path(directory)
+    assert [(p.code, p.rule) for p in report.problems] == [("file-too-large", "LIM-1")]
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"), [("ramsnap", "RAM-1"), ("qcow2", "LAY-8"), ("raw", "LAY-6"), ("kernel", "BIN-1")]
+)
+def test_an_empty_part(tmp_path: Path, kind: str, rule: str) -> None:
+    (tmp_path / "x").touch()
+    report = validate_path(tmp_path / "x", Kind(kind))
+    assert [(p.code, p.rule) for p in report.problems] == [("file-empty", rule)]

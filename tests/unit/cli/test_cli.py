@@ -168,6 +168,19 @@ def test_durations(seconds: float, text: str) -> None:
     assert output.duration(seconds) == text
 
 
+def test_news_stands_above_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    bars = progress._Bars(stream)
+    with bars.task("disk", 10):
+        progress.say_beside(bars, "the mirror \x1b[2J is passed over")
+    erased, said, drawn = stream.getvalue().partition("ovm: the mirror \N{REPLACEMENT CHARACTER}[2J is passed over\n")
+    assert said
+    assert erased.endswith("\x1b[1A\x1b[J"), "the bar was not taken away first"
+    assert drawn.startswith("disk")
+    progress.say_beside(progress.make("none"), "news")
+    assert capsys.readouterr().err == "ovm: news\n"
+
+
 def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="x"), progress.make("json").task("disk", 10) as task:
         task.advance(4)
@@ -267,3 +280,39 @@ def test_a_command_imports_little(arguments: list[str], tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.spec("REF-1")
+@pytest.mark.parametrize("what", ["", "x" * 300, "x" * 5000, "x\0y"])
+def test_validate_of_what_no_file_is_called(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the current directory (which is what ``Path("")`` is), nor a fault of the host."""
+    assert main.main(["--root", str(tmp_path / "root"), "validate", "--json", "--pull", "never", what]) in (
+        (Exit.NOT_FOUND,) if what == "x" * 300 else (Exit.INPUT,)
+    )
+    assert json.loads(capsys.readouterr().err)["error"]["code"] in ("reference-invalid", "reference-not-found")
+
+
+def test_validate_of_a_path_that_no_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["./" + "x" * 300], ["--type", "manifest", "x" * 300], ["./x\0y"]):
+        assert main.main(["--root", str(tmp_path), "validate", "--json", *arguments]) == Exit.INPUT
+        assert json.loads(capsys.readouterr().err)["error"]["code"] == "file-unreadable"
+    assert main.main(["--root", str(tmp_path), "validate", "--json", "--type", "manifest", ""]) == Exit.INPUT
+    assert json.loads(capsys.readouterr().err)["error"]["code"] == "reference-invalid"
+
+
+def test_a_file_that_is_there_gets_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, code in (("x.json", "json-invalid"), ("x.bin", "file-empty")):
+        (tmp_path / name).touch()
+        assert main.main(["--root", str(tmp_path), "validate", "--json", str(tmp_path / name)]) == Exit.INPUT
+        answer = json.loads(capsys.readouterr().out)
+        assert [problem["code"] for problem in answer["problems"]] == [code]
+
+
+@pytest.mark.spec("SEC-3")
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_any_text_can_be_said_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    output.answer("a\x1bb \N{SNOWMAN} \xe9")
+    assert b"\x1b" not in raw.getvalue()
+    assert raw.getvalue().startswith(b"a" + (b"\xef\xbf\xbd" if encoding == "utf-8" else b"?") + b"b ")

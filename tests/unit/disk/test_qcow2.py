@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -117,7 +118,7 @@ def test_any_header_is_refused_or_sound(
     assert 0 < info.virtual_size <= limits.DISK_VIRTUAL_MAX
     assert found["backing_offset"] == found["backing_size"] == found["encryption"] == found["snapshots"] == 0
     assert found["version"] == 2 or not found["incompatible"] & ~0b11000
-    assert found["l1_entries"] * 8 <= qcow2.L1_BYTES_MAX
+    assert found["l1_entries"] * 8 <= limits.QCOW2_L1_MAX
     assert found["l1_offset"] + 8 * found["l1_entries"] <= len(data)
 
 
@@ -211,3 +212,42 @@ def test_a_chain_is_refused_with_the_layer_s_number(tmp_path: Path) -> None:
         open_chain([base, (tmp_path / "gone", DiskFormat.QCOW2)])
     with pytest.raises(DiskInvalid, match="disk layer 1 is not a qcow2 image"):
         open_chain([base, (tmp_path / "base", DiskFormat.QCOW2)])
+
+
+@pytest.mark.spec("LAY-15", "LIM-1")
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"refcount_clusters": limits.QCOW2_REFCOUNTS_MAX // CLUSTER}, CLUSTER + limits.QCOW2_REFCOUNTS_MAX),
+        ({"l1_entries": limits.QCOW2_L1_MAX // 8}, 3 * CLUSTER + limits.QCOW2_L1_MAX),
+    ],
+)
+def test_the_largest_tables(fields: dict[str, Any], size: int) -> None:
+    """In files that hold them (and nothing but holes there)."""
+    ((name, most),) = fields.items()
+    for number, good in ((most, True), (most + 1, False)):
+        fields[name] = number
+        with opened(images.image(**fields)) as fd:
+            os.ftruncate(fd, size + CLUSTER)
+            if good:
+                qcow2.check_header(fd, "x")
+            else:
+                with pytest.raises(DiskInvalid) as info:
+                    qcow2.check_header(fd, "x")
+                assert info.value.context["rule"] == "LAY-15"
+
+
+@pytest.mark.spec("LAY-14")
+def test_the_smallest_and_the_largest_clusters() -> None:
+    for bits, good in ((8, False), (9, True), (21, True), (22, False)):
+        cluster = 1 << bits
+        image = images.image(
+            cluster_bits=bits, size=1 << 20, refcount_offset=cluster, l1_offset=3 * cluster, l1_entries=32
+        )
+        with opened(image) as fd:
+            os.ftruncate(fd, 4 * cluster + 65536)
+            if good:
+                assert qcow2.check_header(fd, "x").cluster_size == cluster
+            else:
+                with pytest.raises(DiskInvalid, match="clusters of"):
+                    qcow2.check_header(fd, "x")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ovms.errors import InputError
 from ovms.oci.credentials import Credential, Credentials
+from ovms.spec import api
 
 HOST = "registry.example:5000"
 
@@ -69,6 +70,35 @@ def test_the_longest_path_wins(home: Path) -> None:
     names = [found.get(HOST, r).username for r in ("x", "team/x", "team/web", "team/web/y", "teams")]  # type: ignore[union-attr]
     assert names == ["host", "team", "web", "web", "host"]
     assert found.get("other.example", "team") is None
+
+
+def test_an_empty_entry_ends_the_search_in_its_file(home: Path) -> None:
+    """Not the shorter path's credentials: those are for others. The next file may have some."""
+    entries = {HOST: encoded("host:1"), f"{HOST}/public": {}}
+    write(home / "run/containers/auth.json", {"auths": entries})
+    found = credentials(home)
+    assert found.get(HOST, "public/web") is None
+    assert found.get(HOST, "other") == Credential("host", "1")
+    write(home / "home/.docker/config.json", {"auths": {HOST: encoded("docker:2")}})
+    assert found.get(HOST, "public/web") == Credential("docker", "2")
+
+
+def test_an_exact_key_comes_before_a_url(home: Path) -> None:
+    entries = {"registry.example": encoded("exact:1"), "https://registry.example/v2/": encoded("url:2")}
+    for order in (entries, dict(reversed(entries.items()))):
+        write(home / "home/.docker/config.json", {"auths": order})
+        assert credentials(home).get("registry.example", "x") == Credential("exact", "1")
+
+
+def test_the_oldest_file_of_all(home: Path) -> None:
+    write(home / "home/.dockercfg", {HOST: encoded("old:1")})
+    assert credentials(home).get(HOST, "x") == Credential("old", "1")
+
+
+@pytest.mark.parametrize("key", ["docker.io", "index.docker.io", "https://index.docker.io/v1/"])
+def test_docker_hub_has_several_names(home: Path, key: str) -> None:
+    write(home / "home/.docker/config.json", {"auths": {key: encoded("a:b")}})
+    assert credentials(home).get("docker.io", "x/y") == Credential("a", "b")
 
 
 @pytest.mark.parametrize("key", ["https://registry.example/v1/", "http://registry.example", "registry.example/v2/"])
@@ -140,8 +170,9 @@ def test_a_malformed_file_is_named_and_no_secret_shown(home: Path, content: str)
     path.write_text(content)
     with pytest.raises(InputError, match=r"config\.json") as caught:
         credentials(home).get(HOST, "x")
-    assert "secret" not in str(caught.value)
-    assert "c2VjcmV0" not in str(caught.value)
+    for said in (str(caught.value), json.dumps(api.problem(caught.value)), json.dumps(caught.value.to_json())):
+        assert "secret" not in said
+        assert "c2VjcmV0" not in said
 
 
 @pytest.mark.spec("SEC-4")

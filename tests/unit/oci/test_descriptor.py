@@ -68,10 +68,29 @@ def test_the_media_type_may_be_missing() -> None:
     assert (found.artifact_type, found.subject, found.annotations) == (None, None, {})
 
 
-def test_null_is_as_good_as_missing() -> None:
-    found = parse({**MANIFEST, "subject": None, "annotations": None, "artifactType": None})
-    assert isinstance(found, ImageManifest)
-    assert found.subject is None
+@pytest.mark.spec("DOC-8")
+@pytest.mark.parametrize("field", ["mediaType", "artifactType", "subject", "annotations"])
+def test_null_is_not_as_good_as_missing(field: str) -> None:
+    with pytest.raises(RegistryProtocol, match=field) as info:
+        parse({**MANIFEST, field: None})
+    assert info.value.context["rule"] in ("DOC-8", "OCI-9")
+
+
+@pytest.mark.spec("DOC-6", "OCI-1")
+def test_each_error_of_a_manifest_names_its_rule() -> None:
+    for change, rule in (
+        ({"schemaVersion": 2.0}, "DOC-6"),
+        ({"schemaVersion": 1}, "OCI-1"),
+        ({"mediaType": "text/plain"}, "OCI-1"),
+        ({"layers": None}, "OCI-1"),
+        ({"artifactType": 1}, "OCI-9"),
+    ):
+        with pytest.raises(RegistryProtocol) as info:
+            parse({**MANIFEST, **change})
+        assert info.value.context["rule"] == rule, change
+    with pytest.raises(RegistryProtocol) as info:
+        parse([])
+    assert info.value.context["rule"] == "OCI-1"
 
 
 WRONG: list[tuple[str, Any, str]] = [

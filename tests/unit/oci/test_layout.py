@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,10 @@ from ovms.errors import (
     BlobNotFound,
     DigestMismatch,
     DiskFull,
-    JsonInvalid,
-    OvmsError,
-    RegistryProtocol,
+    Locked,
     StoreCorrupt,
 )
+from ovms.oci.collector import Needs, collect
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
 from ovms.oci.layout import Entry, Layout
 from ovms.spec import mediatypes
@@ -54,10 +52,6 @@ def add(layout: Layout, *contents: bytes, subject: Descriptor | None = None) -> 
     )
     layout.add_bytes(image.raw)
     return image
-
-
-def nothing() -> set[Digest]:
-    return set()
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
@@ -100,7 +94,7 @@ def test_a_layout_that_another_tool_made(tmp_path: Path) -> None:
     with (tmp_path / "index.json").open("rb") as file:
         layout.add_file(file.fileno(), "a file")
     layout.set_name("a", image.descriptor())
-    layout.collect(nothing)
+    collect(layout, Needs)
     assert blobs(layout) == {hex_of(of_bytes(b"x")), hex_of(image.digest)}
 
 
@@ -226,12 +220,13 @@ def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
     assert len(staged(layout)) == 1
-    assert layout.collect(nothing) is None, "somebody adds blobs: the collector has to wait"
+    with pytest.raises(Locked, match="another ovm process adds or uses blobs"):
+        collect(layout, Needs, wait=0)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert len(staged(layout)) == 1
     (layout.root / ".index.json.0123456789ab.tmp").write_bytes(b"half an index")
-    layout.collect(nothing)
+    collect(layout, Needs)
     assert staged(layout) == []
     assert blobs(layout) == set()
     assert sorted(path.name for path in layout.root.iterdir()) == [
@@ -240,6 +235,7 @@ def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
         "index.lock",
         "oci-layout",
         "ovms.blobs",
+        "ovms.index.json",
         "ovms.lock",
         "ovms.partial",
         "ovms.tmp",
@@ -401,22 +397,33 @@ def test_a_hostile_index(layout: Layout, content: bytes | None) -> None:
     with pytest.raises(StoreCorrupt):
         layout.entries()
     with pytest.raises(StoreCorrupt):
-        layout.collect(nothing)
+        collect(layout, Needs)
     assert blobs(layout) == {hex_of(digest)}, "an index that cannot be read is no reason to remove everything"
 
 
-def test_the_hint_for_a_damaged_index_helps(layout: Layout) -> None:
-    layout.add_bytes(b"x")
-    (layout.root / "index.json").write_bytes(b"damaged")
-    with pytest.raises(StoreCorrupt, match="cannot be read") as info:
-        layout.entries()
-    assert info.value.hint is not None
-    assert "index.json away, and oci-layout with it" in info.value.hint
-    for name in ("index.json", "oci-layout"):
-        (layout.root / name).rename(layout.root.parent / name)
-    again = Layout(layout.root)
-    assert again.entries() == []
-    assert again.size(of_bytes(b"x")) == 1
+def test_a_copy_of_the_index_is_kept(layout: Layout) -> None:
+    layout.set_name("a", add(layout, b"x").descriptor())
+    assert (layout.root / "ovms.index.json").read_bytes() == (layout.root / "index.json").read_bytes()
+
+
+def test_an_entry_without_a_name_goes_when_its_artifact_gets_one(layout: Layout) -> None:
+    one, two = add(layout, b"1"), add(layout, b"2")
+    nameless = [{k: v for k, v in image.descriptor().to_json().items() if k != "artifactType"} for image in (one, two)]
+    (layout.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": nameless}))
+    layout.set_name("a", one.descriptor())
+    assert [(e.name, e.descriptor.digest) for e in layout.entries()] == [("", two.digest), ("a", one.digest)]
+    layout.remove_entries([Entry("", one.descriptor()), Entry("a", two.descriptor())])
+    assert len(layout.entries()) == 2, "what stands for something else now is not what was meant"
+    layout.remove_entries([Entry("", two.descriptor())])
+    assert [e.name for e in layout.entries()] == ["a"]
+
+
+def test_a_damaged_blob_is_mended_by_adding_it(layout: Layout) -> None:
+    digest = layout.add_bytes(b"content")
+    layout.path(digest).chmod(0o644)
+    layout.path(digest).write_bytes(b"CONTENT")
+    layout.add_bytes(b"content")
+    assert layout.read(digest, "x", max_size=10) == b"content"
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "huge", "loop"])
@@ -477,118 +484,3 @@ def test_many_processes_open_a_new_store(tmp_path: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s", str(i)]) for i in range(4)]
     assert [child.wait() for child in children] == [0] * 4
     assert len(Layout(tmp_path / "s").entries()) == 4
-
-
-# --- clean-up ------------------------------------------------------------------------------------------------------
-
-
-def test_collect_keeps_what_a_name_reaches(layout: Layout) -> None:
-    kept, gone = add(layout, b"config", b"shared", b"one"), add(layout, b"config2", b"shared", b"x" * 9000)
-    layout.set_name("a", kept.descriptor())
-    freed = layout.collect(nothing)
-    assert freed is not None
-    assert freed >= 9000
-    assert blobs(layout) == {hex_of(d) for d in (kept.digest, *(b.digest for b in kept.blobs))}
-    assert layout.size(gone.digest) is None
-    assert layout.collect(nothing) == 0
-
-
-def test_collect_keeps_what_is_in_use_without_a_name(layout: Layout) -> None:
-    used = add(layout, b"config", b"disk")
-    layout.collect(lambda: {used.digest})
-    assert len(blobs(layout)) == 3
-    layout.collect(lambda: {ABSENT})
-    assert blobs(layout) == set()
-
-
-def test_collect_follows_an_index_to_what_is_there(layout: Layout) -> None:
-    image = add(layout, b"config", b"disk")
-    here = image.descriptor().to_json()
-    there = {**here, "digest": ABSENT}
-    raw = json.dumps({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [there, here]}).encode()
-    digest = layout.add_bytes(raw)
-    add(layout, b"unrelated")
-    layout.set_name("a", Descriptor(mediatypes.OCI_INDEX, digest, len(raw)))
-    layout.collect(nothing)
-    assert blobs(layout) == {hex_of(d) for d in (digest, image.digest, of_bytes(b"config"), of_bytes(b"disk"))}
-    assert ABSENT in layout.reachable(digest)
-
-
-def test_collect_ends_on_an_index_that_goes_in_circles(layout: Layout) -> None:
-    # no real digests make a circle, but a store may lie about its blobs: then it is the damage that is told
-    raw = json.dumps({"schemaVersion": 2, "manifests": [{"mediaType": "x", "digest": ABSENT, "size": 1}]}).encode()
-    layout.path(ABSENT).write_bytes(raw)
-    with pytest.raises(StoreCorrupt):
-        layout.reachable(ABSENT)
-
-
-@pytest.mark.spec("OCI-23")
-def test_collect_takes_derived_files_with_their_blob(layout: Layout) -> None:
-    kept = add(layout, b"config", b"ram")
-    layout.set_name("a", kept.descriptor())
-    ram = hex_of(of_bytes(b"ram"))
-    (layout.derived_dir / f"{ram}.12345678.ram").write_bytes(b"x")
-    (layout.derived_dir / f"{hex_of(ABSENT)}.12345678.ram").write_bytes(b"x")
-    layout.collect(nothing)
-    assert [path.name for path in layout.derived_dir.iterdir()] == [f"{ram}.12345678.ram"]
-
-
-def test_collect_leaves_what_it_does_not_know(layout: Layout) -> None:
-    (layout.blob_dir / "a-directory").mkdir()
-    (layout.blob_dir / "a-directory" / "file").touch()
-    outside = layout.root / "outside"
-    outside.write_bytes(b"dear")
-    (layout.blob_dir / hex_of(ABSENT)).symlink_to(outside)
-    assert layout.collect(nothing) is not None
-    assert outside.read_bytes() == b"dear"
-    assert blobs(layout) == {"a-directory"}
-
-
-def test_collect_removes_nothing_when_something_in_use_cannot_be_read(layout: Layout) -> None:
-    image = add(layout, b"config", b"disk")
-    layout.set_name("a", image.descriptor())
-    layout.path(image.digest).chmod(0o644)
-    layout.path(image.digest).write_bytes(b"{}")
-    with pytest.raises((StoreCorrupt, JsonInvalid, RegistryProtocol)):
-        layout.collect(nothing)
-    assert len(blobs(layout)) == 3
-
-
-def test_nobody_begins_to_use_a_blob_while_the_collector_works(layout: Layout) -> None:
-    order: list[str] = []
-    asked, use = threading.Event(), threading.Event()
-
-    def keep() -> set[Digest]:
-        asked.set()
-        assert not use.wait(0.1)
-        order.append("collected")
-        return set()
-
-    def user() -> None:
-        asked.wait(5)
-        with layout.using():
-            use.set()
-            order.append("used")
-
-    thread = threading.Thread(target=user)
-    thread.start()
-    layout.collect(keep)
-    thread.join()
-    assert order == ["collected", "used"]
-
-
-def test_collect_waits_for_another_time(layout: Layout) -> None:
-    add(layout, b"config")
-    with layout.using():
-        assert layout.collect(nothing) is None
-    assert len(blobs(layout)) == 2
-
-
-def test_an_error_of_keep_is_not_swallowed(layout: Layout) -> None:
-    def keep() -> set[Digest]:
-        raise OvmsError("the records cannot be read")
-
-    add(layout, b"config")
-    with pytest.raises(OvmsError, match="records"):
-        layout.collect(keep)
-    assert len(blobs(layout)) == 2

@@ -91,8 +91,8 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size
 DIGESTS = st.binary(min_size=32, max_size=32).map(lambda b: "sha256:" + b.hex())
 DEVICES = st.lists(
     st.builds(ramheader.Device, st.sampled_from(["serial", "vmgenid", "virtio-rng", "pci-serial"]))
-    | st.builds(ramheader.Device, st.just("virtio-blk"), size=st.integers(1, 2**63 - 1))
-    | st.builds(ramheader.Device, st.just("ivshmem"), TEXT, st.integers(1, 2**40)),
+    | st.builds(ramheader.Device, st.just("virtio-blk"), size=st.integers(1, limits.DISK_VIRTUAL_MAX))
+    | st.builds(ramheader.Device, st.just("ivshmem"), TEXT, st.integers(limits.IVSHMEM_MIN, limits.IVSHMEM_MAX)),
     max_size=4,
 ).map(tuple)
 HEADERS = st.builds(
@@ -152,7 +152,7 @@ def test_the_layout_is_the_documented_one() -> None:
     assert json.loads(BLOB.control[128:header_end]) == HEADER.to_json()
     assert numbers["state offset"] == header_end
     assert numbers["index offset"] == header_end + numbers["state size"]
-    assert (numbers["version"], numbers["prefix size"], numbers["page size"]) == (1, 128, 4096)
+    assert (numbers["version"], numbers["prefix size"], numbers["page size"]) == (1, 128, limits.RAM_PAGE)
     assert (numbers["chunks"], numbers["data size"]) == (3, len(BLOB.data))
     index_end = numbers["index offset"] + 3 * 64
     assert BLOB.control[96:128] == hashlib.sha256(BLOB.control[128:index_end]).digest()
@@ -328,10 +328,13 @@ def test_a_mutated_control_part_raises_nothing_else(data: st.DataObject) -> None
     blob = bytes(control[:cut])
     if data.draw(st.booleans()) and len(blob) >= 128:
         blob = sealed(blob)
+    resealed = len(blob) < 128 or blob[96:128] != bytes(BLOB.control[96:128])
     try:
         found = ramsnap.parse_control(blob)
     except (SnapshotInvalid, JsonInvalid):
         return
+    if not resealed:
+        assert found == ramsnap.parse_control(BLOB.control), "taken, and not what was sealed"
     assert len(found.state) <= limits.RAM_STATE_MAX
     for chunk in found.chunks:
         assert chunk.page * PAGE + chunk.size <= found.prefix.memory_size
@@ -475,3 +478,102 @@ def test_any_state(stored: bytes) -> None:
 def test_what_no_reader_takes_is_not_written(header: Header, state: bytes) -> None:
     with pytest.raises(SnapshotInvalid):
         ramsnap.build_control(header, state, [], chunk_pages=CHUNK_PAGES)
+
+
+# --- whole blobs -----------------------------------------------------------------------------------------------------
+
+
+def meaning(whole: bytes, parent: bool = False) -> tuple[bytes, bytes, Header]:
+    """What a reader makes of a blob: the guest's memory (of a diff: over 0x5a), the device state, the header."""
+    control = ramsnap.parse_control(whole)
+    if control.prefix.blob_size != len(whole):
+        raise SnapshotInvalid("another size", rule="RAM-1")
+    memory = bytearray(b"\x5a" if parent else b"\0") * control.prefix.memory_size
+    for chunk in control.chunks:
+        at = control.prefix.data_offset + chunk.offset
+        data = bytes(chunk.size)
+        if chunk.codec != ramsnap.CODEC_ZERO:
+            data = ramsnap.unpack_chunk(chunk, whole[at : at + chunk.stored_size], control.prefix.data_offset)
+        memory[chunk.page * PAGE : chunk.page * PAGE + chunk.size] = data
+    return bytes(memory), control.state, control.header
+
+
+BASE_PAGES = {0: b"a" * PAGE, 3: NOISE, 7: b"q" * (3 * PAGE), PAGES - 1: b"z" * PAGE}
+WHOLE = {
+    name: (ram.blob(pages, header, state=b"state" * 100, chunk_pages=CHUNK_PAGES, compression=compression), diff)
+    for name, pages, header, compression, diff in (
+        ("lz4", BASE_PAGES, HEADER, Compression.LZ4, False),
+        ("zstd", BASE_PAGES, HEADER, Compression.ZSTD, False),
+        ("diff", {**BASE_PAGES, 20: b""}, ram.header(parent=ram.DIGEST), Compression.LZ4, True),
+    )
+}
+MEANING = {name: meaning(whole, diff) for name, (whole, diff) in WHOLE.items()}
+
+
+@st.composite
+def whole_mutations(draw: st.DrawFn, whole: bytes) -> bytes:
+    """*whole* with bytes changed, cut out, put in, moved or doubled, anywhere."""
+    data = bytearray(whole)
+    ends = [0, 96, 128, len(data)]
+    bulk = ramsnap.parse_prefix(whole).data_offset
+    places = (
+        st.integers(0, bulk)
+        | st.integers(bulk, len(data))
+        | st.sampled_from(ends).flatmap(lambda at: st.integers(max(at - 8, 0), at))
+    )
+    for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
+        at, length = draw(places), draw(st.integers(1, 80))
+        match draw(st.sampled_from(["flip", "set", "cut", "insert", "copy", "swap"])):
+            case "flip" if at < len(data):
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "set":
+                data[at : at + length] = draw(st.binary(min_size=1, max_size=8)) * 4
+            case "cut":
+                del data[at : at + length]
+            case "insert":
+                data[at:at] = draw(st.binary(min_size=1, max_size=8))
+            case "copy":
+                other = draw(places)
+                data[at : at + length] = data[other : other + length]
+            case _:
+                other = draw(places)
+                data[at:at], data[other:other] = bytes(data[other : other + length]), b""
+    return bytes(data)
+
+
+@pytest.mark.spec("RAM-2", "RAM-7", "RAM-16", "SEC-1")
+@pytest.mark.parametrize("name", list(WHOLE))
+@given(data=st.data())
+def test_a_mutated_blob_is_refused_or_means_the_same(name: str, data: st.DataObject) -> None:
+    """An error, or the very same memory, device state and header: never another VM."""
+    whole, diff = WHOLE[name]
+    changed = data.draw(whole_mutations(whole))
+    try:
+        found = meaning(changed, diff)
+    except (SnapshotInvalid, JsonInvalid):
+        return
+    assert found == MEANING[name]
+
+
+@pytest.mark.spec("RAM-16", "SEC-1")
+@pytest.mark.parametrize("name", list(WHOLE))
+@given(data=st.data())
+def test_a_mutated_blob_that_is_sealed_again(name: str, data: st.DataObject) -> None:
+    """An attacker seals the control part anew. Then it may mean something else, but whatever it says is true of it."""
+    whole, diff = WHOLE[name]
+    end = ramsnap.parse_prefix(whole).index_end
+    changed = bytearray(data.draw(whole_mutations(whole)))
+    if len(changed) < end:
+        return
+    changed[96:128] = hashlib.sha256(changed[128:end]).digest()
+    try:
+        memory, state, header = meaning(bytes(changed), diff)
+    except (SnapshotInvalid, JsonInvalid):
+        return
+    assert len(memory) == header.memory
+    assert len(state) <= limits.RAM_STATE_MAX
+    control = ramsnap.parse_control(bytes(changed))
+    for chunk in control.chunks:
+        if chunk.codec != ramsnap.CODEC_ZERO:
+            pages = memory[chunk.page * PAGE : chunk.page * PAGE + chunk.size]
+            assert hashlib.sha256(pages).digest() == chunk.digest

@@ -154,3 +154,17 @@ def test_canonical_bytes() -> None:
 @pytest.mark.spec("DOC-4")
 def test_the_limits_are_what_the_interpreter_stands() -> None:
     assert limits.JSON_DEPTH_MAX <= 100
+
+
+@pytest.mark.spec("DOC-3")
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("digits", [308, 309, 400, 5000])
+def test_an_integer_beyond_double_precision(sign: str, digits: int) -> None:
+    """With a fraction or without: it is the same number."""
+    for text in (f"{sign}1{'0' * digits}", f"{sign}1{'0' * digits}.0"):
+        if digits == 308:
+            assert float(strictjson.parse(text.encode(), "x", max_size=9999)) == float(text)
+        else:
+            with pytest.raises(JsonInvalid, match="too large") as info:
+                strictjson.parse(text.encode(), "x", max_size=9999)
+            assert info.value.context["rule"] == "DOC-3"

@@ -43,8 +43,13 @@ def test_the_whole_command_line(golden: object) -> None:
     golden("qemu-boot.txt", "\n".join(build()) + "\n")  # type: ignore[operator]
 
 
+@pytest.mark.spec("RAM-36", "RAM-37", "SEC-9")
 def test_the_command_line_of_a_restore(golden: object) -> None:
-    golden("qemu-restore.txt", "\n".join(build(RESTORED, replace(FDS, ram=12, state=13))) + "\n")  # type: ignore[operator]
+    argv = build(RESTORED, replace(FDS, ram=12, state=13))
+    golden("qemu-restore.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
+    # a generation ID of its own, and the host's clock
+    assert "vmgenid,guid=auto" in argv
+    assert argv[argv.index("-rtc") + 1] == "base=utc,clock=host"
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotation", metavar="KEY=VALUE", action="append", default=[], help="of the new artifact; any number of them"
     )
     parser.add_argument("--local", action="store_true", help="in the local store, also where REF names a registry")
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

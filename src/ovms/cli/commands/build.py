@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("manifest", metavar="MANIFEST", type=Path, help="the manifest file")
     parser.add_argument("-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact")
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what belongs to it (signatures, SBOMs), but no snapshots: 'ovm referrers --local' shows it",
     )
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

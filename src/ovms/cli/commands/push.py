@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what was attached to it here ('ovm attach'), and has no name of its own",
     )
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--depth", metavar="N", type=values.depth, help="levels to show (1 to 8, the default)")
     parser.add_argument("--local", action="store_true", help="look in the local store, also where REF names a registry")
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

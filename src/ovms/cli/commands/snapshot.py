@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("instance", metavar="INSTANCE", help="a name, an ID, or the first digits of one")
     parser.add_argument("-t", "--tag", metavar="NAME[:TAG]", required=True, help="the name of the new artifact")
     parser.add_argument("--no-push", action="store_true", help="keep it in the local store only")
+    values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

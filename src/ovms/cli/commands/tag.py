@@ -21,6 +21,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from ovms.artifact.resolve import find
     from ovms.oci.reference import Reference
     from ovms.oci.transport import new_name
+    from ovms.oci.whole import require_whole
 
     target = Reference.parse(args.target)
     if target.digest is not None:
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     target = new_name(args.target)
     with context.layout.using():
         artifact = find(context.layout, args.source).artifact
+        # What has no name may be what a clean-up that was killed has left.
+        require_whole(context.layout, args.source, artifact.image.blobs)
         context.layout.set_name(str(target), artifact.image.descriptor())
     if args.json:
         output.answer_json({"name": str(target), "digest": artifact.digest})

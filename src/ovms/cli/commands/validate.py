@@ -8,10 +8,11 @@ every byte is checked; one that is not in the local store is pulled, or copied t
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovms.cli import output
+from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("manifest", "bootstrap", "ramsnap", "qcow2", "raw", "kernel"),
         help="what the file is (default: found out from its content)",
     )
+    values.add_tls_verify(parser)
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
     )
@@ -49,20 +51,31 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _report(args: argparse.Namespace, context: Context) -> Report:
     from ovms.artifact.resolve import lookup, resolve
     from ovms.artifact.validate import Kind, Report, validate_artifact, validate_path
-    from ovms.errors import JsonInvalid, ManifestInvalid, Unsupported
+    from ovms.errors import (
+        DigestMismatch,
+        JsonInvalid,
+        ManifestInvalid,
+        ReferenceInvalid,
+        RegistryProtocol,
+        Unsupported,
+    )
     from ovms.oci.transport import parse_place
 
-    path = Path(args.what)
+    if not args.what:
+        raise ReferenceInvalid("an empty text names nothing", hint="give a file, a directory, or an artifact's name")
     # like 'docker build': what begins like a path is one, and a file that is there is meant
-    if args.type is not None or args.what.startswith((".", "/")) or path.exists():
-        return validate_path(path, None if args.type is None else Kind(args.type), context.progress)
+    if args.type is not None or args.what.startswith((".", "/")) or os.path.exists(args.what):  # noqa: PTH110
+        return validate_path(Path(args.what), None if args.type is None else Kind(args.type), context.progress)
     with context.layout.using():
         on_disk = parse_place(args.what) is not None
         known = None if on_disk or args.pull == "always" else lookup(context.layout, args.what)
         if known is None:
             try:
                 found = resolve(context.layout, context.connect, args.what, policy=args.pull, progress=context.progress)
-            except (JsonInvalid, ManifestInvalid, Unsupported) as exc:  # its manifests; the bulk was not fetched
+            except (DigestMismatch, JsonInvalid, ManifestInvalid, RegistryProtocol, Unsupported) as exc:
+                if isinstance(exc, DigestMismatch | RegistryProtocol) and "rule" not in exc.context:
+                    raise  # the transfer, not what was transferred
+                # its manifests; the bulk was not fetched
                 report = Report(args.what, "artifact")
                 report.note(exc)
                 return report

@@ -8,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ovms.errors import OvmsError, ResourceError
-from ovms.oci.registry import RegistryClient
 from ovms.progress import Task
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
@@ -19,6 +18,9 @@ from ovms.runtime.server.http import HttpError
 from ovms.runtime.starting import Start
 from ovms.runtime.watching import EventLog
 from ovms.spec.states import State
+
+if TYPE_CHECKING:
+    from ovms.oci.registry import RegistryClient
 
 #: Threads that answer questions, that change instances, and that do what takes long: starts and snapshots.
 READERS: Final = 4
@@ -84,10 +86,10 @@ class Jobs:
 
     @staticmethod
     def connect(host: str) -> RegistryClient:
-        """A client for a registry, with the credentials of the server's user."""
-        from ovms.oci.credentials import Credentials
+        """A client for a registry, as the configuration of the server's user says now."""
+        from ovms.oci.connect import Connector
 
-        return RegistryClient(host, credentials=Credentials.from_environment())
+        return Connector.from_environment()(host)
 
     # --- starts ------------------------------------------------------------------------------------------------
 

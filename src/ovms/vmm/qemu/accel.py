@@ -6,9 +6,7 @@ hangs in its first second. ``probe.S`` says what the guest does; the answer is k
 
 from __future__ import annotations
 
-import importlib.resources
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Final
@@ -22,7 +20,7 @@ from ovms.vmm.qemu.binary import Cache, QemuBinary, stamp_of
 KVM_DEVICE: Final = Path("/dev/kvm")
 #: Seconds for the whole probe. A healthy KVM takes 0.1 s, with QEMU's start.
 DEADLINE: Final = 3.0
-_GUEST: Final = "probe.elf"
+_GUEST: Final = Path(__file__).parent / "probe.elf"
 _DONE: Final = b"ABCDE"
 #: isa-debug-exit ends QEMU with (value << 1) | 1.
 _EXIT: Final = 1
@@ -68,14 +66,13 @@ def _why_not_kvm(binary: QemuBinary, cache: Cache) -> str | None:
 
 def probe(binary: QemuBinary, accel: Accel, *, deadline: float = DEADLINE) -> str | None:
     """Runs the probe guest. Returns None when it came through in time, else why the accelerator is no good."""
-    with (
-        importlib.resources.as_file(importlib.resources.files("ovms.vmm.qemu") / _GUEST) as guest,
-        tempfile.TemporaryDirectory(prefix="ovms-probe-") as scratch,
-    ):
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ovms-probe-") as scratch:
         said, errors = Path(scratch) / "said", Path(scratch) / "errors"
         with errors.open("wb") as stderr:
             try:
-                running = process.spawn(_command(binary, accel, guest, said), stderr=stderr)
+                running = process.spawn(_command(binary, accel, _GUEST, said), stderr=stderr)
             except OvmsError as exc:
                 return exc.message
             end = time.monotonic() + deadline

@@ -122,6 +122,7 @@ class QemuVmm:
                 listen=listen.fileno(),
                 events=our_events,
                 trees=_program_trees(self._binary.path),
+                read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
             )
@@ -181,6 +182,12 @@ def _open(
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
     )
+
+
+def _read_only(config: VmConfig, fds: cmdline.Descriptors) -> dict[int, Path]:
+    paths = [*(layer.path for layer in config.layers), config.kernel, config.initrd]
+    numbers = [*fds.layers, fds.kernel, fds.initrd]
+    return {fd: path for fd, path in zip(numbers, paths, strict=True) if fd is not None and path is not None}
 
 
 def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:

@@ -52,6 +52,7 @@ class Launch:
             QMP channel.
         trees: files and directories of its own root, beside the system's: path there (no slash before it) → path here.
         devices: further device nodes, by their names in ``/dev``.
+        read_only: where those of *keep* come from that the VMM must not be able to write to.
         at_end: a program and its arguments that the watcher becomes when the VMM has ended.
     """
 
@@ -63,6 +64,7 @@ class Launch:
     hold: Sequence[int] = ()
     trees: Mapping[str, Path] = field(default_factory=dict)
     devices: Sequence[str] = ()
+    read_only: Mapping[int, Path] = field(default_factory=dict)
     at_end: Sequence[str] = ()
 
 
@@ -182,14 +184,25 @@ def _jail_words(launch: Launch, jail: Jail, inherit: Callable[[Path, int], int])
     words += [f"cgroup={inherit(path, os.O_WRONLY)}" for path in jail.cgroups]
     if not jail.own_root:
         return words
-    words.append("root=/tmp")
+    # its own files: their mode alone keeps nobody out
+    sealed = launch.read_only if jail.user is not None and jail.user.uid == os.geteuid() else {}
     trees, links = system_trees()
+    words.append(f"root={_mount_point([*sealed.values(), *trees.values(), *launch.trees.values()])}")
     for name, path in {**trees, **launch.trees}.items():
         words.append(f"tree={name}:{path}")
     for device in ("null", "zero", "full", "random", "urandom", *launch.devices):
         words.append(f"dev=dev/{device}:/dev/{device}")
     words += [f"link={name}:{target}" for name, target in links.items()]
+    words += [f"sealed={fd}:{path}" for fd, path in sealed.items()]
     return words
+
+
+def _mount_point(needed: Sequence[Path]) -> Path:
+    # any directory would do that hides nothing which is still to be looked up
+    for candidate in (Path("/mnt"), Path("/srv"), Path("/media"), Path("/tmp")):  # noqa: S108 - nothing is written to it
+        if candidate.is_dir() and not any(path.is_relative_to(candidate) for path in needed):
+            return candidate
+    raise HostError("there is no directory to build the VM's own root on", hint="make /srv, an empty directory")
 
 
 def system_trees() -> tuple[dict[str, Path], dict[str, str]]:

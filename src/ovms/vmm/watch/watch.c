@@ -35,6 +35,8 @@
  *     tree=NAME:PATH         a directory or file of that root: what is at PATH of the host, read-only (repeated)
  *     dev=NAME:PATH          a device node of that root (repeated)
  *     link=NAME:TARGET       a symbolic link of that root (repeated)
+ *     sealed=FD:PATH         FD, which is kept, is opened anew through a read-only mount of PATH: who owns the file could
+ *                            otherwise change its mode, and write to it through /proc (repeated; with root= only)
  *     limit=RESOURCE:VALUE   setrlimit, both (repeated)
  *     seccomp=0              no filter of ours
  *     at-end=WORD            a program and its arguments, run by the watcher when the VMM has ended (repeated)
@@ -232,7 +234,7 @@ static struct {
     int has_user, seccomp;
     char *root;
     struct list keep, hold, cgroups;
-    struct maps trees, devs, links;
+    struct maps trees, devs, links, sealed;
     int limits;
     struct { int resource; u64 value; } limit[16];
     int at_end_count;
@@ -299,6 +301,8 @@ static int parse(char **words)
             put_map(&o.trees, v);
         else if ((v = value_of(word, "dev")))
             put_map(&o.devs, v);
+        else if ((v = value_of(word, "sealed")))
+            put_map(&o.sealed, v);
         else if ((v = value_of(word, "link")))
             put_map(&o.links, v);
         else if ((v = value_of(word, "limit")) && o.limits < 16)
@@ -367,6 +371,26 @@ static void bind(struct mapping *item, u64 attributes)
     must(sys(SYS_mount_setattr, AT_FDCWD, item->name, AT_RECURSIVE, &attr, sizeof attr), "bind-read-only");
 }
 
+/* The same file, or nothing. */
+static void seal(struct mapping *item)
+{
+    u64 before[18], after[18];
+    char *number_of = item->name;
+    int fd = (int)number(&number_of);
+    struct mapping place = {"sealed", item->path};
+    must(sys(SYS_fstat, fd, before, 0, 0, 0), "seal");
+    bind(&place, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+    i64 again = sys(SYS_openat, AT_FDCWD, place.name, O_CLOEXEC | O_NOFOLLOW, 0, 0);
+    must(again, "seal");
+    must(sys(SYS_fstat, again, after, 0, 0, 0), "seal");
+    if (before[0] != after[0] || before[1] != after[1]) /* st_dev, st_ino */
+        fail("seal", -EINVAL);
+    must(sys(SYS_dup3, again, fd, O_CLOEXEC, 0, 0), "seal");
+    sys(SYS_close, again, 0, 0, 0, 0);
+    must(sys(SYS_umount2, place.name, MNT_DETACH, 0, 0, 0), "seal");
+    sys(SYS_unlinkat, AT_FDCWD, place.name, 0, 0, 0);
+}
+
 static void make_root(void)
 {
     must(sys(SYS_mount, 0, "/", 0, MS_REC | MS_PRIVATE, 0), "mount-private");
@@ -376,6 +400,8 @@ static void make_root(void)
         bind(&o.trees.item[i], MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
     for (int i = 0; i < o.devs.count; i++)
         bind(&o.devs.item[i], MOUNT_ATTR_NOSUID);
+    for (int i = 0; i < o.sealed.count; i++)
+        seal(&o.sealed.item[i]);
     for (int i = 0; i < o.links.count; i++) {
         make_parents(o.links.item[i].name, 0);
         must(sys(SYS_symlinkat, o.links.item[i].path, AT_FDCWD, o.links.item[i].name, 0, 0), "link");

@@ -1,0 +1,261 @@
+"""One registry's host: how it is spoken to, and the credentials for it.
+
+TLS is the rule. Plain HTTP is spoken to loopback (unless ``certs.d`` has files for the host, or it turns out to speak
+TLS), and where the user has called the registry insecure: there TLS with any certificate comes first, then plain HTTP.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import IO, Final, Protocol
+
+from ovms.errors import RegistryError, RegistryProtocol, RegistryUnreachable
+from ovms.oci import auth
+from ovms.oci.credentials import Credential
+from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
+from ovms.oci.proxies import Proxies
+from ovms.oci.realm import TokenServices, is_loopback
+from ovms.oci.registries import Endpoint
+from ovms.oci.tls import Trust
+
+#: Statuses after which another try may go better.
+BUSY: Final = frozenset({429, 500, 502, 503, 504})
+_PROBE_MAX: Final = 64 * 1024
+#: Where Docker Hub's registry is, whose name it is not.
+HUB: Final = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
+
+#: Opens a request's body anew for each attempt.
+MakeBody = Callable[[], "bytes | IO[bytes]"]
+
+
+class Busy(RegistryError):
+    """429 or 5xx: another try may go better, after *wait* seconds where the registry says so."""
+
+    def __init__(self, message: str, wait: float | None) -> None:
+        super().__init__(message, hint="try again later")
+        self.wait = wait
+
+
+class CredentialSource(Protocol):
+    """Where credentials come from."""
+
+    def get(self, host: str, repository: str) -> Credential | None:
+        """The credential for a repository of a host, None where there is none."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the sessions of one command have in common.
+
+    Attributes:
+        tls_verify: what the command line says: None leaves it to the configuration; True asks for TLS everywhere, with
+            certificates that are good; False takes any, and plain HTTP.
+    """
+
+    credentials: CredentialSource | None = None
+    proxies: Proxies | None = None
+    services: TokenServices = field(default_factory=TokenServices)
+    tls_verify: bool | None = None
+    connect_timeout: float = CONNECT_TIMEOUT
+    read_timeout: float = READ_TIMEOUT
+
+
+class Session:
+    """Requests to one host, with what it asks for. Several threads may use it at once."""
+
+    def __init__(self, host: str, settings: Settings, *, trust: Trust | None = None, insecure: bool = False) -> None:
+        """Connects to nothing yet. *insecure* allows any certificate there, and plain HTTP."""
+        self.host = host
+        self._address = HUB.get(host.lower(), host)
+        self._settings = settings
+        self._insecure = insecure
+        self._trust = trust or Trust(self._address, insecure=insecure)
+        self._transport = Transport(
+            trust=self._trust,
+            proxies=settings.proxies,
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+        )
+        self._known: dict[str, Credential | None] = {}
+        self._lock = threading.Lock()
+        self._auth: auth.Authenticator | None = None
+        self._base = ""
+        self._guessed = False
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._transport.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        repository: str,
+        scope: str,
+        headers: Mapping[str, str],
+        body: MakeBody | None = None,
+    ) -> Answer:
+        """Sends a request: *path* below ``/v2/``, or a URL that the registry gave. A challenge is answered.
+
+        Raises:
+            RegistryUnreachable, RegistryDenied, RegistryProtocol, Busy: as the registry or its token service met us.
+        """
+        while True:
+            base, authenticator = self._ready()
+            url = path if path.startswith(("http://", "https://")) else base + path
+            answer = self._exchange(authenticator, method, url, repository, scope, headers, body)
+            if not self._guessed or answer.status != 400:
+                self._guessed = False
+                return answer
+            if not self._speaks_tls():
+                return answer
+            with answer:
+                self._use("https")
+
+    def owns(self, url: str) -> bool:
+        """Whether a URL that an answer gave leads to this host."""
+        return origin(url) == origin(self._base)
+
+    def _exchange(
+        self,
+        authenticator: auth.Authenticator,
+        method: str,
+        url: str,
+        repository: str,
+        scope: str,
+        headers: Mapping[str, str],
+        body: MakeBody | None,
+    ) -> Answer:
+        ours = url.startswith(self._base)
+        for last in (False, True):
+            sent = dict(headers)
+            authorization = authenticator.header(scope, lambda: self._credential(repository)) if ours else None
+            if authorization is not None:
+                sent["Authorization"] = authorization
+            content = None if body is None else body()
+            try:
+                answer = self._transport.request(method, url, sent, content)
+            except Broken:
+                if ours and content:
+                    authenticator.forget(scope, authorization)
+                raise
+            finally:
+                if content is not None and not isinstance(content, bytes):
+                    content.close()
+            answer.asked, answer.home = self.host, origin(self._base)
+            answer.authorized = self._known.get(repository) is not None
+            if answer.status != 401 or last or not ours:
+                return answer
+            with answer:
+                if not authenticator.challenged(answer.headers("www-authenticate"), scope, authorization):
+                    return answer
+        raise AssertionError
+
+    def log_in(self, credential: Credential) -> bool:
+        """Whether the registry asks for credentials and takes these; False where it asks for none.
+
+        Raises:
+            RegistryDenied: it does not take them.
+            RegistryError: and its kinds, as for :meth:`request`.
+        """
+        self._known[""] = credential
+        with self.request("GET", "", "", "", {}) as answer:
+            base, authenticator = self._ready()
+            if answer.status in BUSY:
+                raise busy(answer, "its API")
+            if answer.status in (401, 403):
+                raise auth.denied(self.host, "", has_credential=True)
+            if answer.status != 200:
+                raise RegistryProtocol(f"{self.host} answers with {answer.status} at {base}: it is no registry")
+            return authenticator.asks
+
+    # --- how it is spoken to -----------------------------------------------------------------------------------
+
+    def _ready(self) -> tuple[str, auth.Authenticator]:
+        with self._lock:
+            if self._auth is None:
+                self._choose()
+            assert self._auth is not None
+            return self._base, self._auth
+
+    def _choose(self) -> None:
+        if self._insecure:
+            self._use(self._try_both())
+        elif is_loopback(self.host) and not self._settings.tls_verify and not self._trust.named():
+            self._use("http")
+            self._guessed = True
+        else:
+            self._use("https")
+
+    def _use(self, scheme: str) -> None:
+        self._base = f"{scheme}://{self._address}/v2/"
+        self._auth = auth.Authenticator(
+            self._address, plain_http=scheme == "http", fetch=self._fetch, services=self._settings.services
+        )
+
+    def _try_both(self) -> str:
+        try:
+            self._probe("https")
+        except RegistryUnreachable as exc:
+            try:
+                self._probe("http")
+            except RegistryUnreachable:
+                raise exc from None
+            return "http"
+        return "https"
+
+    def _probe(self, scheme: str) -> tuple[int, bytes]:
+        with self._transport.request("GET", f"{scheme}://{self._address}/v2/", {}) as answer:
+            return answer.status, answer.read(_PROBE_MAX)
+
+    def _speaks_tls(self) -> bool:
+        # Servers say in plain text that they speak TLS: Go's, nginx and Apache all with this status and this word.
+        try:
+            status, body = self._probe("http")
+        except RegistryError:
+            return False
+        return status == 400 and b"HTTPS" in body
+
+    # --- credentials -------------------------------------------------------------------------------------------
+
+    def _credential(self, repository: str) -> Credential | None:
+        if repository not in self._known:
+            source = self._settings.credentials
+            self._known[repository] = None if source is None else source.get(self.host, repository)
+        return self._known[repository]
+
+    def _fetch(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int
+    ) -> tuple[int, bytes]:
+        with self._transport.request(method, url, headers, body) as answer:
+            if answer.status in BUSY:
+                raise busy(answer, "a token")
+            return answer.status, answer.read(limit)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A session, and what the repositories are called there."""
+
+    session: Session
+    endpoint: Endpoint
+
+
+def busy(answer: Answer, what: str) -> Busy:
+    """The error for one of the statuses :data:`BUSY`."""
+    wait = _seconds(answer.header("retry-after") or "")
+    return Busy(f"the registry {answer.asked} answers with {answer.status} to a request for {what}", wait)
+
+
+def _seconds(after: str) -> float | None:
+    """What a Retry-After says: seconds, or a date."""
+    if after.isdigit() and len(after) < 6:
+        return float(after)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None

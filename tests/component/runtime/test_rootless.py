@@ -1,0 +1,88 @@
+"""The same without privileges: a VM of a user who is not root, in a whole jail, snapshot and restored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.guests import write_project
+
+SOURCE = Path(__file__).parents[3] / "src"
+NOBODY = 65534
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from ovms.artifact.build import Builder
+from ovms.artifact.resolve import find
+from ovms.oci.reference import Reference
+from ovms.runtime import security, snapshots
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.spec.choices import Accel
+
+root, project = Path(sys.argv[1]), Path(sys.argv[2])
+runtime = Runtime(Root(root))
+Builder(runtime.layout, None).build(project, name="echo:1")
+options = RunOptions(memory=32 << 20, accel=Accel.TCG)
+answer = []
+try:
+    record = runtime.start(find(runtime.layout, "echo:1"), options).record
+    answer.append(security.in_force(record))
+    snapshots.take(runtime, record, Reference.parse("echo:snap"))
+    clone = runtime.start(find(runtime.layout, "echo:snap"), RunOptions(accel=Accel.TCG)).record
+    answer.append({**security.in_force(clone), "restored": clone.restored})
+finally:
+    for record in runtime.instances.records():
+        runtime.remove(record, force=True)
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture
+def as_nobody(tmp_path: Path) -> list[str]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else (and the other tests have run without privileges already)")
+    if shutil.which("setpriv") is None:
+        pytest.skip("there is no setpriv")
+    argv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", sys.executable]
+    check = [*argv, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import ovms.runtime.runtime", str(SOURCE)]
+    done = subprocess.run(check, cwd="/", capture_output=True, timeout=30, check=False)
+    if done.returncode != 0:
+        pytest.skip("another user cannot read this directory or its Python")
+    return argv
+
+
+def test_a_whole_jail_without_privileges(as_nobody: list[str], echo_kernel: Path, tmp_path: Path) -> None:
+    home = Path("/var/tmp") / f"ovms-rootless-{os.getpid()}"
+    home.mkdir(mode=0o700)
+    try:
+        project = write_project(home / "project", echo_kernel)
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        env = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(SOURCE)}
+        done = subprocess.run(
+            [*as_nobody, "-c", SCRIPT, home / "root", project],
+            cwd="/",
+            env=env,
+            capture_output=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        booted, restored = json.loads(done.stdout)
+    finally:
+        shutil.rmtree(home)
+    assert restored["restored"]
+    for found in (booted, restored):
+        assert found["user"] == {"uid": NOBODY, "gid": NOBODY}
+        assert found["capabilities"]["effective"] == []
+        assert found["seccomp"]["mode"] == "filter"
+        if "namespaces" not in found["missing"]:
+            assert found["own_root"]
+            assert all(found["namespaces"][name] for name in ("user", "mnt", "pid", "ipc", "uts"))
