@@ -14,10 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from ovms.spec import limits
 from ovms.vmm.model import VmFiles
 
-#: Characters of a record's text; a longer line becomes several records.
-TEXT_MAX: Final = 65536
 #: Bytes that are read at once.
 _BLOCK: Final = 64 * 1024
 #: Entries of a time index that are looked at: one for each ms in which something was printed.
@@ -108,10 +107,12 @@ class _Stream:
                     self._begin(path, self._offset + at)
                     self._pending += data[at:]
                 self._offset += len(data)
-                if len(self._pending) >= TEXT_MAX:
+                if len(self._pending) >= limits.LOG_TEXT_MAX:
                     found = self.rest()
                     assert found is not None
-                    yield from ((found[0], found[1][i : i + TEXT_MAX]) for i in range(0, len(found[1]), TEXT_MAX))
+                    time_ns, text = found
+                    for i in range(0, len(text), limits.LOG_TEXT_MAX):
+                        yield time_ns, text[i : i + limits.LOG_TEXT_MAX]
 
     def _begin(self, path: Path, offset: int) -> int:
         # The time of the line that begins, or has begun, with what was printed at *offset*.

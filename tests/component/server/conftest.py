@@ -23,13 +23,13 @@ def no_registry(host: str) -> object:
 
 
 def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
-    """A root with the echo guest as ``echo:1``, ``web:1`` and ``registry.example/web:1``."""
+    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``."""
     root = Root(directory / "root")
     root.prepare()
     root.cache.symlink_to(cache)
     layout: Layout = root.layout()
     manifest = guests.write_project(directory / "project", kernel)
-    for name in ("echo:1", "web:1", "registry.example/web:1"):
+    for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
         Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
     return root.path
 

@@ -96,7 +96,8 @@ def secure(root: Path, tls: Tls) -> Iterator[Server]:
 def test_tcp_asks_for_tls_and_a_token(secure: Server, tls: Tls) -> None:
     assert tls.get("/version", TOKEN)[0] == 200
     for token in (None, "", "wrong", TOKEN[:-1], TOKEN + "x"):
-        for path in ("/version", "/nothing"):
+        # what the vectors have of TCP among it
+        for path in ("/version", "/nothing", "/start"):
             status, headers = tls.get(path, token)
             assert status == 401
             assert headers["www-authenticate"].startswith("Bearer")

@@ -35,8 +35,6 @@ from ovms.vmm.model import PortForward
 
 #: Seconds that the answer of a start waits for its artifact: what fails so soon is answered as an error (RUN-8).
 PATIENCE: Final = 0.5
-#: Characters of an Idempotency-Key.
-KEY_MAX: Final = 255
 #: Seconds between two looks at a log that is followed, and before a line without an end is given out.
 _LOG_LOOK: Final = 0.2
 _LINE_PATIENCE: Final = 1.0
@@ -142,8 +140,8 @@ class App:
 
     async def _start(self, request: api.StartRequest, http: Request, body: bytes) -> Answer:
         key = http.headers.get("idempotency-key")
-        if key is not None and not 1 <= len(key) <= KEY_MAX:
-            raise InputError(f"the Idempotency-Key must have 1 to {KEY_MAX} characters", rule="RUN-11")
+        if key is not None and not 1 <= len(key) <= limits.KEY_MAX:
+            raise InputError(f"the Idempotency-Key must have 1 to {limits.KEY_MAX} characters", rule="RUN-11")
         start_key = None if key is None else StartKey(of_bytes(key.encode()), of_bytes(body))
         options = _options(request.overrides)
         place = transport.parse_place(request.manifest)
