@@ -300,6 +300,8 @@ class Instances:
     def settle(self, pending: Record, make: Callable[[str, str], Record]) -> Iterator[Record]:
         """Gives an instance that was added before its artifact was known (under its lock) its whole record."""
         with fsutil.file_lock(self.root.instances / ".lock"):
+            if load(self.directory(pending.id)) is None:
+                raise self._gone(pending)
             record = make(pending.id, pending.name)
             record = replace(
                 record,
@@ -360,6 +362,18 @@ class Instances:
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
         fsutil.remove_tree(directory)
+
+    def remove_unresolved(self, record: Record) -> bool:
+        """Removes an instance whose artifact is not found yet, without its lock: whoever starts it may wait for a registry.
+
+        That start can't come further: :meth:`settle` finds no record. False where the artifact has been found.
+        """
+        with fsutil.file_lock(self.root.instances / ".lock"):
+            newest = load(self.directory(record.id))
+            if newest is None or newest.resolved:
+                return False
+            self.remove(newest)
+            return True
 
     @contextlib.contextmanager
     def control(self, record: Record) -> Iterator[Control]:

@@ -114,12 +114,10 @@ class Remote:
 
     def start(self, reference: str, options: RunOptions, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        # from here on; nothing that comes while we ask is missed
-        since = max((event["seq"] for event in self._stream("/events")), default=0)
         started = self.call("POST", "/start", {"manifest": reference, "overrides": _overrides(options)})
         instance_id = str(started["instance_id"])
         try:
-            return self._started(instance_id, since, progress)
+            return self._started(instance_id, int(started.get("event_seq", 0)), progress)
         except OvmsError as exc:
             # as without a server: nothing is left of a start that fails, or was broken off
             if exc.code != "instance-not-found":

@@ -370,6 +370,8 @@ class Runtime:
         # looked at without the lock: a start holds it, and may hold it for long
         after(self.instances.status(record).state, call, record.name)
         self.break_off(record)
+        if self.instances.remove_unresolved(record):
+            return
         with self.instances.locked(record) as newest:
             state = self.instances.status(newest).state
             # A start holds the lock: one that is "starting" under it was broken off.

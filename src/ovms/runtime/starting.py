@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from ovms import fsutil
 from ovms.artifact.resolve import Connect, Found, PullPolicy, find, resolve
-from ovms.errors import Conflict, InputError, Interrupted, OvmsError, ReferenceNotFound
+from ovms.errors import Conflict, HostError, InputError, Interrupted, OvmsError, ReferenceNotFound
 from ovms.oci import transport
 from ovms.oci.platform import Platform
 from ovms.oci.reference import Reference
@@ -97,6 +99,10 @@ class Start:
             except OvmsError as exc:
                 self._failed(exc)
                 raise
+            except OSError as exc:
+                error = host_error(exc)
+                self._failed(error)
+                raise error from exc
             except BaseException as exc:
                 self._failed(OvmsError(f"a fault of ovms itself: {type(exc).__name__}"))
                 raise
@@ -118,7 +124,9 @@ class Start:
         return found
 
     def _look(self) -> None:
-        if self._broken_off or self._runtime.instances.stop_asked(self.record):
+        instances = self._runtime.instances
+        gone = instances.newest(self.record) is None  # removed by force
+        if gone or self._broken_off or instances.stop_asked(self.record):
             raise Interrupted(f"the start of {self.record.name} was broken off")
 
     def _failed(self, error: OvmsError) -> None:
@@ -223,6 +231,13 @@ def _name(runtime: Runtime, text: str) -> str:
         if reference.registry is None:
             raise
         return reference.repository
+
+
+def host_error(exc: OSError) -> OvmsError:
+    """What the host has refused, as an error that says where."""
+    place = str(exc.filename or "")
+    full = fsutil.disk_full(exc, place or "a start", Path(place).parent)
+    return full or HostError(f"{place}: {exc.strerror}" if place else exc.strerror or type(exc).__name__)
 
 
 def _is_reference(text: str) -> bool:

@@ -119,6 +119,10 @@ def test_a_start_from_a_registry(server: Server, tmp_path: Path) -> None:
         assert server.call("POST", "/remove", {"instance_id": instance_id}).json["code"] == "state-conflict"
         assert post(server, "/stop", instance_id) == {"status": "stopping"}
         assert server.state(instance_id) in ("stopping", "stopped")
+        # by force it is gone at once, though the registry still says nothing
+        other = server.post("/start", {"manifest": reference, "overrides": LEAST})["instance_id"]
+        assert post(server, "/remove", other, force=True) == {"status": "ok"}
+        assert server.call("GET", f"/status/{other}").status == 404
     server.wait(instance_id, "stopped", timeout=60)
     post(server, "/remove", instance_id)
 

@@ -7,6 +7,7 @@ ends, and commands work beside it. SIGHUP reads token and certificates again, SI
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ovms.cli import output
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
             for place in places:
                 output.say(f"listening on {place}")
 
-    serve(context.runtime, options, ready=ready)
+    if not serve(context.runtime, options, ready=ready):
+        # its lock goes with us, and so the next command sees that the start was broken off
+        os._exit(Exit.OK)
     return Exit.OK
 
 

@@ -26,7 +26,7 @@ from ovms.runtime.server.gate import Gate
 from ovms.runtime.server.http import Answer, HttpError, Request
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.server.metrics import Metrics
-from ovms.runtime.starting import Start, begin
+from ovms.runtime.starting import Start, begin, host_error
 from ovms.runtime.watching import EventLog
 from ovms.spec import api, limits
 from ovms.spec.digest import of_bytes
@@ -113,7 +113,7 @@ class App:
         except OvmsError as exc:
             answer = HttpError(exc).answer()
         except OSError as exc:
-            answer = HttpError(_host_error(exc)).answer()
+            answer = HttpError(host_error(exc)).answer()
         except Exception as exc:  # noqa: BLE001 - no fault of ours may end the server
             print(f"ovm: internal error in {operation.name}: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
             fault = OvmsError("a fault of ovms itself", hint="the server's log says more; report it")
@@ -151,13 +151,15 @@ class App:
         def work() -> Start | Record:
             return begin(self._runtime, request.manifest, options, key=start_key)
 
+        # beside what the contract asks for: whoever follows the events from there on misses nothing of this start
+        seq = self._log.last
         begun = await self._jobs.changers.run(work)
         if isinstance(begun, Record):
             document = await self._jobs.readers.run(lambda: instance(self._instances.status(begun)))
         else:
             document = instance(Status(begun.record, State.STARTING))
             await self._jobs.start(begun, PATIENCE)
-        return Answer.json({**document, "status": "starting"})
+        return Answer.json({**document, "status": "starting", "event_seq": seq})
 
     async def _stop(self, request: api.StopRequest) -> Answer:
         grace = 0 if request.force else request.timeout_s
@@ -456,9 +458,3 @@ def _take(records: Any) -> list[dict[str, Any]]:
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def _host_error(exc: OSError) -> OvmsError:
-    from ovms.errors import HostError
-
-    return HostError(f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or type(exc).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ LONG: Final = 8
 WAITING_MAX: Final = 512
 #: Seconds to wait for another command that works on the same instance.
 LOCK_TIMEOUT: Final = 10.0
+#: Seconds that a start gets to be broken off when the server ends.
+_BREAK_OFF: Final = 3.0
 #: Seconds between two reports of one piece of long work.
 _REPORT: Final = 0.5
 
@@ -64,9 +67,14 @@ class Pool:
         if not future.cancelled():
             future.exception()  # somebody has looked at it
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is at work."""
+        return self._waiting == 0
+
     def close(self) -> None:
-        """Waits for what is at work; what has not begun is left."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Leaves what has not begun."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Jobs:
@@ -117,15 +125,17 @@ class Jobs:
             waiter.cancel()
         if not start.answered():
             await task
-            assert start.error is not None
-            raise start.error
+            raise start.error or OvmsError("the start failed")
 
     async def _run_start(self, start: Start, work: Callable[[], None]) -> None:
         try:
-            with contextlib.suppress(OvmsError):  # it stands in the record, and was an event
-                await self.long.run(work)
+            await self.long.run(work)
+        except OvmsError:
+            pass  # it stands in the record, and was an event
         except HttpError as exc:
             start.fail(exc.error)
+        except Exception as exc:  # noqa: BLE001 - no fault of ours may end the server
+            print(f"ovm: internal error in a start: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
         finally:
             self._starts.discard(start)
 
@@ -175,22 +185,34 @@ class Jobs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def close(self, grace: float) -> None:
-        """Lets starts come to their end, and breaks off those that don't within *grace* seconds. VMs live on."""
+    async def close(self, grace: float) -> bool:
+        """Lets what is begun come to its end, and breaks off starts that don't within *grace* seconds. VMs live on.
+
+        False when something is at work still: a thread that waits for a registry can't be called back.
+        """
         self._closing = True
         for task in self._stopping.values():
             task.cancel()  # the mark stays: the next server sees to it
-        if self._tasks:
-            _, rest = await asyncio.wait(list(self._tasks), timeout=grace)
+        if not await self._idle(grace):
             for start in list(self._starts):
                 start.break_off()
-            if rest:
-                await asyncio.wait(rest, timeout=grace)
-        await asyncio.to_thread(self._close_pools)
-
-    def _close_pools(self) -> None:
-        for pool in (self.readers, self.changers, self.long):
+        idle = await self._idle(_BREAK_OFF)
+        for pool in self._pools:
             pool.close()
+        return idle
+
+    async def _idle(self, patience: float) -> bool:
+        # whether nothing is at work, in time
+        end = time.monotonic() + patience
+        while any(not pool.idle for pool in self._pools):
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    @property
+    def _pools(self) -> tuple[Pool, ...]:
+        return (self.readers, self.changers, self.long)
 
 
 class Reported:

@@ -48,8 +48,10 @@ class Options:
     tls: TlsFiles | None = None
 
 
-def serve(runtime: Runtime, options: Options, *, ready: Callable[[list[str]], None] = lambda _: None) -> None:
+def serve(runtime: Runtime, options: Options, *, ready: Callable[[list[str]], None] = lambda _: None) -> bool:
     """Serves until SIGTERM or SIGINT. *ready* is told where it listens.
+
+    False when a thread is at work still, for which the interpreter's end would wait.
 
     Raises:
         Conflict: another server listens on this socket.
@@ -59,7 +61,7 @@ def serve(runtime: Runtime, options: Options, *, ready: Callable[[list[str]], No
         sockets = _sockets(options, held)
         # a thread that computes must not let the connections wait for 5 ms each time
         sys.setswitchinterval(0.001)
-        asyncio.run(_Server(runtime, options, sockets).run(ready))
+        return asyncio.run(_Server(runtime, options, sockets).run(ready))
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class _Server:
         self._http: Http
         self._jobs: Jobs
 
-    async def run(self, ready: Callable[[list[str]], None]) -> None:
+    async def run(self, ready: Callable[[list[str]], None]) -> bool:
         most = _connections_max()
         self._jobs = Jobs(self._runtime, self._log)
         app = App(self._runtime, self._log, self._jobs, self._gate, lambda: self._http.connections)
@@ -187,9 +189,10 @@ class _Server:
                 server.close()
             app.ending.set()
             await self._http.stop(GRACE)
-            await self._jobs.close(GRACE)
+            idle = await self._jobs.close(GRACE)
             watcher.stop()
-            await asyncio.to_thread(thread.join, 5.0)
+            thread.join(2.0)
+        return idle
 
     async def _listen(self) -> None:
         self._servers = [
