@@ -15,6 +15,8 @@ from ovms.runtime.record import Record
 
 #: Seconds that figures which the VMM has to be asked for are good for.
 _FRESH: Final = 5.0
+#: Seconds until it is asked again when somebody else was talking to it.
+_BUSY: Final = 0.25
 _TICK_MS: Final = 1000 / os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -46,8 +48,8 @@ class Usage:
             asked, figures = self._asked.get(record.id, (-_FRESH, {}))
             if now - asked < _FRESH:
                 return figures
-            # whoever comes meanwhile gets what was known before
-            self._asked[record.id] = (now, figures)
+            # whoever comes meanwhile gets what was known before; should the VMM be busy, it is asked again soon
+            self._asked[record.id] = (now - _FRESH + _BUSY, figures)
         with (
             contextlib.suppress(OvmsError, OSError),
             self._instances.locked(record, timeout=0) as newest,
