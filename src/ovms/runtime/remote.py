@@ -28,6 +28,8 @@ _ANSWER_MAX: Final = 64 * limits.MIB
 _LINE_MAX: Final = 1 * limits.MIB
 #: Seconds beyond its deadline that an instance may take to end.
 _END: Final = 30.0
+#: States that a start comes to; one that we don't know is like ``starting`` (VER-4).
+_SETTLED: Final = frozenset({"running", "paused", "stopping", "stopped", "error"})
 
 
 class _Connection(http.client.HTTPConnection):
@@ -129,14 +131,14 @@ class Remote:
 
     def _started(self, instance_id: str, since: int, progress: Progress) -> Document:
         document = self.instance(instance_id)
-        if document["state"] != "starting":
+        if document["state"] in _SETTLED:
             return _running(document)
         tasks: dict[str, tuple[Task, int]] = {}
         try:
             for event in self._stream(f"/events?follow=true&since={since}"):
                 if event["type"] == "lost" or (event["type"] == "state" and event.get("instance_id") == instance_id):
                     document = self.instance(instance_id)
-                    if document["state"] != "starting":
+                    if document["state"] in _SETTLED:
                         return _running(document)
                 elif event["type"] == "progress" and event.get("instance_id") == instance_id:
                     _show(tasks, event["progress"], progress)
@@ -210,7 +212,7 @@ def from_problem(document: Any) -> OvmsError:
     context = {key: value for key, value in document.items() if key not in standard and key.isidentifier()}
     if "instance_name" in context:
         context["instance"] = context.pop("instance_name")
-    kind = _classes().get(code, OvmsError)
+    kind = _classes().get(code) or _by_status(document.get("status"))
     if issubclass(kind, ManifestInvalid):
         problems = [
             Problem(str(one.get("path")), str(one.get("message")), one.get("rule"))
@@ -220,6 +222,14 @@ def from_problem(document: Any) -> OvmsError:
         return ManifestInvalid(message, problems=problems, hint=hint)
     exact = code if code in ({kind.code} | kind.more_codes) else None
     return kind(message, code=exact, hint=hint, **{k: v for k, v in context.items() if k not in ("message", "self")})
+
+
+def _by_status(status: Any) -> type[OvmsError]:
+    # of a code that we don't know (ERR-4)
+    if not isinstance(status, int):
+        return OvmsError
+    known: dict[int, type[OvmsError]] = {404: errors.NotFound, 409: errors.Conflict}
+    return known.get(status, errors.InputError if status < 500 else HostError)
 
 
 def _classes() -> dict[str, type[OvmsError]]:

@@ -304,6 +304,14 @@ def test_events_tell_what_others_do(server: Server) -> None:
     assert lost["seq"] + 1 == server.call("GET", "/events").lines[0]["seq"]
 
 
+@pytest.mark.spec("VER-5", "GEN-1")
+def test_version(server: Server) -> None:
+    document = server.get("/version")
+    assert (document["name"], document["spec"]) == ("ovms", ["0.1"])
+    assert document["vmms"][0]["name"] == "qemu"
+    assert document["vmms"][0]["accel"] in ("kvm", "tcg")
+
+
 def test_instances_by_state(server: Server, running: str) -> None:
     listed = server.get("/instances?state=running")["instances"]
     assert running in [one["instance_id"] for one in listed]

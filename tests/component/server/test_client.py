@@ -160,10 +160,14 @@ def test_which_one_is_chosen(server: Server, tmp_path: Path) -> None:
     assert clients.choose(nowhere, None, {}) is None
 
 
+@pytest.mark.spec("ERR-4", "VER-4")
 def test_every_problem_becomes_its_error() -> None:
     for code in api.CODES:
         document = {"type": f"urn:ovms:problem:{code}", "title": "t", "status": 400, "detail": "what", "code": code}
         error = from_problem(document | {"hint": "do", "state": "x", "instance_name": "web", "message": 1, "self": 2})
         assert (error.code, error.message, error.hint) == (code, "what", "do")
-    assert from_problem({"code": "x-of-another", "detail": "d"}).message == "d"
+    # a code that is not known: by the class of its status
+    for status, code in ((404, "not-found"), (409, "conflict"), (418, "invalid-input"), (599, "host")):
+        error = from_problem({"code": "x-of-another", "detail": "d", "status": status})
+        assert (error.code, error.message) == (code, "d")
     assert from_problem([]).code == "host"
