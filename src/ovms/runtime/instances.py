@@ -358,6 +358,7 @@ class Instances:
     def remove(self, record: Record) -> None:
         """Removes what is left of an instance whose VM is no more (under its lock)."""
         directory = self.directory(record.id)
+        self._read.pop(record.id, None)
         cgroups.remove(_groups(record))
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
