@@ -1,6 +1,6 @@
 """Makes what the demo's VM is built of: kernel, initrd, a Debian (or Ubuntu) base layer and a service layer on it.
 
-    make_images.py [--force]
+    make_images.py [--force] [--agent]
 
 Needs no root and no mounts; talks on stderr; the last line on stdout is the directory with the result. In
 ``$OVMS_CACHE`` (by default ``.cache`` of the repository):
@@ -15,6 +15,7 @@ Needs no root and no mounts; talks on stderr; the last line on stdout is the dir
         service.qcow2       the clusters that differ from base: busybox as init, guest/service; names no backing file
         manifest.yaml       an OVMS manifest with these files as its refs
       current               -> KEY
+      agent                 -> KEY of the images with qemu-guest-agent (--agent): for tests, the demo has none
 
 Every directory appears whole or not at all. The same packages and the same tools give the same bytes: all times are
 clamped to SOURCE_DATE_EPOCH (by default the time of the kernel's build).
@@ -65,6 +66,13 @@ SERVICE_FILES: Final = {
     "stop": ("/usr/lib/ovms-demo/stop", 0o755),
     "service": ("/usr/lib/ovms-demo/service", 0o755),
     "power-button": ("/etc/acpi/PWRF/00000080", 0o755),
+}
+#: The same for a guest with an agent.
+AGENT_FILES: Final = {
+    **SERVICE_FILES,
+    "inittab-agent": ("/etc/inittab", 0o644),
+    "agent": ("/usr/lib/ovms-demo/agent", 0o755),
+    "shutdown": ("/usr/sbin/shutdown", 0o755),
 }
 SERVICE_DIRECTORIES: Final = ("/usr/lib/ovms-demo", "/etc/acpi", "/etc/acpi/PWRF")
 SERVICE_LINKS: Final = {
@@ -236,7 +244,7 @@ def apt_options() -> list[str]:
     return [line for line in lines if wanted.fullmatch(line)]
 
 
-def debootstrap(work: Path, epoch: int, lists: Path) -> Path:
+def debootstrap(work: Path, epoch: int, lists: Path, *, agent: bool) -> Path:
     """A tar of the smallest Debian with busybox, made by mmdebstrap."""
     release = os_release()
     distribution, codename = release.get("ID", ""), release.get("VERSION_CODENAME", "")
@@ -249,7 +257,8 @@ def debootstrap(work: Path, epoch: int, lists: Path) -> Path:
     hook = Path("/usr/share/mmdebstrap/hooks/maybe-merged-usr")
     if hook.is_dir():
         arguments.append(f"--hook-dir={hook}")
-    arguments += ["--include=busybox-static", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
+    packages = ["busybox-static", *(["qemu-guest-agent"] if agent else [])]
+    arguments += [f"--include={','.join(packages)}", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
     arguments += [f"--aptopt={line}" for line in apt_options()]
     arguments += [codename, "-", sources]
     variables = {"SOURCE_DATE_EPOCH": str(epoch)}
@@ -423,15 +432,16 @@ def debugfs(work: Path, image: Path, commands: Sequence[str], epoch: int) -> Non
 # --- the layers -------------------------------------------------------------------------------------------------------
 
 
-def make_service(work: Path, base: Path, epoch: int) -> Path:
+def make_service(work: Path, base: Path, epoch: int, *, agent: bool) -> Path:
     """The service layer: what differs from the base after the service's files were written into a copy of it."""
     raw = work / "service.raw"
     run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", base, raw])
     commands = [f"mkdir {path}" for path in SERVICE_DIRECTORIES]
     commands += [f"symlink {path} {target}" for path, target in SERVICE_LINKS.items()]
-    for name, (path, _) in SERVICE_FILES.items():
-        commands.append(f'write "{HERE / "guest" / name}" {path}')
-    modes = dict(SERVICE_FILES.values())
+    # the later of two files for one path is meant
+    files = {path: (name, mode) for name, (path, mode) in (AGENT_FILES if agent else SERVICE_FILES).items()}
+    commands += [f'write "{HERE / "guest" / name}" {path}' for path, (name, _) in files.items()]
+    modes = {path: mode for path, (_, mode) in files.items()}
     for path in (*SERVICE_DIRECTORIES, *SERVICE_LINKS, *modes):
         kind = (
             0o040755 if path in SERVICE_DIRECTORIES else 0o120777 if path in SERVICE_LINKS else 0o100000 | modes[path]
@@ -539,14 +549,14 @@ def fetch_tools(cache: Path) -> None:
         raise MakeError(f"{FETCH_TOOLS.name} failed")
 
 
-def make(cache: Path, *, force: bool) -> Path:
+def make(cache: Path, *, force: bool, agent: bool = False) -> Path:
     """Makes what is missing. Returns the directory."""
     fetch_tools(cache)
     tools, demo = cache / "tools", cache / "demo"
     kernel, busybox = tools / "kernel", tools / "busybox"
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or (kernel / "vmlinuz").stat().st_mtime)
     recipe = Path(__file__).read_bytes() + str(epoch).encode()
-    base_key = digest(recipe, Path("/etc/os-release").read_bytes())
+    base_key = digest(recipe, Path("/etc/os-release").read_bytes(), *([b"agent"] if agent else []))
     guest = [path.read_bytes() for path in sorted((HERE / "guest").iterdir())]
     parts = (
         kernel.resolve().name.encode(),
@@ -561,7 +571,7 @@ def make(cache: Path, *, force: bool) -> Path:
         if force or not (base / "base.qcow2").exists():
             with staging(demo) as work:
                 with step("making a root file system with mmdebstrap"):
-                    tar = debootstrap(work, epoch, cache / "apt/lists")
+                    tar = debootstrap(work, epoch, cache / "apt/lists", agent=agent)
                 with step("making the base layer"):
                     image = make_base(work, tar, epoch)
                     (work / "new").mkdir()
@@ -577,14 +587,14 @@ def make(cache: Path, *, force: bool) -> Path:
                     initrd = make_initrd(busybox, kernel / "modules", HERE / "guest" / "initrd-init")
                     (new / "initrd.img").write_bytes(initrd)
                 with step("making the service layer"):
-                    make_service(work, base / "base.qcow2", epoch).rename(new / "service.qcow2")
+                    make_service(work, base / "base.qcow2", epoch, agent=agent).rename(new / "service.qcow2")
                 (new / "base.qcow2").hardlink_to(base / "base.qcow2")
                 (new / "manifest.yaml").write_text(manifest(epoch))
                 publish(new, target)
-        link = demo / ".current"
+        link = demo / (".agent" if agent else ".current")
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
-        link.replace(demo / "current")
+        link.replace(demo / link.name.removeprefix("."))
         os.utime(base)
         os.utime(target)
         prune(demo)
@@ -614,12 +624,13 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Makes the images of the demo's VM.")
     parser.add_argument("--force", action="store_true", help="make them even if they are in the cache")
+    parser.add_argument("--agent", action="store_true", help="those with qemu-guest-agent, for tests")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
     signal.signal(signal.SIGHUP, terminated)
     cache = Path(os.environ.get("OVMS_CACHE") or HERE.parent / ".cache").resolve()
     try:
-        directory = make(cache, force=arguments.force)
+        directory = make(cache, force=arguments.force, agent=arguments.agent)
     except (MakeError, OSError, tarfile.TarError, subprocess.SubprocessError) as error:
         print(f"make-images: error: {error}", file=sys.stderr)
         return 1

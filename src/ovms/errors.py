@@ -44,6 +44,9 @@ does so in one table (``ovms.cli.exitcodes``).
     ├── VmmError                    vmm-failed
     │   ├── VmmTimeout              vmm-timeout
     │   └── SnapshotIncompatible    snapshot-incompatible
+    ├── GuestError                  guest-failed
+    │   ├── AgentUnavailable        agent-unavailable
+    │   └── GuestTimeout            guest-timeout
     └── Interrupted                 interrupted
 """
 
@@ -54,12 +57,15 @@ from typing import Any, ClassVar, NamedTuple
 
 __all__ = [
     "AccelUnavailable",
+    "AgentUnavailable",
     "BlobNotFound",
     "Conflict",
     "DigestMismatch",
     "DiskFull",
     "DiskInvalid",
     "FileProblem",
+    "GuestError",
+    "GuestTimeout",
     "HostError",
     "InUse",
     "InputError",
@@ -360,6 +366,24 @@ class SnapshotIncompatible(VmmError):
     """The snapshot was taken on a machine of another shape than the one that it would be restored on."""
 
     code = "snapshot-incompatible"
+
+
+class GuestError(OvmsError):
+    """The guest's agent refused what was asked of it, or said what makes no sense."""
+
+    code = "guest-failed"
+
+
+class AgentUnavailable(GuestError):
+    """The guest runs no agent, or it does not answer."""
+
+    code = "agent-unavailable"
+
+
+class GuestTimeout(GuestError):
+    """What runs in the guest did not end in time."""
+
+    code = "guest-timeout"
 
 
 class Interrupted(OvmsError):

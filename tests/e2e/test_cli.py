@@ -144,7 +144,8 @@ def test_logs_follow_until_the_vm_ends(ovm: Ovm, built: str) -> None:
         terminal.send("q")
         assert follower.stdout.read() == b""
         assert follower.wait(20) == 0
-    assert ovm.ok("logs", "--json", "web").out.splitlines()[0] == '{"line": "READY"}'
+    record = json.loads(ovm.ok("logs", "--json", "web").out.splitlines()[0])
+    assert (record["stream"], record["text"]) == ("console", "READY")
 
 
 def test_snapshot_and_restore(ovm: Ovm, built: str) -> None:

@@ -5,6 +5,9 @@
 #   q         powers off
 #   r         resets the machine (keyboard controller)
 #   h         halts for ever with interrupts off
+#   n         goes to the next ivshmem device on the bus, prints "REGION <its address>" (0 when there is no further one)
+#   g         prints "GOT <the 32-bit number at 0 of the region>"
+#   p         adds one to the 32-bit number at 4 of the region
 # The ACPI power button powers it off, too; after an 'i' it is ignored.
 #
 # as --64 echo.S -o echo.o && ld -nostdlib -static -Ttext=0x200000 --build-id=none -z noexecstack echo.o -o echo.elf
@@ -26,6 +29,16 @@ _start:
         movl    $p2 + 7, p3
         mov     $p2, %edi
         mov     $0x87, %eax
+        mov     $512, %ecx
+1:      mov     %eax, (%edi)
+        movl    $0, 4(%edi)
+        add     $0x200000, %eax
+        add     $8, %edi
+        dec     %ecx
+        jnz     1b
+        movl    $high + 7, p3 + 24      # and the last GiB below 4, where firmware places devices
+        mov     $high, %edi
+        mov     $0xc0000087, %eax
         mov     $512, %ecx
 1:      mov     %eax, (%edi)
         movl    $0, 4(%edi)
@@ -103,6 +116,12 @@ poll:   mov     $PM, %dx
         je      reset
         cmp     $'h', %al
         je      halt
+        cmp     $'n', %al
+        je      next_region
+        cmp     $'g', %al
+        je      get
+        cmp     $'p', %al
+        je      put
         cmp     $'i', %al
         jne     poll
         movl    $0, obey_button
@@ -116,8 +135,49 @@ pong:   incl    count
         dec     %ecx
         jnz     1b
         lea     text(%rip), %rsi
-        call    puts
         mov     count, %ebx
+        call    put_number
+        jmp     poll
+
+next_region:
+        xor     %ebx, %ebx
+1:      cmpl    $256, function          # every device's eight functions, on bus 0
+        jae     2f
+        mov     function, %ecx
+        incl    function
+        shl     $8, %ecx
+        call    config
+        cmp     $0x11101af4, %eax
+        jne     1b
+        mov     $0x18, %cl              # BAR 2
+        call    config
+        and     $0xfffffff0, %eax
+        mov     %eax, %ebx
+2:      mov     %ebx, region
+        lea     region_text(%rip), %rsi
+        call    put_number
+        jmp     poll
+
+config: mov     %ecx, %eax
+        or      $0x80000000, %eax
+        mov     $0xcf8, %dx
+        out     %eax, %dx
+        mov     $0xcfc, %dx
+        in      %dx, %eax
+        ret
+
+get:    mov     region, %ebx
+        mov     (%rbx), %ebx
+        lea     got_text(%rip), %rsi
+        call    put_number
+        jmp     poll
+
+put:    mov     region, %ebx
+        incl    4(%rbx)
+        jmp     poll
+
+put_number:                             # the text at rsi, ebx, end of line
+        call    puts
         mov     $8, %ecx
 1:      rol     $4, %ebx
         mov     %ebx, %eax
@@ -127,8 +187,7 @@ pong:   incl    count
         dec     %ecx
         jnz     1b
         mov     $10, %al
-        call    putc
-        jmp     poll
+        jmp     putc
 
 power_off:
         mov     $PM + 4, %dx
@@ -174,6 +233,8 @@ wake:   push    %rax
 .data
 ready:  .asciz  "READY\n"
 text:   .asciz  "PONG "
+region_text: .asciz "REGION "
+got_text: .asciz "GOT "
 digits: .ascii  "0123456789abcdef"
 # interrupt controllers at vector 0x20 with timer and COM1 unmasked, timer at 100 Hz, COM1 8n1 with receive interrupts
 devices:
@@ -193,10 +254,13 @@ idtr:   .word   0x30 * 16 - 1
 .bss
 count:  .skip 4
 obey_button: .skip 4
+function: .skip 4
+region: .skip   4
 .balign 4096
 p4:     .skip   4096
 p3:     .skip   4096
 p2:     .skip   4096
+high:   .skip   4096
 idt:    .skip   4096
         .skip   4096
 stack:

@@ -26,8 +26,8 @@ def assemble(source: Path, target: Path) -> Path:
     return target
 
 
-def write_project(directory: Path, kernel: Path, *, name: str = "echo", disk: bool = True) -> Path:
-    """A directory that ``ovm build`` takes: kernel, an empty disk, manifest. Returns the manifest's path."""
+def write_project(directory: Path, kernel: Path, *, name: str = "echo", disk: bool = True, more: str = "") -> Path:
+    """A directory that ``ovm build`` takes: kernel, empty disk, manifest (with *more* in it). Returns the latter's path."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "kernel").write_bytes(kernel.read_bytes())
     layers = ""
@@ -38,7 +38,7 @@ def write_project(directory: Path, kernel: Path, *, name: str = "echo", disk: bo
     manifest = directory / "ovms.yaml"
     manifest.write_text(
         "schemaVersion: 1\nmediaType: application/vnd.ovms.manifest.v1+json\n"
-        f"name: {name}\nversion: '1'\nkernel: {{ref: kernel}}\n{layers}"
+        f"name: {name}\nversion: '1'\nkernel: {{ref: kernel}}\n{layers}{more}"
     )
     return manifest
 
@@ -71,9 +71,13 @@ class Console:
 
     def ping(self) -> int:
         """Sends a newline; returns the guest's count of them, which lives in its memory alone."""
-        before = self.text().count("PONG ")
-        self.send("\n")
-        said = self.wait_for("PONG ", count=before + 1)
+        return self.ask("\n", "PONG ")
+
+    def ask(self, key: str, answer: str) -> int:
+        """Sends *key*; returns the number behind the *answer* that comes."""
+        before = self.text().count(answer)
+        self.send(key)
+        said = self.wait_for(answer, count=before + 1)
         deadline = time.monotonic() + 5
         while not said.endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -25,6 +25,7 @@ class Exit(IntEnum):
     INTEGRITY = 10
     VMM = 11
     TIMEOUT = 12
+    GUEST = 13
     #: Ctrl-C: 128 + SIGINT, as shells have it.
     INTERRUPTED = 130
     #: ``ovm run`` in the foreground: the VM was killed (128 + SIGKILL).
@@ -47,6 +48,8 @@ TABLE: Final[tuple[tuple[type[errors.OvmsError], Exit], ...]] = (
     (errors.IntegrityError, Exit.INTEGRITY),
     (errors.VmmTimeout, Exit.TIMEOUT),
     (errors.VmmError, Exit.VMM),
+    (errors.GuestTimeout, Exit.TIMEOUT),
+    (errors.GuestError, Exit.GUEST),
     (errors.Interrupted, Exit.INTERRUPTED),
 )
 

@@ -37,14 +37,19 @@ COMMANDS: Final = {
     "run": "Start a VM from an artifact",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
+    "console": "Put the terminal on an instance's serial console",
+    "exec": "Run a program in a guest that has qemu-guest-agent",
+    "cp": "Copy a file to or from a guest that has qemu-guest-agent",
     "events": "Show what happens to instances",
     "pause": "Let instances' CPUs stand still",
     "resume": "Let them go on",
     "stop": "Power instances down",
     "rm": "Remove instances",
+    "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
+    "doctor": "Tell what this host can do for VMs",
     "serve": "Serve the runtime contract",
     "version": "Show the versions of ovms and of what it uses",
 }
@@ -117,7 +122,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``ovm`` and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
@@ -174,7 +179,15 @@ def _suggestion(name: str) -> str:
     import difflib
 
     # what Docker users type
-    known = {"images": "ls", "image": "ls", "kill": "stop", "delete": "rm", "start": "run", "commit": "snapshot"}
+    known = {
+        "images": "ls",
+        "image": "ls",
+        "kill": "stop",
+        "delete": "rm",
+        "start": "run",
+        "commit": "snapshot",
+        "attach": "console",
+    }
     near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)
     return f"did you mean 'ovm {near}'?" if near else "'ovm --help' lists the commands"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from ovms.spec import limits, sizes
 
@@ -70,11 +70,45 @@ def platform(text: str) -> Platform:
         raise argparse.ArgumentTypeError(f"{exc.message}; {exc.hint}") from None
 
 
+def tail(text: str) -> int | None:
+    """A number of lines; ``all`` is None, as Docker has it."""
+    return None if text == "all" else count(text)
+
+
+def moment(text: str) -> int:
+    """A time in microseconds since the epoch: RFC 3339, seconds since then, or how long ago (``1h30m``), as Docker has it."""
+    import time
+    from datetime import datetime
+
+    if re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,9})?", text):
+        return round(float(text) * 1_000_000)
+    if parts := re.fullmatch(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?", text):
+        ago = sum(int(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True))
+        return (time.time_ns() // 1000 - ago * 1_000_000) if text else _no_moment(text)
+    try:
+        return round(datetime.fromisoformat(text).timestamp() * 1_000_000)
+    except (ValueError, OverflowError, OSError):
+        return _no_moment(text)
+
+
+def _no_moment(text: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(
+        f"{text[:40]!a} is no time; write 2026-11-25T10:00:00Z, or 10m for ten minutes ago"
+    )
+
+
 def count(text: str) -> int:
     """A number of things."""
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number")
     return int(text)
+
+
+def offset(text: str) -> int:
+    """A number of bytes, decimal or ``0x…``."""
+    if not re.fullmatch(r"[0-9]{1,16}|0[xX][0-9a-fA-F]{1,12}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is no number of bytes; write 4096 or 0x1000")
+    return int(text, 16 if text[:2] in ("0x", "0X") else 10)
 
 
 def depth(text: str) -> int:

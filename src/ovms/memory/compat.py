@@ -13,7 +13,7 @@ from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
-from ovms.vmm.model import Machine
+from ovms.vmm.model import AGENT_PORT, Machine, Region
 from ovms.vmm.protocol import Vmm
 
 #: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
@@ -34,7 +34,7 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
         cpu_flags=machine.cpu_flags,
         vcpus=machine.vcpus,
         memory=machine.memory,
-        devices=_devices(machine.mac, machine.disk_size),
+        devices=_devices(machine.mac, machine.disk_size, agent=machine.agent, regions=machine.regions),
         kernel=manifest.kernel.ref if manifest.kernel else None,
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
@@ -42,10 +42,17 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
     )
 
 
-def _devices(mac: str, disk_size: int | None) -> tuple[Device, ...]:
+def _devices(mac: str, disk_size: int | None, *, agent: bool, regions: tuple[Region, ...]) -> tuple[Device, ...]:
     disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
+    port = (Device("virtio-serial", name=AGENT_PORT),) if agent else ()
     network = Device("virtio-net", mac=mac, backend=_NETWORK)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk)
+    shared = (Device("ivshmem", name=region.name, size=region.size) for region in regions)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *port, *shared)
+
+
+def _regions(header: Header) -> tuple[Region, ...]:
+    shared = (device for device in header.devices if device.type == "ivshmem")
+    return tuple(Region(device.name or "", device.size or 0) for device in shared)
 
 
 def machine_of(header: Header) -> Machine:
@@ -62,6 +69,8 @@ def machine_of(header: Header) -> Machine:
         header.vcpus,
         network.mac,
         None if disk is None else disk.size,
+        agent=header.device("virtio-serial") is not None,
+        regions=_regions(header),
     )
 
 
@@ -88,8 +97,8 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
     """Why the snapshot can't be restored on this host; None when it can."""
     if header.vmm != vmm.name:
         return f"it was taken by {header.vmm!a:.40}, and this is {vmm.name}"
-    if header.state_format != vmm.state_format:
-        return f"its device state is of the form {header.state_format!a:.40}, and {vmm.name} reads {vmm.state_format}"
+    if header.state_format not in (reads := vmm.capabilities.state_formats):
+        return f"its device state is of the form {header.state_format!a:.40}, and {vmm.name} reads {', '.join(reads)}"
     if header.arch != "x86_64":
         return f"it was taken on {header.arch!a:.40}, and this is x86_64"
     if header.accel != accel:
@@ -98,7 +107,10 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         return "it is a diff on another snapshot, which this version does not put together"
     mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
     disk = header.device("virtio-blk")
-    if mac is None or header.devices != _devices(mac, None if disk is None else disk.size):
+    # a machine without a port for the agent is one that we build, too
+    agent = header.device("virtio-serial") is not None
+    size = None if disk is None else disk.size
+    if mac is None or header.devices != _devices(mac, size, agent=agent, regions=_regions(header)):
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"

@@ -81,6 +81,14 @@ class Credentials:
             values,
         )
 
+    def check(self) -> list[Path]:
+        """The files that are there, each of which can be read.
+
+        Raises:
+            OvmsError: one can't be, or is malformed.
+        """
+        return [path for path in self._files if read(path) is not None]
+
     def get(self, host: str, repository: str) -> Credential | None:
         """The credential for a repository, None where there is none. A repository ``""`` stands for the host.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -94,11 +94,11 @@ def plan(
     *taken*: users that other VMs have. *root*: whether we are (None: find out).
     """
     is_root = os.geteuid() == 0 if root is None else root
-    able, why_not = _able(cache, is_root)
+    can, why_not = able(cache, is_root)
     missing: dict[str, str] = dict(why_not)
     for part in options.off:
         missing[str(part)] = "left out by --security-opt"
-    namespaces, own_root = able.namespaces, able.own_root
+    namespaces, own_root = can.namespaces, can.own_root
     if Part.NAMESPACES in options.off:
         namespaces, own_root = frozenset(), False
     if Part.ROOT in options.off:
@@ -137,7 +137,8 @@ def renew(jail: Jail, instance_id: str, machine: Machine) -> Jail:
 
 
 def _bounds(machine: Machine) -> cgroups.Limits:
-    return cgroups.Limits(machine.memory + OVERHEAD[machine.accel], machine.vcpus + TASKS_SPARE)
+    memory = machine.memory + sum(region.size for region in machine.regions) + OVERHEAD[machine.accel]
+    return cgroups.Limits(memory, machine.vcpus + TASKS_SPARE)
 
 
 def _limits() -> Mapping[int, int]:
@@ -160,7 +161,7 @@ def _user(machine: Machine, is_root: bool, taken: Container[int]) -> User:
 # --- what the host allows --------------------------------------------------------------------------------------------
 
 
-def _able(cache: Cache, is_root: bool) -> tuple[Jail, Mapping[str, str]]:
+def able(cache: Cache, is_root: bool) -> tuple[Jail, Mapping[str, str]]:
     """The namespaces and the root that this host lets us make, tried for real once each boot."""
     stamp = f"{process.boot_id()}:{os.geteuid()}:{stamp_of(watch.PROGRAM)}"
     known = cache.get("jail", stamp)
@@ -194,16 +195,17 @@ def probe(jail: Jail) -> str | None:
     with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
         files = VmFiles(Path(scratch))
         try:
-            watched = _run_true(jail, files)
+            watched = run(jail, files, ("/usr/bin/true",))
         except OvmsError as exc:
             return exc.message
         watched.watcher.wait(5.0)
         return None
 
 
-def _run_true(jail: Jail, files: VmFiles) -> watch.Watched:
+def run(jail: Jail, files: VmFiles, argv: Sequence[str]) -> watch.Watched:
+    """Starts a program of the system in *jail*, for a look at what it gives."""
     with ExitStack() as held:
         listen = held.enter_context(fsutil.listen_unix(files.console))
         _, console = watch.socket_pair(held)
         _, events = watch.socket_pair(held)
-        return watch.start(watch.Launch(["/usr/bin/true"], [], console, listen.fileno(), events), jail, files)
+        return watch.start(watch.Launch(argv, [], console, listen.fileno(), events), jail, files)

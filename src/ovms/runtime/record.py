@@ -8,6 +8,7 @@
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 

@@ -17,12 +17,21 @@ from ovms.artifact.model import Artifact, load
 from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
-from ovms.errors import InputError, Interrupted, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
+from ovms.errors import (
+    GuestError,
+    InputError,
+    Interrupted,
+    SnapshotIncompatible,
+    StateConflict,
+    Unsupported,
+    UsageError,
+    VmmError,
+)
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import cgroups, jail, restart
+from ovms.runtime import cgroups, jail, regions, restart
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -34,6 +43,7 @@ from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
+from ovms.vmm.capabilities import Asked, require
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
@@ -189,7 +199,8 @@ class Runtime:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
-            running = vmm.start(config, files)
+            with regions.made(config.machine) as shared:
+                running = vmm.start(replace(config, regions=shared), files)
             timings = {**record.timings, **running.timings}
             return self.instances.save(
                 replace(
@@ -209,6 +220,16 @@ class Runtime:
             raise
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+        require(
+            vmm,
+            Asked(
+                artifact.manifest,
+                accel=options.accel,
+                memory=options.memory,
+                vcpus=options.vcpus,
+                port_protocols=frozenset(port.protocol for port in options.ports),
+            ),
+        )
         _check_supported(artifact)
         layers = tuple(open_chain([(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]))
         disk_size = layers[-1].virtual_size if layers else None
@@ -248,6 +269,7 @@ class Runtime:
             vcpus=options.vcpus or DEFAULT_VCPUS,
             mac=_new_mac(),
             disk_size=disk_size,
+            regions=regions.of(artifact.manifest),
         )
         return _Plan(machine, reason, layers, None, not_restored)
 
@@ -305,15 +327,24 @@ class Runtime:
             at_end=restart.at_end(str(self.root.path), record),
         )
 
+    # --- shared memory -----------------------------------------------------------------------------------------
+
+    def inject(self, record: Record, device: str, offset: int, data: bytes) -> None:
+        """Writes into the region of an ivshmem device: see :func:`ovms.runtime.regions.inject`."""
+        regions.inject(self.instances, record, device, offset, data)
+
     # --- stop and remove ---------------------------------------------------------------------------------------
 
-    def power_down(self, record: Record) -> Record:
+    def power_down(self, record: Record, *, agent: bool = False) -> Record:
         """Asks the guest to power down. What it makes of it is seen by its process's end.
 
-        A start that is going on is broken off instead.
+        With *agent* it is the guest's agent that is asked; the button is pressed where that does not answer. A start that is
+        going on is broken off instead.
         """
         if self.break_off(record):
             return record
+        if agent and self._ask_agent(record):
+            return self.instances.find(record.id)
         with self.instances.locked(record) as newest:
             if not self.instances.status(newest).state.alive:
                 return newest
@@ -329,6 +360,21 @@ class Runtime:
             return False
         self.instances.ask_to_stop(record, time.time())
         return True
+
+    def _ask_agent(self, record: Record) -> bool:
+        from ovms.runtime import guest
+
+        with contextlib.suppress(GuestError, StateConflict, Unsupported):
+            with self.instances.locked(record) as newest:
+                if not self.instances.status(newest).state.alive:
+                    return True
+                self.instances.save(replace(newest, stop_requested=True))
+                with contextlib.suppress(VmmError, StateConflict), self.instances.control(newest) as control:
+                    control.resume()
+            with guest.agent_of(self.instances, newest) as agent:
+                guest.shut_down(agent)
+            return True
+        return False
 
     def kill(self, record: Record) -> None:
         """Ends a VM at once. Its disks are as after a power failure."""
@@ -348,13 +394,13 @@ class Runtime:
         if record.watcher is not None:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
 
-    def stop(self, record: Record, *, grace: float = STOP_GRACE) -> Status:
-        """Asks the guest to power down, waits *grace* seconds, then ends it. Returns how it ended.
+    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False) -> Status:
+        """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.
 
         Stopping what is stopped is no error.
         """
         if grace > 0:
-            record = self.power_down(record)
+            record = self.power_down(record, agent=agent)
             if record.process is not None and record.process.wait(grace):
                 return self.instances.status(record)
         self.kill(record)
@@ -418,14 +464,6 @@ class Runtime:
 
 def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    platform = manifest.metadata.platform
-    if platform.arch != "x86_64" or platform.uefi:
-        what = "UEFI firmware" if platform.arch == "x86_64" else f"the architecture {platform.arch}"
-        raise Unsupported(f"{manifest.name} needs {what}; ovms runs x86_64 guests with a BIOS", rule="BIN-4")
-    if manifest.devices:
-        raise Unsupported(
-            f"{manifest.name} has devices ({manifest.devices[0].type}), which this version does not run", rule="DEV-1"
-        )
     if manifest.bootstrap is not None:
         raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
     if manifest.kernel is None and not manifest.disk_layers:

@@ -27,6 +27,7 @@ from ovms.spec import limits
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, DiskFormat, PartKind
 from ovms.spec.states import Call, after
+from ovms.vmm.capabilities import require_snapshots
 from ovms.vmm.model import RunState
 from ovms.vmm.protocol import Control
 
@@ -65,6 +66,7 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
+        require_snapshots(runtime.vmm(newest.vmm), newest.name, disk=newest.machine.disk_size is not None)
         source = runtime.artifact(newest)
         if len(source.manifest.disk_layers) + len(newest.overlays) > limits.DISK_LAYERS_MAX:
             raise Unsupported(f"{newest.name} would have more than {limits.DISK_LAYERS_MAX} disk layers")

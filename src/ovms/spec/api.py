@@ -128,6 +128,9 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "vmm-failed": (500, "the VMM failed"),
     "vmm-timeout": (504, "the VMM did not answer in time"),
     "snapshot-incompatible": (409, "the RAM snapshot can't be restored on this host"),
+    "guest-failed": (502, "the guest's agent refused, or said what makes no sense"),
+    "agent-unavailable": (503, "the guest runs no agent, or it does not answer"),
+    "guest-timeout": (504, "what runs in the guest did not end in time"),
     "interrupted": (503, "the work was broken off"),
 }
 

@@ -24,7 +24,7 @@ _SIZES: Final = {
     "ivshmem": (limits.IVSHMEM_MIN, limits.IVSHMEM_MAX),
 }
 #: The device types of version 1.
-DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "ivshmem")
+DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "virtio-serial", "ivshmem")
 
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
@@ -185,7 +185,8 @@ def _read_devices(top: Reader) -> tuple[Device, ...]:
         size = item.integer("size", *_SIZES.get(kind, (1, 2**63 - 1)), required=sized, rule="RAM-23")
         mac = item.string("mac", required=kind == "virtio-net", check=_check_mac, rule="RAM-23")
         backend = item.string("backend", required=kind == "virtio-net", rule="RAM-20")
-        devices.append(Device(kind, item.string("name", required=kind == "ivshmem", rule="RAM-20"), size, mac, backend))
+        named = kind in ("virtio-serial", "ivshmem")
+        devices.append(Device(kind, item.string("name", required=named, rule="RAM-20"), size, mac, backend))
     return tuple(devices)
 
 

@@ -5,7 +5,6 @@ Sizes are bytes, times seconds unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,12 +25,25 @@ class AccelChoice:
     reason: str | None = None
 
 
+#: What the port is called that qemu-guest-agent opens.
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory that the host and one guest share: an ivshmem device, by the name that its manifest gives it."""
+
+    name: str
+    size: int
+
+
 @dataclass(frozen=True)
 class Machine:
     """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
 
     ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
-    size of the disk as the guest sees it, or None without one.
+    size of the disk as the guest sees it, or None without one. ``agent`` says whether there is a port for the guest's
+    agent (a snapshot may be of a machine without). ``regions`` are in their order on the bus.
     """
 
     machine_type: str
@@ -42,10 +54,13 @@ class Machine:
     vcpus: int
     mac: str
     disk_size: int | None
+    agent: bool = False
+    regions: tuple[Region, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {**asdict(self), "accel": str(self.accel), "cpu_flags": list(self.cpu_flags)}
+        lists = {"cpu_flags": list(self.cpu_flags), "regions": [asdict(region) for region in self.regions]}
+        return {**asdict(self), "accel": str(self.accel), **lists}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
@@ -71,11 +86,16 @@ class Machine:
             vcpus,
             _field(value, "mac", str, where),
             disk_size,
+            agent=_field(value, "agent", bool, where),
+            regions=tuple(
+                Region(_field(region, "name", str, where), _field(region, "size", int, where))
+                for region in _field(value, "regions", list, where)
+            ),
         )
 
 
-def _field(value: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    item = value.get(key)
+def _field(value: Any, key: str, kind: type, where: str) -> Any:
+    item = value.get(key) if isinstance(value, dict) else None
     if not isinstance(item, kind) or (kind is int and isinstance(item, bool)):
         raise SnapshotInvalid(f"{where}.{key} is missing or of another type than it should be")
     return item
@@ -114,7 +134,7 @@ class Restore:
 class VmConfig:
     """One VM to start. ``layers`` (base first) are never written to; ``overlay`` takes every write.
 
-    ``kernel`` None means that the firmware boots from the disk.
+    ``kernel`` None means that the firmware boots from the disk. ``regions`` are descriptors, one for each of the machine's.
     """
 
     name: str
@@ -127,6 +147,7 @@ class VmConfig:
     overlay: Path | None
     ports: tuple[PortForward, ...]
     restore: Restore | None = None
+    regions: tuple[int, ...] = ()
     jail: Jail = field(default_factory=Jail)
     #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
     at_end: tuple[str, ...] = ()
@@ -141,6 +162,7 @@ class VmFiles:
     #: The control channel's and the console's socket, what the console printed, what the VMM said, its events.
     CONTROL: ClassVar[str] = "qmp.sock"
     CONSOLE: ClassVar[str] = "console.sock"
+    AGENT: ClassVar[str] = "agent.sock"
     CONSOLE_LOG: ClassVar[str] = "console.log"
     CONSOLE_INDEX: ClassVar[str] = "console.idx"
     VMM_LOG: ClassVar[str] = "vmm.log"
@@ -155,8 +177,13 @@ class VmFiles:
 
     @property
     def console(self) -> Path:
-        """The socket of the serial console: one client at a time."""
+        """The socket of the serial console: the watcher lets some clients look and type at once."""
         return self.directory / self.CONSOLE
+
+    @property
+    def agent(self) -> Path:
+        """The socket of the guest's agent: one client at a time (``ovms.runtime.agent`` sees to it)."""
+        return self.directory / self.AGENT
 
     @property
     def console_log(self) -> Path:

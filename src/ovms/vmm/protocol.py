@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Protocol
 
 from ovms.spec.choices import Accel
-from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, RunState, VmConfig, VmFiles
+from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, Region, RunState, VmConfig, VmFiles
 from ovms.vmm.watch import Watched
 
 
 class Control(Protocol):
-    """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails."""
+    """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails.
+
+    A snapshot is taken in one connection, in this order: :meth:`pause`, :meth:`add_overlay`, :meth:`save_state`, :meth:`ram`
+    (a VMM that writes state and memory in one go does so in the third, and says in the fourth where the memory is),
+    :meth:`resume`.
+    """
 
     def state(self) -> RunState:
         """What the VM does now."""
@@ -29,6 +35,9 @@ class Control(Protocol):
 
     def figures(self) -> Mapping[str, int]:
         """What the guest has moved so far: ``disk_read_bytes``, ``disk_written_bytes``, … as far as the VMM counts it."""
+
+    def agent_listens(self) -> bool:
+        """Whether the guest has opened the port for its agent."""
 
     def quit(self) -> None:
         """Ends the VM at once, as if its power failed. The VMM has let go of its files when this returns."""
@@ -47,7 +56,10 @@ class Control(Protocol):
 
 
 class Vmm(Protocol):
-    """A virtual machine monitor on this host."""
+    """A virtual machine monitor on this host. What every adapter has to keep: ``tests/component/vmm/contract``.
+
+    Nothing that :attr:`capabilities` does not have is asked of it.
+    """
 
     @property
     def name(self) -> str:
@@ -59,7 +71,11 @@ class Vmm(Protocol):
 
     @property
     def state_format(self) -> str:
-        """The form of the device state that it writes and reads, such as ``qemu-migration-3``."""
+        """The form of the device state that it writes, such as ``qemu-migration-3``."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do. Costs nothing, and does not need the VMM to be installed."""
 
     def choose_accel(self, wanted: Accel | None) -> AccelChoice:
         """The accelerator to use: KVM where a guest really runs on it.
@@ -68,7 +84,16 @@ class Vmm(Protocol):
             AccelUnavailable: *wanted* is KVM, and it does not run guests here.
         """
 
-    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+    def machine(
+        self,
+        accel: Accel,
+        *,
+        memory: int,
+        vcpus: int,
+        mac: str,
+        disk_size: int | None,
+        regions: tuple[Region, ...] = (),
+    ) -> Machine:
         """The shape that a new VM gets on this host."""
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:

@@ -184,7 +184,7 @@ def changed(echo: Found, **changes: Any) -> Found:
     [
         ({"metadata": Metadata(platform=Platform(arch="aarch64"))}, "the architecture aarch64"),
         ({"metadata": Metadata(platform=Platform(uefi=True))}, "UEFI"),
-        ({"devices": (Device("gpu", "g"),)}, "devices"),
+        ({"devices": (Device("gpu", "g"),)}, "a device of the type"),
         ({"bootstrap": Bootstrap("sha256:" + "0" * 64)}, "a bootstrap config"),
     ],
 )

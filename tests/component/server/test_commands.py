@@ -44,7 +44,8 @@ def test_a_life(ovm: Ovm, server: Server) -> None:
     assert "(paused)" in ovm.ok("ps").out
     assert ovm.ok("resume", "life", "--json").json[0]["state"] == "running"
     assert ovm.ok("logs", "life").out == "READY\n"
-    assert ovm.ok("logs", "--json", "life").json == {"line": "READY"}
+    said = ovm.ok("logs", "--json", "life").json
+    assert (said["stream"], said["text"]) == ("console", "READY")
     assert ovm("rm", "life").code == 5
     stopped = ovm.ok("stop", "-t", "20", "--json", "life").json
     assert stopped[0]["ending"] == "powered-off"

@@ -18,9 +18,19 @@ from ovms.runtime.root import Root
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.digest import of_bytes
-from ovms.vmm.model import Machine, PortForward
+from ovms.vmm.model import Machine, PortForward, Region
 
-MACHINE = Machine("pc-i440fx-7.2", Accel.KVM, "host", ("sse", "avx"), 1 << 29, 2, "52:54:00:00:00:01", 1 << 30)
+MACHINE = Machine(
+    "pc-i440fx-7.2",
+    Accel.KVM,
+    "host",
+    ("sse", "avx"),
+    1 << 29,
+    2,
+    "52:54:00:00:00:01",
+    1 << 30,
+    regions=(Region("mail", 4096),),
+)
 RECORD = record.Record(
     id="11111111-2222-3333-4444-555555555555",
     name="web-1",

@@ -92,6 +92,7 @@ DIGESTS = st.binary(min_size=32, max_size=32).map(lambda b: "sha256:" + b.hex())
 DEVICES = st.lists(
     st.builds(ramheader.Device, st.sampled_from(["serial", "vmgenid", "virtio-rng", "pci-serial"]))
     | st.builds(ramheader.Device, st.just("virtio-blk"), size=st.integers(1, limits.DISK_VIRTUAL_MAX))
+    | st.builds(ramheader.Device, st.just("virtio-serial"), TEXT)
     | st.builds(ramheader.Device, st.just("ivshmem"), TEXT, st.integers(limits.IVSHMEM_MIN, limits.IVSHMEM_MAX)),
     max_size=4,
 ).map(tuple)

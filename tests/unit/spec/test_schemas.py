@@ -24,12 +24,16 @@ EXAMPLES: Final = [json.loads(path.read_bytes()) for path in sorted(SPEC.glob("e
 HEADERS: Final = [
     ram.HEADER.to_json(),
     ram.header(
-        parent=D, initrd=D, kernel=None, cpu_flags=("sse2",), devices=(ramheader.Device("ivshmem", "shm", 4096),)
+        parent=D,
+        initrd=D,
+        kernel=None,
+        cpu_flags=("sse2",),
+        devices=(ramheader.Device("ivshmem", "shm", 4096), ramheader.Device("virtio-serial", "org.example.0")),
     ).to_json(),
 ]
 VALUES: Final = st.sampled_from(
     [None, True, False, 0, 1, 2, -1, 255, 256, 4096, 2**31, 2**31 + 1, 2**44 + 1, 2**63, 1.0, 1.5, "", "x", "x\n", "a/b",
-     "/a", "A-1", "x" * 256, "x" * 4097, "qcow2", "raw", "zstd", "ivshmem", "virtio-net", D, D.upper(), "sha256:x",
+     "/a", "A-1", "x" * 256, "x" * 4097, "qcow2", "raw", "zstd", "ivshmem", "virtio-net", "virtio-serial", D, D.upper(), "sha256:x",
      "sha512:" + "0" * 128, "0x1", "0xg", "2026-01-31T12:00:00Z", "2026-01-31", "\x7f", "\ud7ff", [], [D], ["x", 1],
      [D] * 65, {}, {"ref": D}, {"ref": ""}, [{"ref": D, "format": "raw"}] * 2, "52:54:00:12:34:5g", "utc", "host"]
 )  # fmt: skip

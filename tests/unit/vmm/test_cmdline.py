@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ovms.disk.layers import Layer
+from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
+from ovms.vmm.model import Machine, PortForward, Region, Restore, VmConfig
 from ovms.vmm.qemu import cmdline
+from ovms.vmm.qemu.versions import OLDEST, Since, number
 
-MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30)
+MACHINE = Machine("pc-i440fx-7.2", Accel.TCG, "qemu64", (), 256 << 20, 2, "52:54:00:01:02:03", 1 << 30, agent=True)
 CONFIG = VmConfig(
     name="web",
     uuid="11111111-2222-3333-4444-555555555555",
@@ -30,7 +33,8 @@ CONFIG = VmConfig(
     overlay=Path("/instance/overlay-0.qcow2"),
     ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
 )
-FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11)
+FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
+SHARED = replace(CONFIG, machine=replace(MACHINE, regions=tuple(Region(f"r{i}", 4096 << i) for i in range(6))))
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
 
 
@@ -52,6 +56,42 @@ def test_the_command_line_of_a_restore(golden: object) -> None:
     assert argv[argv.index("-rtc") + 1] == "base=utc,clock=host"
 
 
+@pytest.mark.spec("DEV-2", "DEV-3")
+def test_the_command_line_with_shared_memory(golden: object) -> None:
+    plain, shared = build(), build(SHARED, replace(FDS, regions=(20, 21, 22, 23, 24, 25)))
+    added = [word for word in shared if word not in plain]
+    golden("qemu-regions.txt", "\n".join(added) + "\n")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="shorter"):
+        build(SHARED, replace(FDS, regions=(20,)))
+
+
+def test_every_device_has_a_place_of_its_own_on_the_bus() -> None:
+    regions = tuple(Region(f"r{i}", 4096) for i in range(limits.DEVICES_MAX))
+    config = replace(CONFIG, machine=replace(MACHINE, regions=regions))
+    argv = build(config, replace(FDS, regions=tuple(range(20, 20 + len(regions)))))
+    places = re.findall(r"addr=(\S+?)(?:,|$)", "\n".join(argv), re.MULTILINE)
+    assert len(places) == len(set(places)) == 4 + len(regions)
+    assert places[-1] == "0x17.3"
+
+
+@pytest.mark.spec("RAM-35", "RAM-36")
+@pytest.mark.parametrize("version", ["8.2.0", "11.0.0"])
+def test_the_command_line_of_a_restore_by_a_newer_qemu(golden: object, version: str) -> None:
+    fds = replace(FDS, ram=12, state=13)
+    plain = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True)
+    newer = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True, since=Since.of(version))
+    added = [word for word in newer if word not in plain]
+    golden(f"qemu-restore-{version}.txt", "\n".join(added) + "\n")  # type: ignore[operator]
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert Since.of("7.2.22") == frozenset()
+    assert Since.of("8.1.99") == frozenset()
+    assert Since.of("8.2.0") == Since.of("10.2.1") == {Since.PRIVATE_OF_READONLY}
+    assert Since.of("11.0.0") == set(Since)
+    assert number("10.0.2") > number("9.2.4") > number("7.2.22") > OLDEST
+
+
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
     values = [json.loads(argv[i + 1]) for i, word in enumerate(argv) if word == "-blockdev"]
     return {value["node-name"]: value for value in values}
@@ -68,6 +108,11 @@ def test_every_qcow2_node_says_its_backing_itself() -> None:
 def test_only_the_overlay_is_writable() -> None:
     found = nodes(build())
     assert {name for name, value in found.items() if not value["read-only"]} == {"overlay-0", "overlay-0-file"}
+
+
+def test_a_machine_without_a_port_for_the_agent_has_no_device_of_it() -> None:
+    argv = build(replace(CONFIG, machine=replace(MACHINE, agent=False)), replace(FDS, agent=None))
+    assert not any("serial" in word and word != "-serial" for word in argv)
 
 
 def test_a_vm_without_a_disk_has_no_disk() -> None:

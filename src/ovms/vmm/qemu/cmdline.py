@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, VmConfig
+from ovms.vmm.model import AGENT_PORT, Machine, PortForward, Region, VmConfig
+from ovms.vmm.qemu.versions import Since
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
 NETDEV_ID: Final = "net0"
+AGENT_ID: Final = "agent"
 OVERLAY_NODE: Final = "overlay"
 
 _SLOT_RNG: Final = "0x3"
 _SLOT_NET: Final = "0x4"
 _SLOT_DISK: Final = "0x5"
+_SLOT_AGENT: Final = "0x6"
+#: The first slot of the shared memory regions: four to a slot, so that as many as a manifest may have (32) take eight.
+_SLOT_REGIONS: Final = 0x10
+_REGIONS_A_SLOT: Final = 4
+#: The set of descriptors for the device state; those of the disks count from 0.
+_STATE_SET: Final = 9999
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -33,11 +41,13 @@ class Descriptors:
 
     Attributes:
         control: the listening socket of its control channel.
+        agent: the listening socket of the channel to the guest's agent.
         console, events: its ends of the socket pairs for the serial console and for its events.
         layers: one for each disk layer, read-only.
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
+        regions: the memory of each of the machine's regions.
     """
 
     control: int
@@ -49,20 +59,24 @@ class Descriptors:
     initrd: int | None = None
     ram: int | None = None
     state: int | None = None
+    agent: int | None = None
+    regions: tuple[int, ...] = ()
 
     def all(self) -> list[int]:
         """All of them."""
-        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state)
-        return [fd for fd in (*one, *self.layers, *(self.overlay or ())) if fd is not None]
+        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state, self.agent)
+        return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.regions) if fd is not None]
 
 
-def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) -> list[str]:
-    """The whole command line."""
+def build(
+    binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool, since: frozenset[Since] = frozenset()
+) -> list[str]:
+    """The whole command line, for a QEMU of the version that *since* tells of."""
     return [
         str(binary),
         *_identity(config),
         *machine_args(config.machine),
-        *_memory(config, fds),
+        *_memory(config, fds, since),
         *(("-sandbox", SANDBOX) if sandbox else ()),
         *_channels(fds),
         "-device",
@@ -73,8 +87,10 @@ def build(binary: Path, config: VmConfig, fds: Descriptors, *, sandbox: bool) ->
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
         *_network(config.machine.mac, config.ports),
         *_disk(config, fds),
+        *_agent(fds),
+        *_regions(config.machine.regions, fds.regions),
         *_boot(config, fds),
-        *(("-S", "-incoming", f"fd:{fds.state}") if fds.state is not None else ()),
+        *_incoming(fds.state, since),
     ]
 
 
@@ -107,13 +123,15 @@ def machine_args(machine: Machine) -> list[str]:
     ]
 
 
-def _memory(config: VmConfig, fds: Descriptors) -> list[str]:
+def _memory(config: VmConfig, fds: Descriptors, since: frozenset[Since]) -> list[str]:
     backend: dict[str, Any] = {"id": RAM_ID, "size": config.machine.memory}
     if config.restore is None:
         # shared, so that a snapshot reads it through the descriptor without stopping for a copy through QEMU
         backend.update({"qom-type": "memory-backend-memfd", "share": True})
     else:
         backend.update({"qom-type": "memory-backend-file", "mem-path": fd_path(fds.ram), "share": False})
+        if Since.PRIVATE_OF_READONLY in since:
+            backend.update({"readonly": True, "rom": "off"})
     return ["-object", json.dumps(backend)]
 
 
@@ -170,6 +188,21 @@ def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     yield from ("-device", f"virtio-blk-pci,id={DISK_ID},drive={top},addr={_SLOT_DISK},bootindex=1")
 
 
+def _agent(fds: Descriptors) -> tuple[str, ...]:
+    # A port that a guest's agent finds by its name. Who talks to it connects to the socket; without anybody there, what
+    # the guest writes is thrown away.
+    if fds.agent is None:
+        return ()
+    return (
+        "-chardev",
+        f"socket,id={AGENT_ID},fd={fds.agent},server=on,wait=off",
+        "-device",
+        f"virtio-serial-pci,id=serial0,max_ports=2,addr={_SLOT_AGENT}",
+        "-device",
+        f"virtserialport,bus=serial0.0,nr=1,chardev={AGENT_ID},name={AGENT_PORT}",
+    )
+
+
 def _fd_set(number: int, fd: int) -> tuple[str, str]:
     return "-add-fd", f"fd={fd},set={number}"
 
@@ -201,6 +234,17 @@ def layer_nodes(
     return file, top
 
 
+def _regions(regions: Sequence[Region], fds: Sequence[int]) -> Iterator[str]:
+    # master: the device's state is saved; its memory is no part of a snapshot
+    for i, (region, fd) in enumerate(zip(regions, fds, strict=True)):
+        slot, function = divmod(i, _REGIONS_A_SLOT)
+        more = ",multifunction=on" if function == 0 and len(regions) > i + 1 else ""
+        backend = {"id": f"shm{i}", "size": region.size, "mem-path": fd_path(fd), "share": True}
+        yield from ("-object", json.dumps({"qom-type": "memory-backend-file", **backend}))
+        address = f"{_SLOT_REGIONS + slot:#x}.{function}"
+        yield from ("-device", f"ivshmem-plain,id=region{i},memdev=shm{i},master=on,addr={address}{more}")
+
+
 def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     # On a restore these are not run, but a guest that reboots later boots from them again.
     if config.kernel is None:
@@ -210,6 +254,14 @@ def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:
         yield from ("-initrd", fd_path(fds.initrd))
     if config.kernel_args:
         yield from ("-append", config.kernel_args)
+
+
+def _incoming(state: int | None, since: frozenset[Since]) -> list[str]:
+    if state is None:
+        return []
+    if Since.INCOMING_FILE in since:
+        return [*_fd_set(_STATE_SET, state), "-S", "-incoming", f"file:/dev/fdset/{_STATE_SET}"]
+    return ["-S", "-incoming", f"fd:{state}"]
 
 
 def escape(value: str) -> str:

@@ -64,6 +64,13 @@ class QemuControl:
                     totals[name] += value if isinstance(value, int) and value >= 0 else 0
         return totals
 
+    def agent_listens(self) -> bool:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        answer = self._qmp.execute("query-chardev")
+        devices = answer if isinstance(answer, list) else []
+        found = (d for d in devices if isinstance(d, dict) and d.get("label") == cmdline.AGENT_ID)
+        return any(device.get("frontend-open") is True for device in found)
+
     def quit(self) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
         self._qmp.execute("quit")

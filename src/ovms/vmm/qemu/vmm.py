@@ -14,12 +14,14 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
-from ovms.spec import strictjson
+from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
+from ovms.spec.manifest import DiskFormat
 from ovms.vmm import watch
-from ovms.vmm.model import AccelChoice, Ending, Machine, Restore, VmConfig, VmFiles
+from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
-from ovms.vmm.qemu import binary, cmdline
+from ovms.vmm.qemu import binary, cmdline, versions
 from ovms.vmm.qemu.control import QemuControl
 from ovms.vmm.qemu.qmp import Qmp
 from ovms.vmm.watch import Watched
@@ -43,6 +45,19 @@ class QemuVmm:
     name = "qemu"
     #: A migration stream (its version is 3) of device sections, with the firmware in a RAM section: ``qemu/state.py``.
     state_format = "qemu-migration-3"
+    capabilities = Capabilities(
+        archs=frozenset({"x86_64"}),
+        accels=frozenset(Accel),
+        disk_formats=frozenset(DiskFormat),
+        bios=True,
+        memory_unit=1024,
+        state_formats=(state_format,),
+        live_overlay=True,
+        devices={"ivshmem": limits.DEVICES_MAX},
+        networks=frozenset({"user"}),
+        port_protocols=frozenset({"tcp", "udp"}),
+        power_button=True,
+    )
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache = binary.Cache(cache_dir / "qemu.json")
@@ -63,7 +78,16 @@ class QemuVmm:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return accelerators.choose(self._binary, self._cache, wanted)
 
-    def machine(self, accel: Accel, *, memory: int, vcpus: int, mac: str, disk_size: int | None) -> Machine:
+    def machine(
+        self,
+        accel: Accel,
+        *,
+        memory: int,
+        vcpus: int,
+        mac: str,
+        disk_size: int | None,
+        regions: tuple[Region, ...] = (),
+    ) -> Machine:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         return Machine(
             self._binary.default_machine,
@@ -74,6 +98,8 @@ class QemuVmm:
             vcpus,
             mac,
             disk_size,
+            agent=True,
+            regions=regions,
         )
 
     def why_incompatible(self, machine: Machine, version: str) -> str | None:
@@ -81,7 +107,7 @@ class QemuVmm:
         here = self._binary
         if machine.machine_type not in here.machines:
             return f"it was taken on the machine type {machine.machine_type}, which QEMU {here.version} does not have"
-        if _version(version) > _version(here.version):
+        if versions.number(version) > versions.number(here.version):
             return f"it was taken by QEMU {version}, and an older one ({here.version}) is installed here"
         if machine.cpu != accelerators.cpu_model(machine.accel):
             return f"it needs the CPU model {machine.cpu}, which is not what {machine.accel} gives here"
@@ -115,9 +141,15 @@ class QemuVmm:
             events, our_events = watch.socket_pair(held)
             fds = _open(config, files, held, console, events)
             launch = watch.Launch(
-                argv=cmdline.build(self._binary.path, config, fds, sandbox=self._binary.sandbox),
+                argv=cmdline.build(
+                    self._binary.path,
+                    config,
+                    fds,
+                    sandbox=self._binary.sandbox,
+                    since=versions.Since.of(self._binary.version),
+                ),
                 keep=fds.all(),
-                hold=() if fds.ram is None else (fds.ram,),
+                hold=(*(() if fds.ram is None else (fds.ram,)), *fds.regions),
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
@@ -141,10 +173,6 @@ class QemuVmm:
             if event == "SHUTDOWN":
                 last = _ENDINGS.get(str(data.get("reason")), Ending.STOPPED)
         return last
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:3])
 
 
 def _host_cpu_flags() -> tuple[str, ...]:
@@ -181,6 +209,8 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
+        regions=config.regions,
     )
 
 
@@ -194,7 +224,10 @@ def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
     fd = os.memfd_create("ovms-state", os.MFD_CLOEXEC)
     held.callback(os.close, fd)
     fsutil.pwrite_all(fd, restore.state, 0)
-    return fd
+    # QEMU takes from a set of descriptors what can do no more than it asks for
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    held.callback(os.close, reading)
+    return reading
 
 
 def _program_trees(program: Path) -> dict[str, Path]:
@@ -246,7 +279,7 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
 
 
 def _remove_channels(files: VmFiles) -> None:
-    for path in (files.control, files.console, files.pid):
+    for path in (files.control, files.console, files.agent, files.pid):
         path.unlink(missing_ok=True)
 
 
