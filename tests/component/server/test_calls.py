@@ -20,6 +20,7 @@ from ovms.oci.registry import RegistryClient
 from ovms.oci.transfer import push
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import Runtime
+from ovms.spec import limits
 
 LEAST = {"memory": "32M", "accel": "tcg"}
 START = {"manifest": "echo:1", "overrides": LEAST}
@@ -180,7 +181,7 @@ def test_one_key_makes_one_instance(server: Server) -> None:
     again = server.post("/start", START, headers=headers)
     assert again["instance_id"] != instance_id
     post(server, "/remove", again["instance_id"], force=True)
-    for key in ("", "x" * 256):
+    for key in ("", "x" * (limits.KEY_MAX + 1)):
         assert server.call("POST", "/start", START, headers={"Idempotency-Key": key}).json["code"] == "invalid-input"
 
 
