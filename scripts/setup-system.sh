@@ -26,7 +26,9 @@ need() {
 }
 
 need qemu-system-x86_64 qemu-system-x86 # SeaBIOS comes with it
+need passt passt # the network of VMs
 need qemu-img qemu-utils
+need ip iproute2 # tests, and redirects of networks
 need ld binutils # the tests assemble a guest
 need skopeo skopeo
 need openssl openssl # the tests make certificates

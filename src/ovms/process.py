@@ -30,6 +30,7 @@ STDERR_TAIL = 2000
 PACKAGES: Mapping[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils",
+    "tc": "iproute2",
 }
 
 

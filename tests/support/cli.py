@@ -31,10 +31,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Ovm:
-    """``ovm`` over a root directory of the test's own."""
+    """``ovm`` over a root directory of the test's own; ``prefix`` is a command that runs it."""
 
     root: Path
     home: Path
+    prefix: tuple[str, ...] = ()
     #: What its environment has beside the root.
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class Ovm:
         input: bytes | None = None,
     ) -> Done:
         done = subprocess.run(
-            [OVM, *map(str, arguments)],
+            [*self.prefix, OVM, *map(str, arguments)],
             env=self.env(env),
             input=b"" if input is None else input,
             capture_output=True,
@@ -74,4 +75,4 @@ class Ovm:
         return done
 
     def popen(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([OVM, *map(str, arguments)], env=self.env(), **options)
+        return subprocess.Popen([*self.prefix, OVM, *map(str, arguments)], env=self.env(), **options)

@@ -40,6 +40,7 @@ COMMANDS: Final = {
     "console": "Put the terminal on an instance's serial console",
     "exec": "Run a program in a guest that has qemu-guest-agent",
     "cp": "Copy a file to or from a guest that has qemu-guest-agent",
+    "port": "List and change the forwarded ports of an instance",
     "events": "Show what happens to instances",
     "pause": "Let instances' CPUs stand still",
     "resume": "Let them go on",

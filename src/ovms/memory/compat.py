@@ -6,7 +6,6 @@ Source: ``spec/rfc/ramsnap-v1.md``, section 7.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Final
 
 from ovms.errors import SnapshotIncompatible
 from ovms.spec.choices import Accel
@@ -16,12 +15,21 @@ from ovms.spec.ramheader import Device, Header
 from ovms.vmm.model import AGENT_PORT, Machine, Region
 from ovms.vmm.protocol import Vmm
 
-#: What the network of a machine is made of; its state is in the device state (QEMU's section "slirp").
-_NETWORK: Final = "user"
 
+def describe(
+    vmm: Vmm,
+    machine: Machine,
+    manifest: Manifest,
+    source: Digest,
+    extra_disks: tuple[Digest, ...],
+    *,
+    network: str,
+) -> Header:
+    """The header of a new snapshot of a VM that runs *manifest* (of the artifact *source*) with further disk layers.
 
-def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, extra_disks: tuple[Digest, ...]) -> Header:
-    """The header of a new snapshot of a VM that runs *manifest* (of the artifact *source*) with further disk layers."""
+    *network*: what the network card is connected to. ``user`` is QEMU's own user network, whose state is a part of the
+    device state (its section "slirp"); of any other there is nothing in it.
+    """
     return Header(
         created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source=source,
@@ -34,7 +42,7 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
         cpu_flags=machine.cpu_flags,
         vcpus=machine.vcpus,
         memory=machine.memory,
-        devices=_devices(machine.mac, machine.disk_size, agent=machine.agent, regions=machine.regions),
+        devices=_devices(machine, network),
         kernel=manifest.kernel.ref if manifest.kernel else None,
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
@@ -42,17 +50,23 @@ def describe(vmm: Vmm, machine: Machine, manifest: Manifest, source: Digest, ext
     )
 
 
-def _devices(mac: str, disk_size: int | None, *, agent: bool, regions: tuple[Region, ...]) -> tuple[Device, ...]:
-    disk = () if disk_size is None else (Device("virtio-blk", size=disk_size),)
-    port = (Device("virtio-serial", name=AGENT_PORT),) if agent else ()
-    network = Device("virtio-net", mac=mac, backend=_NETWORK)
-    shared = (Device("ivshmem", name=region.name, size=region.size) for region in regions)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), network, *disk, *port, *shared)
+def _devices(machine: Machine, network: str) -> tuple[Device, ...]:
+    # in the order in which the VMM gets them
+    card = Device("virtio-net", mac=machine.mac, backend=network)
+    disk = () if machine.disk_size is None else (Device("virtio-blk", size=machine.disk_size),)
+    port = (Device("virtio-serial", name=AGENT_PORT),) if machine.agent else ()
+    shared = (Device("ivshmem", name=region.name, size=region.size) for region in machine.regions)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), card, *disk, *port, *shared)
 
 
 def _regions(header: Header) -> tuple[Region, ...]:
     shared = (device for device in header.devices if device.type == "ivshmem")
     return tuple(Region(device.name or "", device.size or 0) for device in shared)
+
+
+def network_of(header: Header) -> str | None:
+    """What the network card was connected to; None without one."""
+    return next((device.backend for device in header.devices if device.type == "virtio-net"), None)
 
 
 def machine_of(header: Header) -> Machine:
@@ -105,12 +119,11 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         return f"it was taken under {header.accel.upper()!a:.40}, and this VM runs under {accel.upper()}"
     if header.parent is not None:
         return "it is a diff on another snapshot, which this version does not put together"
-    mac = next((d.mac for d in header.devices if d.type == "virtio-net"), None)
-    disk = header.device("virtio-blk")
-    # a machine without a port for the agent is one that we build, too
-    agent = header.device("virtio-serial") is not None
-    size = None if disk is None else disk.size
-    if mac is None or header.devices != _devices(mac, size, agent=agent, regions=_regions(header)):
+    card = header.device("virtio-net")
+    expected = None
+    if card is not None and card.mac is not None and card.backend is not None:
+        expected = _devices(machine_of(header), card.backend)
+    if header.devices != expected:
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"

@@ -14,7 +14,7 @@ from ovms.runtime.instances import Status
 from ovms.runtime.record import Record
 from ovms.spec import api
 from ovms.spec.states import State
-from ovms.vmm.model import Ending, VmFiles
+from ovms.vmm.model import Ending, PortForward, VmFiles
 
 _PAIR: Final = struct.Struct("<QQ")
 _WITH_VM: Final = frozenset({State.RUNNING, State.PAUSED, State.STOPPING})
@@ -47,10 +47,8 @@ def instance(
         "accel_reason": record.accel_reason,
         "memory": record.machine.memory,
         "cpus": record.machine.vcpus,
-        "ports": [
-            {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
-            for p in record.ports
-        ],
+        "ports": [forward(port) for port in record.ports],
+        "network": str(record.network),
         "timings_ms": _timings(record, files),
         "exit": _exit(status),
         "restarts": None if record.restart is None else record.restart.count,
@@ -72,6 +70,16 @@ def instance(
         answer["remove_on_exit"] = record.remove_on_exit
         answer["jail"] = record.jail.to_json()
     return answer
+
+
+def forward(port: PortForward) -> dict[str, Any]:
+    """A forwarded port as JSON."""
+    return {
+        "host_ip": port.host_ip,
+        "host_port": port.host_port,
+        "guest_port": port.guest_port,
+        "protocol": port.protocol,
+    }
 
 
 def _timings(record: Record, files: VmFiles | None) -> dict[str, float]:

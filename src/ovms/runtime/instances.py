@@ -21,7 +21,7 @@ from typing import Final
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
 from ovms.oci.collector import Needs
-from ovms.runtime import cgroups, names
+from ovms.runtime import cgroups, names, network
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
 from ovms.spec import api
@@ -352,6 +352,7 @@ class Instances:
     def clear(self, record: Record) -> None:
         """Removes what a start has made that failed; the instance stays (under its lock)."""
         cgroups.remove(_groups(record))
+        network.sweep(self.directory(record.id))
         for name in record.overlays:
             (self.directory(record.id) / name).unlink(missing_ok=True)
 
@@ -359,6 +360,7 @@ class Instances:
         """Removes what is left of an instance whose VM is no more (under its lock)."""
         directory = self.directory(record.id)
         self._read.pop(record.id, None)
+        network.sweep(directory)
         cgroups.remove(_groups(record))
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
@@ -375,6 +377,12 @@ class Instances:
                 return False
             self.remove(newest)
             return True
+
+    def sweep_network(self, record: Record) -> None:
+        """Sees to it that nothing of the network of a VM is left that has just ended: its ports are free then."""
+        with contextlib.suppress(InstanceNotFound), self.locked(record) as newest:
+            if _ended(newest):
+                network.sweep(self.directory(newest.id))
 
     @contextlib.contextmanager
     def control(self, record: Record) -> Iterator[Control]:
@@ -422,6 +430,10 @@ class Instances:
                 with self.control(record) as control:
                     control.resume()
                 record = self.save(replace(record, pausing=False))
+            if _ended(record):
+                network.sweep(directory)
+            elif self._is_cut_off(record):
+                self.reconnect(record)
             if _ended(record) and any(group.exists() for group in _groups(record)):
                 record = self.save(replace(record, oom_killed=cgroups.oom_killed(_groups(record))))
                 cgroups.remove(_groups(record))
@@ -432,7 +444,26 @@ class Instances:
     def _needs_recovery(self, record: Record) -> bool:
         if record.pausing or (record.process is None and record.problem is None and not record.stop_requested):
             return True
-        return _ended(record) and (record.remove_on_exit or any(group.exists() for group in _groups(record)))
+        if not _ended(record):
+            return self._is_cut_off(record)
+        left_over = network.left_over(self.directory(record.id)) or any(group.exists() for group in _groups(record))
+        return record.remove_on_exit or left_over
+
+    def _is_cut_off(self, record: Record) -> bool:
+        if record.process is None or record.stop_requested:
+            return False
+        return network.is_broken(record.network, record.ports, self.directory(record.id))
+
+    def reconnect(self, record: Record) -> None:
+        """Makes the network of a living VM anew, with the ports of *record* (under its lock).
+
+        Raises:
+            PortInUse, HostError, VmmError: it failed; the VM has no network then, until the next try.
+        """
+        with self.control(record) as control:
+            network.rewire(
+                control, record.ports, self.directory(record.id), mac=record.machine.mac, user=record.jail.user
+            )
 
     def _adopt(self, record: Record) -> Record:
         found = watch.find(self.files(record))

@@ -106,7 +106,9 @@ def plan(
     if namespaces and own_network and Part.NETWORK not in options.off:
         namespaces |= {Namespace.NETWORK}
     elif Part.NETWORK not in options.off and Part.NAMESPACES not in options.off:
-        missing.setdefault(str(Part.NETWORK), "user-mode networking runs inside QEMU: install passt to have it outside")
+        missing.setdefault(
+            str(Part.NETWORK), "the network is QEMU's own, in its process: passt, where installed, has it outside"
+        )
     user: User | None = _user(machine, is_root, taken)
     if Part.USER in options.off:
         namespaces -= {Namespace.USER}

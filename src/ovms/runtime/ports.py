@@ -16,9 +16,9 @@ from ovms.vmm.model import PortForward
 #: Where ports are bound when nothing else is said: reaching a VM from outside this machine is a decision.
 DEFAULT_IP: Final = "127.0.0.1"
 _FORM: Final = re.compile(
-    r"(?:(?:(?P<ip>[0-9.]+):)?(?P<host>[0-9]{0,5}):)?(?P<guest>[0-9]{1,5})(?:/(?P<proto>tcp|udp))?"
+    r"(?:(?:(?P<ip>[0-9.]+|\[[0-9A-Fa-f:.]+\]):)?(?P<host>[0-9]{0,5}):)?(?P<guest>[0-9]{1,5})(?:/(?P<proto>tcp|udp))?"
 )
-_HINT: Final = "write [[IP:]HOST:]GUEST[/udp], such as 8080:80 or 127.0.0.1:8080:80; without HOST a free port is taken"
+_HINT: Final = "write [[IP:]HOST:]GUEST[/udp], such as 8080:80 or 0.0.0.0:8080:80 or [::1]:8080:80; without HOST a free port is taken"
 
 
 def parse(text: str) -> PortForward:
@@ -32,9 +32,15 @@ def parse(text: str) -> PortForward:
         raise UsageError(f"{text[:80]!a} is no port forward", hint=_HINT)
     host_ip = match["ip"] or DEFAULT_IP
     try:
-        ipaddress.IPv4Address(host_ip)
+        if host_ip.startswith("["):
+            address = ipaddress.IPv6Address(host_ip[1:-1])
+            if address.ipv4_mapped is not None:
+                raise ValueError(host_ip)
+            host_ip = str(address)
+        else:
+            ipaddress.IPv4Address(host_ip)
     except ValueError:
-        raise UsageError(f"{text[:80]!a}: {host_ip} is no IPv4 address", hint=_HINT) from None
+        raise UsageError(f"{text[:80]!a}: {host_ip} is no IP address", hint=_HINT) from None
     host, guest = int(match["host"] or 0), int(match["guest"])
     if host > 65535 or not 1 <= guest <= 65535:
         raise UsageError(f"{text[:80]!a}: ports are from 1 to 65535", hint=_HINT)
@@ -64,8 +70,10 @@ def settle(ports: Sequence[PortForward]) -> tuple[PortForward, ...]:
 
 def _bind(port: PortForward) -> socket.socket:
     kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    sock = socket.socket(socket.AF_INET, kind)
+    sock = socket.socket(socket.AF_INET6 if port.ipv6 else socket.AF_INET, kind)
     try:
+        if port.ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if port.protocol == "tcp":
             # As the VMM will do it: a connection of a VM before that lingers in TIME_WAIT is no obstacle.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

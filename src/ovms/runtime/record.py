@@ -9,6 +9,7 @@
     ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
     ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
+    ├── network.json            what runs outside the VMM for its network (ovms.runtime.network)
     └── …                       what its watcher writes (ovms.vmm.watch)
 """
 
@@ -22,6 +23,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
+from ovms.runtime.network import Attachment, Kind
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
 from ovms.vmm.jail import Jail
@@ -60,7 +62,7 @@ class Record:
     ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
-    ``jail`` is how the latter is confined.
+    ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -96,6 +98,7 @@ class Record:
     timings: Mapping[str, float] = field(default_factory=dict)
     not_restored: str | None = None
     start_key: StartKey | None = None
+    network: Attachment = field(default_factory=lambda: Attachment(Kind.SLIRP))
 
     @property
     def watched(self) -> Watched | None:
@@ -125,6 +128,7 @@ class Record:
                 {"host_ip": p.host_ip, "host_port": p.host_port, "guest_port": p.guest_port, "protocol": p.protocol}
                 for p in self.ports
             ],
+            "network": self.network.to_json(),
             "overlays": list(self.overlays),
             "remove_on_exit": self.remove_on_exit,
             "ram_image": None if self.ram_image is None else str(self.ram_image),
@@ -180,6 +184,7 @@ class Record:
             timings={str(phase): float(ms) for phase, ms in value["timings"].items()},
             not_restored=value["not_restored"],
             start_key=None if value["start_key"] is None else StartKey(**value["start_key"]),
+            network=Attachment.from_json(value["network"]),
         )
 
     def with_overlay(self) -> Record:

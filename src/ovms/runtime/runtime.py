@@ -31,7 +31,7 @@ from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import cgroups, jail, regions, restart
+from ovms.runtime import cgroups, jail, network, regions, restart
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -70,6 +70,7 @@ class RunOptions:
     runtime: str = "qemu"
     security: SecurityOptions = field(default_factory=SecurityOptions)
     restart: Restart | None = None
+    network: network.Wanted = field(default_factory=network.Wanted)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class _Plan:
     layers: tuple[Layer, ...]
     restore: _Snapshot | None
     not_restored: str | None
+    network: network.Attachment
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,13 @@ class Runtime:
                 remove_on_exit=options.remove_on_exit,
                 ram_image=None if plan.restore is None else plan.restore.image,
                 restart=options.restart,
+                network=plan.network,
                 jail=jail.plan(
                     instance_id,
                     plan.machine,
                     options.security,
                     cache=Cache(self.root.cache / "host.json"),
-                    own_network=False,
+                    own_network=plan.network.kind is not network.Kind.SLIRP,
                     taken=self.instances.users(),
                 ),
             )
@@ -199,8 +202,12 @@ class Runtime:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
-            with regions.made(config.machine) as shared:
-                running = vmm.start(replace(config, regions=shared), files)
+            outside = network.connected(
+                record.network, record.ports, files.directory, mac=record.machine.mac, user=record.jail.user
+            )
+            with outside as link, regions.made(config.machine) as shared:
+                running = vmm.start(replace(config, network=link.network, regions=shared), files)
+                link.settle()
             timings = {**record.timings, **running.timings}
             return self.instances.save(
                 replace(
@@ -227,6 +234,7 @@ class Runtime:
                 accel=options.accel,
                 memory=options.memory,
                 vcpus=options.vcpus,
+                network=options.network.kind and network.Attachment(options.network.kind).state,
                 port_protocols=frozenset(port.protocol for port in options.ports),
             ),
         )
@@ -248,11 +256,21 @@ class Runtime:
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             not_restored = compat.why_not(vmm, header, choice.accel)
+            state = compat.network_of(header)
+            if not_restored is None:
+                not_restored = network.why_not(options.network, state)
             if not_restored is None and ram.mlock_required:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
-                return _Plan(compat.machine_of(header), reason, layers, _Snapshot(digest, image, control.state), None)
+                return _Plan(
+                    compat.machine_of(header),
+                    reason,
+                    layers,
+                    _Snapshot(digest, image, control.state),
+                    None,
+                    network.choose(options.network, state=state, ports=options.ports),
+                )
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
                     f"the RAM snapshot cannot be restored: {not_restored}",
@@ -271,7 +289,8 @@ class Runtime:
             disk_size=disk_size,
             regions=regions.of(artifact.manifest),
         )
-        return _Plan(machine, reason, layers, None, not_restored)
+        connected = network.choose(options.network, state=None, ports=options.ports)
+        return _Plan(machine, reason, layers, None, not_restored, connected)
 
     def start_again(self, record: Record) -> Record:
         """Boots an instance anew whose VM is no more, on the disk that the one before has left; its memory is lost.
@@ -321,7 +340,6 @@ class Runtime:
             kernel_args="" if manifest.kernel is None else manifest.kernel.args,
             layers=layers,
             overlay=directory / record.overlays[-1] if record.overlays else None,
-            ports=record.ports,
             restore=restore,
             jail=record.jail,
             at_end=restart.at_end(str(self.root.path), record),
@@ -393,6 +411,7 @@ class Runtime:
             running.kill()
         if record.watcher is not None:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
+        network.sweep(self.instances.directory(record.id))
 
     def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False) -> Status:
         """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.
@@ -402,6 +421,7 @@ class Runtime:
         if grace > 0:
             record = self.power_down(record, agent=agent)
             if record.process is not None and record.process.wait(grace):
+                self.instances.sweep_network(record)
                 return self.instances.status(record)
         self.kill(record)
         return self.instances.status(self.instances.find(record.id))

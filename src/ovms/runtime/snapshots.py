@@ -129,7 +129,12 @@ def _add_parts(
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     disks = list(_add_overlays(runtime, frozen, len(manifest.disk_layers), progress))
     header = compat.describe(
-        runtime.vmm(record.vmm), record.machine, manifest, source.digest, tuple(d.digest for d in disks)
+        runtime.vmm(record.vmm),
+        record.machine,
+        manifest,
+        source.digest,
+        tuple(d.digest for d in disks),
+        network=record.network.state,
     )
     ram, size = snapshot.store(layout, frozen.memory, frozen.state, header, progress)
     document = copy.deepcopy(dict(manifest.document))

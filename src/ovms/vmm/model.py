@@ -103,7 +103,7 @@ def _field(value: Any, key: str, kind: type, where: str) -> Any:
 
 @dataclass(frozen=True)
 class PortForward:
-    """A port of the host that leads to one of the guest."""
+    """A port of the host that leads to one of the guest. ``host_ip`` is an address of IPv4 or IPv6, as :mod:`ipaddress` writes it."""
 
     host_ip: str
     host_port: int
@@ -111,7 +111,39 @@ class PortForward:
     protocol: str = "tcp"
 
     def __str__(self) -> str:
-        return f"{self.host_ip}:{self.host_port}->{self.guest_port}/{self.protocol}"
+        return f"{self.host}->{self.guest_port}/{self.protocol}"
+
+    @property
+    def ipv6(self) -> bool:
+        """Whether the host's address is one of IPv6."""
+        return ":" in self.host_ip
+
+    @property
+    def host(self) -> str:
+        """Address and port of the host."""
+        return f"[{self.host_ip}]:{self.host_port}" if self.ipv6 else f"{self.host_ip}:{self.host_port}"
+
+
+class Uplink(StrEnum):
+    """What the VM's network card is connected to, as the VMM sees it."""
+
+    #: QEMU's own user network (slirp), in its process. The device state of such a VM holds the network's, too.
+    SLIRP = "slirp"
+    #: A stream socket: frames, each after its length in 32 bits.
+    STREAM = "stream"
+    #: A tap device.
+    TAP = "tap"
+    #: Nothing: the card is there, its link is down.
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a VM is connected. ``fd`` is the socket or the tap device; ``ports`` are forwarded by the VMM (slirp alone)."""
+
+    uplink: Uplink = Uplink.SLIRP
+    fd: int | None = None
+    ports: tuple[PortForward, ...] = ()
 
 
 #: What the memfds are called that hold the memory of snapshots.
@@ -145,7 +177,7 @@ class VmConfig:
     kernel_args: str
     layers: tuple[Layer, ...]
     overlay: Path | None
-    ports: tuple[PortForward, ...]
+    network: Network = field(default_factory=Network)
     restore: Restore | None = None
     regions: tuple[int, ...] = ()
     jail: Jail = field(default_factory=Jail)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ovms.spec.choices import Accel
 from ovms.vmm.capabilities import Capabilities
-from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, Region, RunState, VmConfig, VmFiles
+from ovms.vmm.model import AccelChoice, Ending, GuestRam, Machine, PortForward, Region, RunState, VmConfig, VmFiles
 from ovms.vmm.watch import Watched
 
 
@@ -50,6 +50,15 @@ class Control(Protocol):
 
     def save_state(self) -> bytes:
         """The device state of the paused VM, in the form that :class:`~ovms.vmm.model.Restore` takes."""
+
+    def add_forward(self, port: PortForward) -> None:
+        """Lets the VMM's own user network forward a port. Raises PortInUse."""
+
+    def remove_forward(self, port: PortForward) -> None:
+        """Ends a forward; connections that it has go on."""
+
+    def replace_stream(self, fd: int) -> None:
+        """Connects the network card to another stream socket than before."""
 
     def ram(self) -> GuestRam:
         """Where the memory can be read."""

@@ -19,7 +19,7 @@ MEMORY = ("-m", "32m", "--accel", "tcg")
 def ovm(server: Server, request: pytest.FixtureRequest, tmp_path: Path) -> Ovm:
     command = Ovm(server.root, tmp_path)
     if request.param == "local":
-        return Ovm(server.root, tmp_path, {"OVMS_SOCKET": "local"})
+        return Ovm(server.root, tmp_path, extra={"OVMS_SOCKET": "local"})
     return command
 
 

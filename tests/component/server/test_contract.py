@@ -110,7 +110,7 @@ def call_vector(server: Server, running: str, case: dict[str, Any]) -> None:
     if "registry" in str(request.get("body")) and request["path"] == "/snapshot":
         request = {**request, "body": {**request["body"], "tag": "web:warm"}}
     if case["name"] == "start with every override":
-        # no forwarding for IPv6 in this version, and no 255 CPUs in one test
+        # forwarding for IPv6 needs passt; and no 255 CPUs in one test
         overrides = request["body"]["overrides"]
         overrides |= {
             "cpus": 2,

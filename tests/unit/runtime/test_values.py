@@ -58,6 +58,9 @@ RECORD = record.Record(
         ("80", PortForward("127.0.0.1", 0, 80)),
         ("127.0.0.1::80", PortForward("127.0.0.1", 0, 80)),
         ("0:80", PortForward("127.0.0.1", 0, 80)),
+        ("[::1]:8080:80", PortForward("::1", 8080, 80)),
+        ("[0:0::1]::80/udp", PortForward("::1", 0, 80, "udp")),
+        ("[::]:8080:80", PortForward("::", 8080, 80)),
         ("53:5353/udp", PortForward("127.0.0.1", 53, 5353, "udp")),
     ],
 )
@@ -67,7 +70,22 @@ def test_port_forwards(text: str, expected: PortForward) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", "80:", "a:80", "8080:0", "70000:80", "8080:80:80:80", "8080:80/icmp", "1.2.3:80:80", "-1:80", "80,x=1"],
+    [
+        *(
+            "",
+            ":",
+            "80:",
+            "a:80",
+            "8080:0",
+            "70000:80",
+            "8080:80:80:80",
+            "8080:80/icmp",
+            "1.2.3:80:80",
+            "-1:80",
+            "80,x=1",
+        ),
+        *("::1:8080:80", "[::1]80", "[::1]", "[::ffff:127.0.0.1]:1:80", "[1.2.3.4]:1:80", "[::1%lo]:1:80", "[::1:80"),
+    ],
 )
 def test_port_forwards_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):

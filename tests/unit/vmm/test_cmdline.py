@@ -14,7 +14,7 @@ from ovms.disk.layers import Layer
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import Machine, PortForward, Region, Restore, VmConfig
+from ovms.vmm.model import Machine, Network, PortForward, Region, Restore, Uplink, VmConfig
 from ovms.vmm.qemu import cmdline
 from ovms.vmm.qemu.versions import OLDEST, Since, number
 
@@ -31,7 +31,7 @@ CONFIG = VmConfig(
         Layer(Path("/store/diff"), DiskFormat.QCOW2, 1 << 30),
     ),
     overlay=Path("/instance/overlay-0.qcow2"),
-    ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp")),
+    network=Network(ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp"))),
 )
 FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
 SHARED = replace(CONFIG, machine=replace(MACHINE, regions=tuple(Region(f"r{i}", 4096 << i) for i in range(6))))
@@ -90,6 +90,31 @@ def test_versions_are_compared_as_numbers() -> None:
     assert Since.of("8.2.0") == Since.of("10.2.1") == {Since.PRIVATE_OF_READONLY}
     assert Since.of("11.0.0") == set(Since)
     assert number("10.0.2") > number("9.2.4") > number("7.2.22") > OLDEST
+
+
+@pytest.mark.parametrize("uplink", Uplink)
+def test_the_card_is_the_same_whatever_it_is_connected_to(uplink: Uplink) -> None:
+    def card(config: VmConfig) -> str:
+        return next(word for word in build(config) if word.startswith("virtio-net"))
+
+    fd = 20 if uplink in (Uplink.STREAM, Uplink.TAP) else None
+    config = replace(CONFIG, network=Network(uplink, fd))
+    assert card(config) == card(CONFIG)
+    argv = build(config)
+    netdevs = [b for a, b in itertools.pairwise(argv) if a == "-netdev"]
+    assert (
+        netdevs
+        == {
+            Uplink.SLIRP: ["user,id=net0"],
+            Uplink.STREAM: [
+                "socket,id=stream0,fd=20",
+                "hubport,id=hub0,hubid=0,netdev=stream0",
+                "hubport,id=net0,hubid=0",
+            ],
+            Uplink.TAP: ["tap,id=net0,fd=20,vhost=off"],
+            Uplink.NONE: ["hubport,id=net0,hubid=0"],
+        }[uplink]
+    )
 
 
 def nodes(argv: list[str]) -> dict[str, dict[str, object]]:

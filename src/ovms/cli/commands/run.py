@@ -43,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="forward a port of the host (127.0.0.1 unless IP says otherwise) to the guest; may be repeated",
     )
+    parser.add_argument(
+        "--network",
+        metavar="NETWORK",
+        default="user",
+        help="user (default): outwards by passt, else by QEMU itself (user:passt, user:slirp: that one); none: no "
+        "network; tap, tap:NAME: a tap device of its own, or one that is there; bridge:NAME: a tap device that is a port "
+        "of a bridge; netns:PATH[,redirect=NAME]: a tap device in a network namespace, with the traffic of an interface "
+        "there",
+    )
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
     restore = parser.add_mutually_exclusive_group()
     restore.add_argument(
@@ -135,6 +144,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
     from ovms.oci.platform import check_runnable
     from ovms.runtime import ports, restart
     from ovms.runtime.jail import SecurityOptions
+    from ovms.runtime.network import Wanted
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
 
@@ -149,6 +159,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
         runtime=args.runtime,
         restart=restart.parse(args.restart),
         security=SecurityOptions.parse(args.security_opt),
+        network=Wanted.parse(args.network),
     )
     if args.detach and context.has_server and _fits_contract(args):
         return _ask_server(args, context, options)

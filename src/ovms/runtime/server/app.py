@@ -400,9 +400,6 @@ def _route(request: Request) -> tuple[api.Operation, str, Query]:
 def _options(overrides: api.Overrides) -> RunOptions:
     if overrides.bootstrap is not None:
         raise Unsupported("this version runs no bootstrap configs", rule="RUN-10")
-    for port in overrides.ports:
-        if ":" in port.host_ip:
-            raise Unsupported(f"forwarding from {port.host_ip}: this version does that for IPv4 alone", rule="RUN-10")
     return RunOptions(
         name=overrides.name,
         memory=overrides.memory,

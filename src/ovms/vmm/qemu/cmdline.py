@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import AGENT_PORT, Machine, PortForward, Region, VmConfig
+from ovms.vmm.model import AGENT_PORT, Machine, Network, PortForward, Region, Uplink, VmConfig
 from ovms.vmm.qemu.versions import Since
 
 RAM_ID: Final = "mem0"
 DISK_ID: Final = "disk0"
 NETDEV_ID: Final = "net0"
 AGENT_ID: Final = "agent"
+NIC_ID: Final = "nic0"
+#: Between the card and a stream there is a hub: so another stream can take the first one's place.
+HUB: Final = 0
+HUB_PORT_ID: Final = "hub0"
 OVERLAY_NODE: Final = "overlay"
 
 _SLOT_RNG: Final = "0x3"
@@ -48,6 +52,7 @@ class Descriptors:
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
         regions: the memory of each of the machine's regions.
+        network: what the network card is connected to.
     """
 
     control: int
@@ -61,10 +66,12 @@ class Descriptors:
     state: int | None = None
     agent: int | None = None
     regions: tuple[int, ...] = ()
+    network: int | None = None
 
     def all(self) -> list[int]:
         """All of them."""
-        one = (self.control, self.console, self.events, self.kernel, self.initrd, self.ram, self.state, self.agent)
+        ends = (self.control, self.console, self.events, self.agent, self.network)
+        one = (*ends, self.kernel, self.initrd, self.ram, self.state)
         return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.regions) if fd is not None]
 
 
@@ -85,7 +92,7 @@ def build(
         "rng-builtin,id=rng0",
         "-device",
         f"virtio-rng-pci,rng=rng0,addr={_SLOT_RNG}",
-        *_network(config.machine.mac, config.ports),
+        *_network(config.machine.mac, config.network),
         *_disk(config, fds),
         *_agent(fds),
         *_regions(config.machine.regions, fds.regions),
@@ -158,15 +165,45 @@ def _channels(fds: Descriptors) -> list[str]:
     ]
 
 
-def _network(mac: str, ports: Sequence[PortForward]) -> list[str]:
-    forwards = "".join(f",hostfwd={p.protocol}:{p.host_ip}:{p.host_port}-:{p.guest_port}" for p in ports)
+def _network(mac: str, network: Network) -> list[str]:
     return [
-        "-netdev",
-        f"user,id={NETDEV_ID}{forwards}",
+        *_uplink(network),
         "-device",
         # no option ROM: nothing boots from the network, and it would be one more block in every snapshot
-        f"virtio-net-pci,netdev={NETDEV_ID},mac={mac},romfile=,addr={_SLOT_NET}",
+        f"virtio-net-pci,id={NIC_ID},netdev={NETDEV_ID},mac={mac},romfile=,addr={_SLOT_NET}",
     ]
+
+
+def _uplink(network: Network) -> list[str]:
+    match network.uplink:
+        case Uplink.SLIRP:
+            forwards = "".join(f",hostfwd={forward(port)}" for port in network.ports)
+            return ["-netdev", f"user,id={NETDEV_ID}{forwards}"]
+        case Uplink.TAP:
+            # no virtio headers, no offloads: the guest gets the same card whatever it is connected to
+            return ["-netdev", f"tap,id={NETDEV_ID},fd={network.fd},vhost=off"]
+        case Uplink.STREAM:
+            stream = stream_id(0)
+            return [
+                "-netdev",
+                f"socket,id={stream},fd={network.fd}",
+                "-netdev",
+                f"hubport,id={HUB_PORT_ID},hubid={HUB},netdev={stream}",
+                "-netdev",
+                f"hubport,id={NETDEV_ID},hubid={HUB}",
+            ]
+        case Uplink.NONE:
+            return ["-netdev", f"hubport,id={NETDEV_ID},hubid={HUB}"]
+
+
+def stream_id(number: int) -> str:
+    """What the stream of that number is called; the one of a start is 0."""
+    return f"stream{number}"
+
+
+def forward(port: PortForward) -> str:
+    """A forward as slirp takes it."""
+    return f"{port.protocol}:{port.host_ip}:{port.host_port}-:{port.guest_port}"
 
 
 def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Final
 
-from ovms.errors import VmmError
+from ovms.errors import PortInUse, VmmError
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.model import TEMPLATE, GuestRam, Machine, RunState
+from ovms.vmm.model import TEMPLATE, GuestRam, Machine, PortForward, RunState
 from ovms.vmm.qemu import cmdline, state
 from ovms.vmm.qemu.qmp import Qmp
 from ovms.vmm.watch import Watched
@@ -20,6 +21,7 @@ _RUNNING: Final = frozenset({"running"})
 _PAUSED: Final = frozenset(
     {"paused", "prelaunch", "postmigrate", "finish-migrate", "inmigrate", "save-vm", "restore-vm"}
 )
+_STREAM: Final = re.compile(rf"\b{cmdline.stream_id(0)[:-1]}([0-9]+): index=")
 #: Flushing a large disk cache can take its time.
 _DISK_TIMEOUT: Final = 120.0
 
@@ -180,6 +182,37 @@ class QemuControl:
         if len(data) != state.BIOS_SIZE:
             raise VmmError(f"QEMU wrote {len(data)} bytes of firmware, not {state.BIOS_SIZE}")
         return data
+
+    def add_forward(self, port: PortForward) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        if said := self._human(f"hostfwd_add {cmdline.NETDEV_ID} {cmdline.forward(port)}"):
+            raise PortInUse(f"the port cannot be forwarded: {said}", hint="choose another port", port=port.host_port)
+
+    def remove_forward(self, port: PortForward) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        rule = cmdline.forward(port).rpartition("-")[0]
+        said = self._human(f"hostfwd_remove {cmdline.NETDEV_ID} {rule}")
+        if not said.endswith("removed"):
+            raise VmmError(f"QEMU does not remove the forward {port}: {said}")
+
+    def _human(self, command: str) -> str:
+        # there is no QMP for these; the words are ours alone
+        answer = self._qmp.execute("human-monitor-command", {"command-line": command})
+        return str(answer).strip()
+
+    def replace_stream(self, fd: int) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        # only "info network" lists them
+        old = [int(number) for number in _STREAM.findall(self._human("info network"))]
+        for name in (cmdline.HUB_PORT_ID, *map(cmdline.stream_id, old)):
+            with contextlib.suppress(VmmError):  # whoever was here before us may have come half the way
+                self._qmp.execute("netdev_del", {"id": name})
+        new = cmdline.stream_id(max(old, default=-1) + 1)
+        self._qmp.execute("getfd", {"fdname": new}, fds=(fd,))
+        # not "stream": QEMU 7.2 looks for its descriptor in a thread that knows no names of descriptors
+        self._qmp.execute("netdev_add", {"type": "socket", "id": new, "fd": new})
+        port = {"type": "hubport", "id": cmdline.HUB_PORT_ID, "hubid": cmdline.HUB, "netdev": new}
+        self._qmp.execute("netdev_add", port)
 
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""

@@ -19,7 +19,7 @@ from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm import watch
 from ovms.vmm.capabilities import Capabilities
-from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, VmConfig, VmFiles
+from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, Uplink, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline, versions
 from ovms.vmm.qemu.control import QemuControl
@@ -54,7 +54,8 @@ class QemuVmm:
         state_formats=(state_format,),
         live_overlay=True,
         devices={"ivshmem": limits.DEVICES_MAX},
-        networks=frozenset({"user"}),
+        networks=frozenset({"user", "passt", "tap", "bridge", "netns", "none"}),
+        agent=True,
         port_protocols=frozenset({"tcp", "udp"}),
         power_button=True,
     )
@@ -125,7 +126,7 @@ class QemuVmm:
             undo.callback(watched.vmm.kill)
             spawned = time.monotonic()
             try:
-                loaded = _wait_until_running(files, restored=config.restore is not None)
+                loaded = _wait_until_running(files, config)
             except VmmError as exc:
                 raise _explain(exc, watched, files) from exc
             undo.pop_all()
@@ -211,6 +212,7 @@ def _open(
         state=None if config.restore is None else _state_file(config.restore, held),
         agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
         regions=config.regions,
+        network=config.network.fd,
     )
 
 
@@ -239,9 +241,10 @@ def _program_trees(program: Path) -> dict[str, Path]:
     return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
 
 
-def _wait_until_running(files: VmFiles, *, restored: bool) -> float | None:
+def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:
     # When the device state was loaded; None where there is none.
     loaded = None
+    restored, linked = config.restore is not None, config.network.uplink is not Uplink.NONE
     deadline = time.monotonic() + START_TIMEOUT
     with Qmp.connect(files.control, timeout=START_TIMEOUT) as qmp:
         while restored:
@@ -252,6 +255,9 @@ def _wait_until_running(files: VmFiles, *, restored: bool) -> float | None:
             if time.monotonic() > deadline:
                 raise VmmTimeout(f"QEMU did not load the device state within {START_TIMEOUT:g} s")
             time.sleep(0.0005)
+        if restored or not linked:
+            # a snapshot has the link as it was then
+            qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": linked})
         if restored:
             loaded = time.monotonic()
             qmp.execute("cont")

@@ -76,7 +76,7 @@ class Maker:
         if machine.disk_size is not None:
             overlay = directory / "overlay-0.qcow2"
             qcow2.create_overlay(overlay, machine.disk_size)
-        config = VmConfig(f"vm{number}", str(uuid.uuid4()), machine, self.kernel, None, "", (), overlay, ())
+        config = VmConfig(f"vm{number}", str(uuid.uuid4()), machine, self.kernel, None, "", (), overlay)
         return replace(config, **more)
 
     def files(self, config: VmConfig) -> VmFiles:

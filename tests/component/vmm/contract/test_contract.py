@@ -21,7 +21,7 @@ from ovms.disk import qcow2
 from ovms.errors import PortInUse, VmmError
 from ovms.memory import capture, template
 from ovms.spec.digest import of_bytes
-from ovms.vmm.model import Ending, PortForward, Region, Restore, RunState
+from ovms.vmm.model import Ending, Network, PortForward, Region, Restore, RunState
 from ovms.vmm.protocol import Vmm
 
 from .conftest import Maker, Vm
@@ -170,9 +170,9 @@ def test_a_port_is_forwarded_or_said_to_be_taken(maker: Maker) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = PortForward("127.0.0.1", taken.getsockname()[1], 80)
         with pytest.raises(PortInUse) as caught:
-            maker.start(maker.config(ports=(port,)))
+            maker.start(maker.config(network=Network(ports=(port,))))
         assert caught.value.context["port"] == port.host_port
-    maker.start(maker.config(ports=(port,)))
+    maker.start(maker.config(network=Network(ports=(port,))))
     socket.create_connection(("127.0.0.1", port.host_port), timeout=5).close()
 
 
