@@ -138,6 +138,9 @@ def started(arguments: Sequence[str | Path], **options: object) -> Iterator[subp
             except subprocess.TimeoutExpired:
                 signal_group(child, signal.SIGKILL)
                 child.wait(10)
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -244,8 +247,8 @@ def apt_options() -> list[str]:
     return [line for line in lines if wanted.fullmatch(line)]
 
 
-def debootstrap(work: Path, epoch: int, lists: Path, *, agent: bool) -> Path:
-    """A tar of the smallest Debian with busybox, made by mmdebstrap."""
+def debootstrap(work: Path, epoch: int, lists: Path, *, include: Sequence[str]) -> Path:
+    """A tar of the smallest Debian with the packages *include*, made by mmdebstrap."""
     release = os_release()
     distribution, codename = release.get("ID", ""), release.get("VERSION_CODENAME", "")
     if distribution not in {"debian", "ubuntu"} or not codename:
@@ -257,8 +260,7 @@ def debootstrap(work: Path, epoch: int, lists: Path, *, agent: bool) -> Path:
     hook = Path("/usr/share/mmdebstrap/hooks/maybe-merged-usr")
     if hook.is_dir():
         arguments.append(f"--hook-dir={hook}")
-    packages = ["busybox-static", *(["qemu-guest-agent"] if agent else [])]
-    arguments += [f"--include={','.join(packages)}", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
+    arguments += [f"--include={','.join(include)}", "--dpkgopt=force-unsafe-io", '--aptopt=Acquire::Languages "none"']
     arguments += [f"--aptopt={line}" for line in apt_options()]
     arguments += [codename, "-", sources]
     variables = {"SOURCE_DATE_EPOCH": str(epoch)}
@@ -571,7 +573,8 @@ def make(cache: Path, *, force: bool, agent: bool = False) -> Path:
         if force or not (base / "base.qcow2").exists():
             with staging(demo) as work:
                 with step("making a root file system with mmdebstrap"):
-                    tar = debootstrap(work, epoch, cache / "apt/lists", agent=agent)
+                    packages = ("busybox-static", *(("qemu-guest-agent",) if agent else ()))
+                    tar = debootstrap(work, epoch, cache / "apt/lists", include=packages)
                 with step("making the base layer"):
                     image = make_base(work, tar, epoch)
                     (work / "new").mkdir()

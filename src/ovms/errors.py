@@ -267,7 +267,7 @@ class StateConflict(Conflict):
 
 
 class Locked(Conflict):
-    """Another ovms process holds the lock, and did not let go of it in time."""
+    """Another ovms process holds the lock and did not let go of it in time, or another VM has the disk."""
 
     code = "locked"
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from ovms import fsutil
 from ovms.disk import qcow2
+from ovms.runtime.record import Record
+from ovms.runtime.runtime import Runtime
 from ovms.vmm.model import VmFiles
+from ovms.vmm.qemu.control import QemuControl
 
 SOURCE = Path(__file__).parent.parent / "guests" / "echo.S"
 MEMORY = 32 << 20
@@ -50,7 +53,7 @@ class Console:
         self.files = VmFiles(directory)
 
     def text(self) -> str:
-        return self.files.console_log.read_text()
+        return self.files.console_log.read_text(errors="replace")
 
     def wait_for(self, text: str, *, count: int = 1, timeout: float = 20.0) -> str:
         """Waits until *text* was printed *count* times, and returns all that was printed."""
@@ -83,6 +86,18 @@ class Console:
             time.sleep(0.005)
             said = self.text()
         return int(said.rstrip().rpartition(" ")[2], 16)
+
+
+def hmp(runtime: Runtime, record: Record, command: str) -> str:
+    """What QEMU's monitor for people answers: how tests write to the disks of a guest that has no drivers."""
+    with runtime.instances.locked(record) as newest, runtime.instances.control(newest) as control:
+        assert isinstance(control, QemuControl)
+        return str(control._qmp.execute("human-monitor-command", {"command-line": command}))
+
+
+def qemu_io(runtime: Runtime, record: Record, device: str, command: str) -> str:
+    """Writes to a disk as its device does; *command* is one of qemu-io. Returns why not, or nothing."""
+    return hmp(runtime, record, f'qemu-io -d /machine/peripheral/{device}/virtio-backend "{command}"')
 
 
 def qemu_children(root: Path, *, timeout: float = 5.0) -> list[int]:

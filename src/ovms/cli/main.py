@@ -48,6 +48,8 @@ COMMANDS: Final = {
     "rm": "Remove instances",
     "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
+    "commit": "Make an artifact of what an instance wrote to its disk",
+    "export": "Write a disk as one image",
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
     "doctor": "Tell what this host can do for VMs",
@@ -186,7 +188,6 @@ def _suggestion(name: str) -> str:
         "kill": "stop",
         "delete": "rm",
         "start": "run",
-        "commit": "snapshot",
         "attach": "console",
     }
     near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)

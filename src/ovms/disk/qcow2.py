@@ -180,6 +180,17 @@ def _check_extensions(fd: int, what: str, start: int, cluster: int) -> None:
     raise DiskInvalid(f"{what}: more than {limits.QCOW2_EXTENSIONS_MAX} header extensions", rule="LAY-16")
 
 
+def is_empty(fd: int, what: str) -> bool:
+    """Whether the qcow2 file *fd* holds no cluster, so that as a layer it would change nothing.
+
+    Raises:
+        DiskInvalid: as :func:`check_header`.
+    """
+    check_header(fd, what)
+    l1_entries, l1_at = struct.unpack(">IQ", os.pread(fd, 12, 36))
+    return not any(os.pread(fd, l1_entries * 8, l1_at))
+
+
 def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> None:
     """Writes an empty qcow2 v3 image of *virtual_size* bytes that names no backing file.
 
@@ -189,6 +200,27 @@ def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> 
     Raises:
         DiskInvalid: a size that no disk has, or too large for the clusters.
     """
+    content, length = _empty(virtual_size, cluster_bits)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _put(fd, content, length)
+    finally:
+        os.close(fd)
+
+
+def write_empty(fd: int, virtual_size: int, *, cluster_bits: int = 16) -> None:
+    """The same, into the empty file *fd*."""
+    _put(fd, *_empty(virtual_size, cluster_bits))
+
+
+def _put(fd: int, content: dict[int, bytes], length: int) -> None:
+    for at, data in content.items():
+        os.pwrite(fd, data, at)
+    os.ftruncate(fd, length)
+
+
+def _empty(virtual_size: int, cluster_bits: int) -> tuple[dict[int, bytes], int]:
+    """What an empty image holds (offset → bytes), and its length."""
     if not 0 < virtual_size <= limits.DISK_VIRTUAL_MAX:
         raise DiskInvalid(f"a disk of {virtual_size} bytes is out of range (1 to {limits.DISK_VIRTUAL_MAX})")
     cluster = 1 << cluster_bits
@@ -200,11 +232,5 @@ def create_overlay(path: Path, virtual_size: int, *, cluster_bits: int = 16) -> 
         raise DiskInvalid(f"a disk of {virtual_size} bytes is too large for an overlay")
     header = _V2.pack(MAGIC, 3, 0, 0, cluster_bits, virtual_size, 0, l1_entries, 3 * cluster, cluster, 1, 0, 0)
     header += _V3.pack(0, 0, 0, 4, _V2.size + _V3.size) + bytes(8)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(fd, header, 0)
-        os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
-        os.pwrite(fd, struct.pack(">H", 1) * clusters, 2 * cluster)
-        os.ftruncate(fd, clusters * cluster)
-    finally:
-        os.close(fd)
+    content = {0: header, cluster: struct.pack(">Q", 2 * cluster), 2 * cluster: struct.pack(">H", 1) * clusters}
+    return content, clusters * cluster

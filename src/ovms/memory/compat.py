@@ -6,14 +6,20 @@ Source: ``spec/rfc/ramsnap-v1.md``, section 7.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Final
 
 from ovms.errors import SnapshotIncompatible
+from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest
 from ovms.spec.ramheader import Device, Header
 from ovms.vmm.model import AGENT_PORT, Machine, Region
 from ovms.vmm.protocol import Vmm
+
+#: The name of the seed disk; the disk of the layers has none.
+_SEED: Final = "seed"
+_SEED_MAX: Final = 64 * limits.MIB
 
 
 def describe(
@@ -55,8 +61,9 @@ def _devices(machine: Machine, network: str) -> tuple[Device, ...]:
     card = Device("virtio-net", mac=machine.mac, backend=network)
     disk = () if machine.disk_size is None else (Device("virtio-blk", size=machine.disk_size),)
     port = (Device("virtio-serial", name=AGENT_PORT),) if machine.agent else ()
+    seed = () if machine.seed_size is None else (Device("virtio-blk", name=_SEED, size=machine.seed_size),)
     shared = (Device("ivshmem", name=region.name, size=region.size) for region in machine.regions)
-    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), card, *disk, *port, *shared)
+    return (Device("serial"), Device("vmgenid"), Device("virtio-rng"), card, *disk, *port, *seed, *shared)
 
 
 def _regions(header: Header) -> tuple[Region, ...]:
@@ -69,9 +76,16 @@ def network_of(header: Header) -> str | None:
     return next((device.backend for device in header.devices if device.type == "virtio-net"), None)
 
 
+def _sizes(header: Header) -> tuple[int | None, int | None]:
+    # of the disk and of the seed disk
+    blocks = [device for device in header.devices if device.type == "virtio-blk"]
+    disk = next((device.size for device in blocks if device.name is None), None)
+    return disk, next((device.size for device in blocks if device.name == _SEED), None)
+
+
 def machine_of(header: Header) -> Machine:
     """The shape of the machine that a snapshot restores into; for one that :func:`why_not` has nothing against."""
-    network, disk = header.device("virtio-net"), header.device("virtio-blk")
+    network = header.device("virtio-net")
     assert network is not None
     assert network.mac is not None
     return Machine(
@@ -82,7 +96,7 @@ def machine_of(header: Header) -> Machine:
         header.memory,
         header.vcpus,
         network.mac,
-        None if disk is None else disk.size,
+        *_sizes(header),
         agent=header.device("virtio-serial") is not None,
         regions=_regions(header),
     )
@@ -125,6 +139,9 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         expected = _devices(machine_of(header), card.backend)
     if header.devices != expected:
         return f"it has other devices than this version gives: {', '.join(d.type for d in header.devices)!a:.200}"
+    seed_size = _sizes(header)[1]
+    if seed_size is not None and (seed_size > _SEED_MAX or seed_size % 512):
+        return f"its seed disk has {seed_size} bytes, and this version gives none of that size"
     if (header.clock_rtc, header.clock_source) != ("utc", "host"):
         return "its real-time clock is not the host's in UTC"
     return vmm.why_incompatible(machine_of(header), header.vmm_version)

@@ -34,6 +34,7 @@ def instance(
         "name": record.name,
         "state": str(status.state),
         "ending": None if status.ending is None else str(status.ending),
+        "exit_status": status.exit_status,
         "reference": record.reference,
         "digest": record.digest,
         "created": record.created,
@@ -66,6 +67,8 @@ def instance(
         answer["metrics"] = dict(metrics)
     if details:
         answer["machine"] = record.machine.to_json()
+        answer["volumes"] = [volume.to_json() for volume in record.volumes]
+        answer["user_data"] = record.user_data
         answer["runtime_version"] = record.vmm_version
         answer["remove_on_exit"] = record.remove_on_exit
         answer["jail"] = record.jail.to_json()

@@ -21,7 +21,7 @@ from typing import Final
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
 from ovms.oci.collector import Needs
-from ovms.runtime import cgroups, names, network
+from ovms.runtime import cgroups, names, network, workload
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
 from ovms.spec import api
@@ -47,12 +47,16 @@ Vmms = Callable[[str], Vmm]
 
 @dataclass(frozen=True)
 class Status:
-    """An instance and what it does now; for one that is no more ``ending``, and ``exit`` where its end was seen."""
+    """An instance and what it does now; for one that is no more ``ending``, and ``exit`` where its end was seen.
+
+    ``exit_status`` is the workload's, by the guest's own word, where it powered off.
+    """
 
     record: Record
     state: State
     ending: Ending | None = None
     exit: Exit | None = None
+    exit_status: int | None = None
 
     @property
     def failed(self) -> bool:
@@ -168,7 +172,9 @@ class Instances:
         if ending is Ending.KILLED and (record.oom_killed or cgroups.oom_killed(_groups(record))):
             ending = Ending.OUT_OF_MEMORY
         failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY) and not record.stop_requested
-        return Status(record, State.ERROR if failed else State.STOPPED, ending, seen)
+        said = record.workload and ending is Ending.POWERED_OFF
+        status = workload.exit_status(files) if said else None
+        return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
 
     def _locked(self, record: Record) -> bool:
         try:

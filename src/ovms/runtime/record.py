@@ -8,6 +8,7 @@
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
+    ├── seed.img                what its cloud-init is told (ovms.runtime.seeds)
     ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
     ├── network.json            what runs outside the VMM for its network (ovms.runtime.network)
     └── …                       what its watcher writes (ovms.vmm.watch)
@@ -24,6 +25,7 @@ from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.process import ProcessId
 from ovms.runtime.network import Attachment, Kind
+from ovms.runtime.volumes import Volume
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest, parse_digest
 from ovms.vmm.jail import Jail
@@ -63,6 +65,8 @@ class Record:
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
+    ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
+    that the artifact's bootstrap config runs in it.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -99,6 +103,9 @@ class Record:
     not_restored: str | None = None
     start_key: StartKey | None = None
     network: Attachment = field(default_factory=lambda: Attachment(Kind.SLIRP))
+    volumes: tuple[Volume, ...] = ()
+    user_data: bool = False
+    workload: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -143,6 +150,9 @@ class Record:
             "timings": dict(self.timings),
             "not_restored": self.not_restored,
             "start_key": None if self.start_key is None else asdict(self.start_key),
+            "volumes": [volume.to_json() for volume in self.volumes],
+            "user_data": self.user_data,
+            "workload": self.workload,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -185,6 +195,9 @@ class Record:
             not_restored=value["not_restored"],
             start_key=None if value["start_key"] is None else StartKey(**value["start_key"]),
             network=Attachment.from_json(value["network"]),
+            volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
+            user_data=bool(value["user_data"]),
+            workload=bool(value["workload"]),
         )
 
     def with_overlay(self) -> Record:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ovms import fsutil
 from ovms.artifact.kernels import check_kernel
@@ -31,12 +31,13 @@ from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import cgroups, jail, network, regions, restart
+from ovms.runtime import attachments, cgroups, jail, network, regions, restart, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
+from ovms.runtime.volumes import Volume
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
@@ -44,10 +45,14 @@ from ovms.spec.manifest import DiskFormat
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
 from ovms.vmm.capabilities import Asked, require
+from ovms.vmm.extras import SHARED_BY, Extras
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
 from ovms.vmm.qemu.vmm import QemuVmm
+
+if TYPE_CHECKING:
+    from ovms.runtime.seeds import Seed
 
 DEFAULT_MEMORY: Final = 512 * limits.MIB
 DEFAULT_VCPUS: Final = 1
@@ -71,6 +76,8 @@ class RunOptions:
     security: SecurityOptions = field(default_factory=SecurityOptions)
     restart: Restart | None = None
     network: network.Wanted = field(default_factory=network.Wanted)
+    volumes: tuple[Volume, ...] = ()
+    seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,15 @@ class Runtime:
             Unsupported, InputError: the artifact can't be run, or not like this.
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
             BlobNotFound, StoreCorrupt: the store does not have all of it.
+            Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
         require_whole(self.layout, found.name, artifact.image.blobs)
-        plan = self._plan(vmm, artifact, options, progress)
+        told = workload.seed_for(self.layout, artifact, options.seed)
+        plan = self._plan(vmm, artifact, options, told, progress)
         ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 
         def make(instance_id: str, name: str) -> Record:
@@ -173,15 +182,22 @@ class Runtime:
                     own_network=plan.network.kind is not network.Kind.SLIRP,
                     taken=self.instances.users(),
                 ),
+                volumes=options.volumes,
+                user_data=attachments.may_hold_secrets(plan.machine, told),
+                workload=artifact.manifest.bootstrap is not None,
             )
 
         with (
+            attachments.opened(options.volumes, self.root.path) as volumes,
             self.instances.create(make, artifact.manifest.name, options.name)
             if pending is None
-            else self.instances.settle(pending, make) as record,
+            else self.instances.settle(pending, make) as bare,
             self._memory(plan.restore) as restore,
+            attachments.seeded(self.instances.directory(bare.id), bare, told) as (record, seed),
         ):
-            config = self._config(artifact, record, plan.layers, restore)
+            if record != bare:
+                self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
+            config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             disks = {"disks": ms_since(began)}
@@ -226,7 +242,7 @@ class Runtime:
                 left.watcher.wait(5.0)
             raise
 
-    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, progress: Progress) -> _Plan:
+    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, told: Seed | None, progress: Progress) -> _Plan:
         require(
             vmm,
             Asked(
@@ -236,6 +252,8 @@ class Runtime:
                 vcpus=options.vcpus,
                 network=options.network.kind and network.Attachment(options.network.kind).state,
                 port_protocols=frozenset(port.protocol for port in options.ports),
+                shares=frozenset(SHARED_BY for volume in options.volumes if volume.format is None),
+                volumes=sum(volume.format is not None for volume in options.volumes) + bool(told),
             ),
         )
         _check_supported(artifact)
@@ -255,12 +273,15 @@ class Runtime:
             ramsnap.check_codecs(control, ram.compression)
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
+            attachments.require_none(options.volumes, options.seed)
             not_restored = compat.why_not(vmm, header, choice.accel)
             state = compat.network_of(header)
             if not_restored is None:
                 not_restored = network.why_not(options.network, state)
             if not_restored is None and ram.mlock_required:
                 not_restored = "its memory must be locked (mlock_required), which this version does not do"
+            if not_restored is None and artifact.manifest.bootstrap is not None:
+                not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
                 image = snapshot.materialise(self.layout, digest, progress)
                 return _Plan(
@@ -324,10 +345,17 @@ class Runtime:
             )
             cgroups.remove([procs.parent for procs in again.jail.cgroups])
             again = replace(again, jail=jail.renew(again.jail, again.id, again.machine))
-            return self._launch(self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None), again)
+            with (
+                attachments.opened(again.volumes, self.root.path) as volumes,
+                attachments.seeded(directory, again, None) as (_, seed),
+            ):
+                extras = attachments.extras(again, seed, volumes)
+                return self._launch(
+                    self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None, extras), again
+                )
 
     def _config(
-        self, artifact: Artifact, record: Record, layers: tuple[Layer, ...], restore: Restore | None
+        self, artifact: Artifact, record: Record, layers: tuple[Layer, ...], restore: Restore | None, extras: Extras
     ) -> VmConfig:
         manifest = artifact.manifest
         directory = self.instances.directory(record.id)
@@ -343,6 +371,7 @@ class Runtime:
             restore=restore,
             jail=record.jail,
             at_end=restart.at_end(str(self.root.path), record),
+            extras=extras,
         )
 
     # --- shared memory -----------------------------------------------------------------------------------------
@@ -484,8 +513,6 @@ class Runtime:
 
 def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    if manifest.bootstrap is not None:
-        raise Unsupported(f"{manifest.name} has a bootstrap config, which this version does not run")
     if manifest.kernel is None and not manifest.disk_layers:
         raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
 

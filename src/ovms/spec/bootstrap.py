@@ -360,8 +360,13 @@ def read_disk_image(image: bytes) -> bytes | None:
 # --- profile cloud-init: the NoCloud seed ----------------------------------------------------------------------------
 
 
-def meta_data(instance_id: str, hostname: str) -> str:
-    """The seed's ``meta-data``.
+def host_name(name: str, instance_id: str) -> str:
+    """What the guest of the instance *name* is called: by that where it is a host name, else by the instance's ID."""
+    return name if _HOSTNAME.fullmatch(name) else instance_id
+
+
+def meta_data(instance_id: str, hostname: str, public_keys: Sequence[str] = ()) -> str:
+    """The seed's ``meta-data``; *public_keys* (of SSH) are for the guest's first user, and no part of a profile.
 
     Raises:
         InputError: not a UUID, or no host name.
@@ -370,7 +375,8 @@ def meta_data(instance_id: str, hostname: str) -> str:
         raise InputError(f"an instance ID must be a UUID in lower case, not {shown(instance_id)}")
     if _HOSTNAME.fullmatch(hostname) is None:
         raise InputError(f"a host name has letters, digits and '-' between dots, not {shown(hostname)}")
-    return _as_yaml({"instance-id": instance_id, "local-hostname": hostname})
+    keys = {"public-keys": list(public_keys)} if public_keys else {}
+    return _as_yaml({"instance-id": instance_id, "local-hostname": hostname, **keys})
 
 
 def user_data(config: BootstrapConfig) -> str:

@@ -14,6 +14,7 @@ from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import limits
 from ovms.spec.choices import Accel
+from ovms.vmm.extras import Extras
 from ovms.vmm.jail import Jail
 
 
@@ -42,7 +43,7 @@ class Machine:
     """The shape of a machine: what a snapshot and the VM that it is restored into must agree on to the letter.
 
     ``cpu_flags`` are those of the host's processor where the guest sees them (KVM), else empty. ``disk_size`` is the
-    size of the disk as the guest sees it, or None without one. ``agent`` says whether there is a port for the guest's
+    size of the disk as the guest sees it, or None without one; ``seed_size`` that of the seed disk. ``agent`` says whether there is a port for the guest's
     agent (a snapshot may be of a machine without). ``regions`` are in their order on the bus.
     """
 
@@ -54,6 +55,7 @@ class Machine:
     vcpus: int
     mac: str
     disk_size: int | None
+    seed_size: int | None = None
     agent: bool = False
     regions: tuple[Region, ...] = ()
 
@@ -77,6 +79,7 @@ class Machine:
         if not limits.RAM_MIN <= memory <= limits.RAM_MAX or not 1 <= vcpus <= limits.VCPUS_MAX:
             raise SnapshotInvalid(f"{where}: {memory} bytes of memory and {vcpus} CPUs are out of range")
         disk_size = None if value.get("disk_size") is None else _field(value, "disk_size", int, where)
+        seed_size = None if value.get("seed_size") is None else _field(value, "seed_size", int, where)
         return cls(
             _field(value, "machine_type", str, where),
             Accel(accel),
@@ -86,6 +89,7 @@ class Machine:
             vcpus,
             _field(value, "mac", str, where),
             disk_size,
+            seed_size=seed_size,
             agent=_field(value, "agent", bool, where),
             regions=tuple(
                 Region(_field(region, "name", str, where), _field(region, "size", int, where))
@@ -183,6 +187,7 @@ class VmConfig:
     jail: Jail = field(default_factory=Jail)
     #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
     at_end: tuple[str, ...] = ()
+    extras: Extras = field(default_factory=Extras)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from ovms.runtime import ports
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel, RestorePolicy
-from ovms.spec.manifest import Bootstrap, Device, Metadata, Platform, RamSnapshot
+from ovms.spec.manifest import Device, Metadata, Platform, RamSnapshot
 from ovms.spec.states import State
 from ovms.vmm.model import Ending
 
@@ -178,14 +178,13 @@ def changed(echo: Found, **changes: Any) -> Found:
     return replace(echo, artifact=replace(echo.artifact, manifest=replace(echo.artifact.manifest, **changes)))
 
 
-@pytest.mark.spec("BIN-4", "DEV-1", "BOOT-10")
+@pytest.mark.spec("BIN-4", "DEV-1")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"metadata": Metadata(platform=Platform(arch="aarch64"))}, "the architecture aarch64"),
         ({"metadata": Metadata(platform=Platform(uefi=True))}, "UEFI"),
         ({"devices": (Device("gpu", "g"),)}, "a device of the type"),
-        ({"bootstrap": Bootstrap("sha256:" + "0" * 64)}, "a bootstrap config"),
     ],
 )
 def test_what_this_version_does_not_run_is_refused(

@@ -14,6 +14,7 @@ from ovms.disk.layers import Layer
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm.extras import ExtraDisk, Extras, Share
 from ovms.vmm.model import Machine, Network, PortForward, Region, Restore, Uplink, VmConfig
 from ovms.vmm.qemu import cmdline
 from ovms.vmm.qemu.versions import OLDEST, Since, number
@@ -36,6 +37,14 @@ CONFIG = VmConfig(
 FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
 SHARED = replace(CONFIG, machine=replace(MACHINE, regions=tuple(Region(f"r{i}", 4096 << i) for i in range(6))))
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
+EXTRAS = Extras(
+    seed=ExtraDisk(14, Path("/instance/seed.img"), DiskFormat.RAW, True, "seed"),
+    volumes=(
+        ExtraDisk(15, Path("/files/raw"), DiskFormat.RAW, False, "vol0"),
+        ExtraDisk(16, Path("/files/data"), DiskFormat.QCOW2, True, "data"),
+    ),
+    shares=(Share(Path("/files/user,x=y"), "src"),),
+)
 
 
 def build(config: VmConfig = CONFIG, fds: cmdline.Descriptors = FDS) -> list[str]:
@@ -54,6 +63,13 @@ def test_the_command_line_of_a_restore(golden: object) -> None:
     # a generation ID of its own, and the host's clock
     assert "vmgenid,guid=auto" in argv
     assert argv[argv.index("-rtc") + 1] == "base=utc,clock=host"
+
+
+@pytest.mark.spec("BOOT-33")
+def test_the_command_line_with_all_that_can_be_attached(golden: object) -> None:
+    argv = build(replace(CONFIG, extras=EXTRAS), replace(FDS, extras=(14, 15, 16)))
+    golden("qemu-extras.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
+    assert not [word for word in argv if "/files" in word]
 
 
 @pytest.mark.spec("DEV-2", "DEV-3")

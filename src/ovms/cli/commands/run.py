@@ -18,6 +18,7 @@ from ovms.errors import InstanceNotFound, UsageError
 if TYPE_CHECKING:
     from ovms.runtime.record import Record
     from ovms.runtime.runtime import RunOptions, Started
+    from ovms.runtime.seeds import Seed
 
 #: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
 GRACE = 60.0
@@ -52,6 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a bridge; netns:PATH[,redirect=NAME]: a tap device in a network namespace, with the traffic of an interface "
         "there",
     )
+    parser.add_argument(
+        "-v",
+        "--volume",
+        metavar="FILE|DIR[,OPTION...]",
+        action="append",
+        default=[],
+        help="a disk more: raw, or with format=qcow2; ro: the guest only reads it; serial=NAME: in the guest it is"
+        " /dev/disk/by-id/virtio-NAME (default: vol0, vol1, ...). Of a directory: to be read by the guest, after"
+        " 'mount -t 9p -o trans=virtio,ro NAME /mnt', with tag=NAME (default as above). May be repeated",
+    )
+    told = parser.add_argument_group("for a guest with cloud-init, by a NoCloud seed disk")
+    told.add_argument("--user-data", metavar="FILE|-", help="its user data, from a file or stdin")
+    told.add_argument(
+        "--ssh-key",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="public keys that may log in as the guest's first user; may be repeated",
+    )
+    told.add_argument("--hostname", metavar="NAME", help="the guest's host name (default: the instance's name)")
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
     restore = parser.add_mutually_exclusive_group()
     restore.add_argument(
@@ -142,7 +163,7 @@ def _fits_contract(args: argparse.Namespace) -> bool:
 def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, Any]:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
-    from ovms.runtime import ports, restart
+    from ovms.runtime import ports, restart, volumes
     from ovms.runtime.jail import SecurityOptions
     from ovms.runtime.network import Wanted
     from ovms.runtime.runtime import RunOptions
@@ -160,6 +181,8 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
         restart=restart.parse(args.restart),
         security=SecurityOptions.parse(args.security_opt),
         network=Wanted.parse(args.network),
+        volumes=volumes.parse(args.volume),
+        seed=_seed(args),
     )
     if args.detach and context.has_server and _fits_contract(args):
         return _ask_server(args, context, options)
@@ -179,6 +202,27 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
     record = started.record
     _tell(record.machine.accel, record.accel_reason, started.not_restored)
     return started
+
+
+def _seed(args: argparse.Namespace) -> Seed | None:
+    if args.user_data is None and not args.ssh_key and args.hostname is None:
+        return None
+    import os
+    from pathlib import Path
+
+    from ovms.runtime import seeds
+
+    stdin = 0
+    if args.user_data == "-" and (args.interactive or os.isatty(stdin)):
+        raise UsageError("--user-data - reads stdin, which is the console's here", hint="name a file")
+    source = stdin if args.user_data == "-" else Path(args.user_data or "")
+    told = seeds.Seed(
+        None if args.user_data is None else seeds.read_user_data(source),
+        tuple(key for path in args.ssh_key for key in seeds.read_keys(Path(path))),
+        args.hostname,
+    )
+    seeds.check(told)
+    return told
 
 
 def _foreground(args: argparse.Namespace, context: Context) -> int:

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     name = new_name(args.tag)
     runtime = context.runtime
     taken = snapshots.take(runtime, runtime.instances.find(args.instance), name, context.progress)
+    if taken.user_data:
+        output.say("the guest was given user data: whoever has the snapshot can read what secrets are in its memory")
     pushed = name.registry is not None and not args.no_push
     if pushed:
         push(runtime.layout, context.connect, str(name), context.progress)
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 "ram_bytes": taken.ram_size,
                 "downtime_ms": taken.downtime_ms,
                 "pushed": pushed,
+                "user_data": taken.user_data,
             }
         )
     else:

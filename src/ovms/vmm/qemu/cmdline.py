@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm.extras import ExtraDisk, Share
 from ovms.vmm.model import AGENT_PORT, Machine, Network, PortForward, Region, Uplink, VmConfig
 from ovms.vmm.qemu.versions import Since
 
@@ -30,6 +31,12 @@ _SLOT_RNG: Final = "0x3"
 _SLOT_NET: Final = "0x4"
 _SLOT_DISK: Final = "0x5"
 _SLOT_AGENT: Final = "0x6"
+_SLOT_SEED: Final = 0x7
+_SLOT_VOLUMES: Final = 0x8
+_SLOT_SHARES: Final = 0x18
+SEED_ID: Final = "seed"
+#: Where a shared directory is in QEMU's own root, and its name there.
+SHARES: Final = "shared"
 #: The first slot of the shared memory regions: four to a slot, so that as many as a manifest may have (32) take eight.
 _SLOT_REGIONS: Final = 0x10
 _REGIONS_A_SLOT: Final = 4
@@ -51,6 +58,7 @@ class Descriptors:
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
         ram, state: on a restore: the memory, and the device state.
+        extras: of the seed disk and the volumes.
         regions: the memory of each of the machine's regions.
         network: what the network card is connected to.
     """
@@ -64,6 +72,7 @@ class Descriptors:
     initrd: int | None = None
     ram: int | None = None
     state: int | None = None
+    extras: tuple[int, ...] = ()
     agent: int | None = None
     regions: tuple[int, ...] = ()
     network: int | None = None
@@ -72,7 +81,8 @@ class Descriptors:
         """All of them."""
         ends = (self.control, self.console, self.events, self.agent, self.network)
         one = (*ends, self.kernel, self.initrd, self.ram, self.state)
-        return [fd for fd in (*one, *self.layers, *(self.overlay or ()), *self.regions) if fd is not None]
+        many = (*self.layers, *(self.overlay or ()), *self.extras, *self.regions)
+        return [fd for fd in (*one, *many) if fd is not None]
 
 
 def build(
@@ -95,6 +105,7 @@ def build(
         *_network(config.machine.mac, config.network),
         *_disk(config, fds),
         *_agent(fds),
+        *_extras(config),
         *_regions(config.machine.regions, fds.regions),
         *_boot(config, fds),
         *_incoming(fds.state, since),
@@ -223,6 +234,39 @@ def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     for value in layer_nodes(top, number, DiskFormat.QCOW2, below=below, read_only=False):
         yield from ("-blockdev", json.dumps(value))
     yield from ("-device", f"virtio-blk-pci,id={DISK_ID},drive={top},addr={_SLOT_DISK},bootindex=1")
+
+
+def _extras(config: VmConfig) -> Iterator[str]:
+    extras, first = config.extras, len(config.layers) + 1
+    if extras.seed is not None:
+        yield from _extra_disk(SEED_ID, extras.seed, first, _SLOT_SEED)
+    for i, disk in enumerate(extras.volumes):
+        yield from _extra_disk(f"volume{i}", disk, first + 1 + i, _SLOT_VOLUMES + i)
+    for i, share in enumerate(extras.shares):
+        # without an option ROM and without writing: what the host's kernel says of the mount QEMU says again
+        path = f"/{share_name(i)}"
+        yield from ("-fsdev", f"local,id=share{i},path={path},security_model=none,readonly=on,multidevs=remap")
+        yield from (
+            "-device",
+            f"virtio-9p-pci,id=share{i},fsdev=share{i},mount_tag={share.name},addr={_SLOT_SHARES + i:#x}",
+        )
+
+
+def _extra_disk(node: str, disk: ExtraDisk, fd_set: int, slot: int) -> Iterator[str]:
+    yield from _fd_set(fd_set, disk.fd)
+    for value in layer_nodes(node, fd_set, disk.format, below=None, read_only=disk.read_only):
+        yield from ("-blockdev", json.dumps(value))
+    yield from ("-device", f"virtio-blk-pci,id={node},drive={node},serial={escape(disk.name)},addr={slot:#x}")
+
+
+def share_name(number: int) -> str:
+    """Where QEMU has a shared directory in its own root (without the slash before it)."""
+    return f"{SHARES}/{number}"
+
+
+def share_trees(shares: Sequence[Share]) -> dict[str, Path]:
+    """The directories that QEMU needs in its own root."""
+    return {share_name(i): share.path for i, share in enumerate(shares)}
 
 
 def _agent(fds: Descriptors) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import JsonInvalid, OvmsError, PortInUse, VmmError, VmmTimeout
+from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm import watch
 from ovms.vmm.capabilities import Capabilities
+from ovms.vmm.extras import SHARED_BY, VOLUMES_MAX, Share
 from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, Uplink, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline, versions
@@ -36,6 +37,8 @@ _ENDINGS: Final = {
     "host-signal": Ending.STOPPED,
     "subsystem-reset": Ending.STOPPED,
 }
+#: What QEMU says of an image that another QEMU, or a qemu-img, has open; the device is one of ours.
+_FILE_TAKEN: Final = re.compile(r'-device \w[\w-]*,id=(\w+),.*Failed to get (?:shared )?"[\w ]+" lock')
 _PORT_TAKEN: Final = re.compile(r"Could not set up host forwarding rule '(\w+):([0-9.]*):([0-9]+)-")
 
 
@@ -57,6 +60,8 @@ class QemuVmm:
         networks=frozenset({"user", "passt", "tap", "bridge", "netns", "none"}),
         agent=True,
         port_protocols=frozenset({"tcp", "udp"}),
+        shares=frozenset({SHARED_BY}),
+        volumes=VOLUMES_MAX + 1,  # and the seed
         power_button=True,
     )
 
@@ -150,16 +155,26 @@ class QemuVmm:
                     since=versions.Since.of(self._binary.version),
                 ),
                 keep=fds.all(),
-                hold=(*(() if fds.ram is None else (fds.ram,)), *fds.regions),
+                # a volume that is opened anew, for reading, loses the lock that its descriptor has
+                hold=(
+                    *(() if fds.ram is None else (fds.ram,)),
+                    *fds.regions,
+                    *(disk.fd for disk in config.extras.volumes if disk.read_only),
+                ),
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
-                trees=_program_trees(self._binary.path),
+                trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
                 read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
             )
-            return watch.start(launch, config.jail, files)
+            try:
+                return watch.start(launch, config.jail, files)
+            except watch.JailRefused as exc:
+                if exc.stage == "tree" and config.extras.shares:
+                    raise _unreachable(config.extras.shares) from exc
+                raise
 
     @contextlib.contextmanager
     def connect(self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool) -> Iterator[QemuControl]:
@@ -174,6 +189,14 @@ class QemuVmm:
             if event == "SHUTDOWN":
                 last = _ENDINGS.get(str(data.get("reason")), Ending.STOPPED)
         return last
+
+
+def _unreachable(shares: tuple[Share, ...]) -> FileProblem:
+    return FileProblem(
+        f"the VM's own user cannot get to {' or '.join(str(share.path) for share in shares)}",
+        hint="it is nobody's owner: each directory on the way must let others search it ('chmod o+x'), the last one read it",
+        path=str(shares[0].path),
+    )
 
 
 def _host_cpu_flags() -> tuple[str, ...]:
@@ -210,6 +233,7 @@ def _open(
         initrd=opened(config.initrd, os.O_RDONLY),
         ram=None if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
+        extras=tuple(config.extras.fds()),
         agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
         regions=config.regions,
         network=config.network.fd,
@@ -219,7 +243,8 @@ def _open(
 def _read_only(config: VmConfig, fds: cmdline.Descriptors) -> dict[int, Path]:
     paths = [*(layer.path for layer in config.layers), config.kernel, config.initrd]
     numbers = [*fds.layers, fds.kernel, fds.initrd]
-    return {fd: path for fd, path in zip(numbers, paths, strict=True) if fd is not None and path is not None}
+    ours = {fd: path for fd, path in zip(numbers, paths, strict=True) if fd is not None and path is not None}
+    return ours | {disk.fd: disk.path for disk in config.extras.disks() if disk.read_only}
 
 
 def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
@@ -276,6 +301,11 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
             f"port {match[3]}/{match[1]} of {match[2] or 'the host'} is in use",
             hint="choose another port with -p",
             port=int(match[3]),
+        )
+    if b"lock" in said and (match := _FILE_TAKEN.search(said.decode("utf-8", "replace"))):
+        return Locked(
+            f"the disk {match[1]} is in use by another program",
+            hint="something else than ovms has it open: 'fuser FILE' says what",
         )
     if isinstance(exc, VmmTimeout):
         return VmmTimeout(f"{exc.message}; QEMU said: {process.tail(said)}")

@@ -1,0 +1,72 @@
+"""The disk of an instance as a new artifact: the layers of the old one, shared, and what the guest wrote on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ovms import fsutil
+from ovms.artifact import model
+from ovms.disk import qcow2
+from ovms.errors import Unsupported
+from ovms.oci.reference import Reference
+from ovms.progress import NULL, Progress
+from ovms.runtime import disks
+from ovms.runtime.record import Record
+from ovms.runtime.runtime import Runtime
+from ovms.spec import limits
+from ovms.spec.manifest import PartKind
+
+
+@dataclass(frozen=True)
+class Committed:
+    """An artifact in the store. ``layers`` are new in it; ``downtime_ms`` is how long a running guest stood still.
+
+    ``user_data``: the guest was given some, and cloud-init keeps it on the disk.
+    """
+
+    artifact: model.Artifact
+    layers: int
+    downtime_ms: float
+    user_data: bool
+
+
+def take(runtime: Runtime, record: Record, name: Reference, progress: Progress = NULL) -> Committed:
+    """Makes an artifact of an instance's disk, whether it runs (it goes on) or not, and lets *name* stand for it.
+
+    What the artifact had beside the disk stays, except a RAM snapshot: that was one of another disk.
+
+    Raises:
+        Unsupported: no disk, or too many layers.
+        StateConflict: it is just starting or stopping.
+        DiskFull, VmmError: the guest goes on.
+    """
+    instances, layout = runtime.instances, runtime.layout
+    with instances.locked(record) as newest, layout.using():
+        source = runtime.artifact(newest)
+        below = len(source.manifest.disk_layers)
+        frozen = disks.still(instances, newest, below)
+        written = [path for path in frozen.overlays if not _empty(path)]
+        if below + len(written) > limits.DISK_LAYERS_MAX:
+            raise Unsupported(
+                f"{newest.name} would have more than {limits.DISK_LAYERS_MAX} disk layers",
+                hint="'ovm export' makes one image of them, from which 'ovm build' makes an artifact of one layer",
+            )
+        added = tuple(disks.add_overlays(layout, written, below, progress))
+        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        document, kept = disks.extended(source, added, created)
+        parts = model.Parts(
+            kernel=next(iter(kept[PartKind.KERNEL]), None),
+            initrd=next(iter(kept[PartKind.INITRD]), None),
+            disks=tuple(kept[PartKind.DISK]),
+            bootstrap=next(iter(kept[PartKind.BOOTSTRAP]), None),
+        )
+        artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
+        layout.set_name(str(name), artifact.image.descriptor())
+        return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data)
+
+
+def _empty(path: Path) -> bool:
+    with fsutil.open_input(path, "the overlay") as file:
+        return qcow2.is_empty(file.fileno(), "the overlay")

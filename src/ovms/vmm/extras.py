@@ -1,0 +1,54 @@
+"""What a VM has beside what its artifact gives it: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ovms.spec.manifest import DiskFormat
+
+#: How many volumes and shared directories the machine has room for.
+VOLUMES_MAX: Final = 8
+SHARES_MAX: Final = 4
+#: How a directory is shared, as :mod:`~ovms.vmm.capabilities` names it.
+SHARED_BY: Final = "9p"
+
+
+@dataclass(frozen=True)
+class ExtraDisk:
+    """A disk of its own: an open file of the right access mode, checked, and locked as long as it is open anywhere.
+
+    ``path`` is where it comes from, ``name`` the serial number by which the guest knows it.
+    """
+
+    fd: int
+    path: Path
+    format: DiskFormat
+    read_only: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """A directory that the guest may read; ``name`` is the tag that it mounts."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The seed disk, and what the user attached, in the order of the command line."""
+
+    seed: ExtraDisk | None = None
+    volumes: tuple[ExtraDisk, ...] = ()
+    shares: tuple[Share, ...] = ()
+
+    def disks(self) -> tuple[ExtraDisk, ...]:
+        """All disks among them."""
+        return (*((self.seed,) if self.seed else ()), *self.volumes)
+
+    def fds(self) -> list[int]:
+        """The descriptors that the VMM gets."""
+        return [disk.fd for disk in self.disks()]
