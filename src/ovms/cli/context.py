@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ovms.oci.connect import Connector
     from ovms.oci.layout import Layout
     from ovms.oci.registry import RegistryClient
+    from ovms.runtime.client import Client
     from ovms.runtime.root import Root
     from ovms.runtime.runtime import Runtime
 
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
-    def __init__(self, root: str | None, progress: str, tls_verify: bool | None = None) -> None:
+    def __init__(
+        self, root: str | None, progress: str, tls_verify: bool | None = None, host: str | None = None
+    ) -> None:
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
+        self._host = host
         self._clients: dict[str, RegistryClient] = {}
 
     @cached_property
@@ -43,6 +47,28 @@ class Context:
         runtime = Runtime(self.root)
         runtime.instances.recover()
         return runtime
+
+    @cached_property
+    def client(self) -> Client:
+        """The server where one runs, else this process."""
+        from ovms.runtime.client import choose
+
+        socket = choose(self.root, self._host, os.environ)
+        if socket is None:
+            from ovms.cli import output
+            from ovms.runtime.local import Local
+
+            return Local(self.runtime, self.connect, lambda error: output.say(f"warning: {error.message}"))
+        from ovms.runtime.remote import Remote
+
+        return Remote(socket)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether there is a server to ask."""
+        from ovms.runtime.client import choose
+
+        return choose(self.root, self._host, os.environ) is not None
 
     @cached_property
     def layout(self) -> Layout:
