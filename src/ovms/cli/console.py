@@ -149,6 +149,12 @@ class _Shown:
         return bool(data)
 
 
+def _tell(text: str) -> None:
+    # a raw terminal wants to be told to go back to the start of the line
+    sys.stderr.write(f"ovm: {output.safe(text)}\r\n")
+    sys.stderr.flush()
+
+
 class Visit:
     """A user at the console of a VM, who may leave while that goes on."""
 
@@ -158,8 +164,11 @@ class Visit:
         self._keys = keys
         self._pending = bytearray()
 
-    def run(self, stdin: int | None) -> bool:
-        """Until the user leaves (True), or the VM has ended (False). Without *stdin* there is nothing but looking."""
+    def run(self, stdin: int | None, *, welcome: str | None = None) -> bool:
+        """Until the user leaves (True), or the VM has ended (False). Without *stdin* there is nothing but looking.
+
+        *welcome* is said when the terminal is ready: what is typed before would be the terminal's, and not the guest's.
+        """
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(Console(self._files))
             pidfd = self._watched.vmm.open()
@@ -168,6 +177,8 @@ class Visit:
             console = None if stdin is None else _connect(self._files, stack)
             if stdin is not None:
                 stack.enter_context(raw_terminal(stdin))
+            if welcome is not None:
+                _tell(welcome)
             shown = _Shown(log, _show_last_line(log))
             while True:
                 more = shown.copy()
@@ -182,7 +193,7 @@ class Visit:
                 if console is not None and console in ready and not _drain(console):
                     console = None
                     if pidfd is not None and not select.select([pidfd], [], [], _LAST_WORDS)[0]:
-                        output.say("nothing that is typed reaches the guest: too many others are at its console\r")
+                        _tell("nothing that is typed reaches the guest: too many others are at its console")
                 if stdin is not None and stdin in ready:
                     keys = _read_keys(stdin)
                     if keys is None:

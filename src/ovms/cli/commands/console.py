@@ -55,9 +55,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
             instance=record.name,
         )
     stdin = None if args.no_stdin else sys.stdin.fileno()
+    welcome = None
     if stdin is not None and os.isatty(stdin) and args.detach_keys:
-        output.say(f"at the console of {record.name}; {_shown(args.detach_keys)} leaves it")
-    left = Visit(instances.files(record), watched, DetachKeys(args.detach_keys)).run(stdin)
+        welcome = f"at the console of {record.name}; {_shown(args.detach_keys)} leaves it"
+    left = Visit(instances.files(record), watched, DetachKeys(args.detach_keys)).run(stdin, welcome=welcome)
     if sys.stdout.isatty():
         print()
     output.say(f"left the console; {record.name} goes on" if left else f"{record.name} has ended")
