@@ -162,6 +162,56 @@ def test_bars_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (100, r"disk\.qcow2 0123456 {7}\[=*> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (80, r"disk\.qcow2 0123456 {7}\[=+> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (72, r"disk\.qcow2 012345. *\[=+> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (60, r"disk\.qcow2 .* 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (50, r"disk\.qcow2 .* 600 MiB / 1000 MiB  10 s left"),
+        (30, r"disk\.qcow2 .* 60 %  10 s left"),
+        (20, r"disk\.qcow2 .* 60 %"),
+    ],
+)
+def test_rate_and_time_left_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch, columns: int, shown: str) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("ovms.cli.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = io.StringIO()
+    with progress._Bars(stream).task("disk.qcow2 0123456", 1000 << 20) as task:
+        task.advance(500 << 20)
+        task.note("resumed")
+        for _ in range(5):
+            clock[0] += 0.5
+            task.advance(20 << 20)
+        line = stream.getvalue().splitlines()[-1].removeprefix("\x1b[1A\x1b[J")
+    assert re.fullmatch(shown, line)
+    assert len(line) < columns
+
+
+def test_a_window_that_became_narrower_is_erased_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    bars = progress._Bars(stream)
+    monkeypatch.setenv("COLUMNS", "120")
+    with bars.task("disk", 1000), bars.task("memory", 1000):
+        lines = stream.getvalue().splitlines()[-2:]
+        monkeypatch.setenv("COLUMNS", "30")
+        bars.say("news")
+        rows = sum(-(-len(line.removeprefix("\x1b[1A\x1b[J")) // 30) for line in lines)
+        assert rows == 6, "no line would have wrapped"
+        assert f"\x1b[{rows}A\x1b[Jovm: news" in stream.getvalue()
+
+
+def test_what_is_broken_off_tells_how_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), progress._Bars(stream).task("disk", 1 << 30) as task:
+        task.advance(100 << 20)
+        task.note("resumed")
+        raise KeyboardInterrupt
+    assert stream.getvalue().splitlines()[-1].endswith("broken off  100 MiB of 1.0 GiB")
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (0.2, "1 s"), (59.5, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
