@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +59,26 @@ class Context:
         from ovms.cli.progress import make
 
         return make(self._progress)
+
+    @contextlib.contextmanager
+    def pulling(self) -> Iterator[None]:
+        """Around what may pull: whoever breaks it off learns that the next pull goes on from there."""
+        # the kernel's clock of files lags behind by a tick
+        began = time.time() - 0.1
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C, SIGTERM
+            from ovms.cli import output
+            from ovms.cli.progress import give_up
+            from ovms.oci import partial
+
+            give_up(self.progress)
+            with contextlib.suppress(OSError):
+                if partial.any_since(self.layout, began):
+                    output.say("what came is kept: the next pull goes on from there")
+            raise
 
     @cached_property
     def connector(self) -> Connector:

@@ -49,6 +49,12 @@ def say_beside(progress: Progress, text: str) -> None:
         output.say(text)
 
 
+def give_up(progress: Progress) -> None:
+    """No more is drawn: the work was broken off, also where a thread of it does not know that yet."""
+    if isinstance(progress, _Bars):
+        progress.give_up()
+
+
 class _Task:
     """One piece of work, whatever draws it."""
 
@@ -83,9 +89,12 @@ class _Task:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self.broken = True
-            self.text = "broken off"
+            self.break_off()
         self.owner.end(self)
+
+    def break_off(self) -> None:
+        self.broken = True
+        self.text = "broken off"
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -122,16 +131,29 @@ class _Bars:
 
     def end(self, task: _Task) -> None:
         with self._lock:
+            if task in self._active:  # else it was given up
+                self._erase()
+                self._active.remove(task)
+                self._write_ended(task)
+                self._draw()
+
+    def give_up(self) -> None:
+        with self._lock:
             self._erase()
-            self._active.remove(task)
-            self._stream.write(_ended(task)[: self._columns() - 1] + "\n")
-            self._draw()
+            for task in self._active:
+                task.break_off()
+                self._write_ended(task)
+            self._active = []
+            self._stream.flush()
 
     def say(self, text: str) -> None:
         with self._lock:
             self._erase()
             self._stream.write(f"ovm: {output.safe(text)}\n")
             self._draw()
+
+    def _write_ended(self, task: _Task) -> None:
+        self._stream.write(_ended(task)[: self._columns() - 1] + "\n")
 
     def _erase(self) -> None:
         if self._drawn:

@@ -152,14 +152,15 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
     runtime.vmm(args.runtime)
     check_runnable(args.platform)
     with runtime.layout.using():
-        found = resolve(
-            runtime.layout,
-            context.connect,
-            args.reference,
-            policy=args.pull,
-            progress=context.progress,
-            platform=args.platform,
-        )
+        with context.pulling():
+            found = resolve(
+                runtime.layout,
+                context.connect,
+                args.reference,
+                policy=args.pull,
+                progress=context.progress,
+                platform=args.platform,
+            )
         started = runtime.start(found, options, context.progress)
     record = started.record
     if record.accel_reason is not None:
