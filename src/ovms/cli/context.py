@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
-    def __init__(self, root: str | None, progress: str, tls_verify: bool | None = None) -> None:
+    def __init__(
+        self, root: str | None, progress: str, tls_verify: bool | None = None, *, looking: bool = False
+    ) -> None:
+        """*looking*: where there is no root yet, none is made."""
+        self._looking = looking
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
@@ -34,9 +38,19 @@ class Context:
         """The root directory: from the command line, the environment, or the usual one."""
         from ovms.runtime.root import Root
 
-        if self._root:
-            return Root(Path(self._root).absolute())
-        return Root.default(os.environ, os.geteuid())
+        root = Root(Path(self._root).absolute()) if self._root else Root.default(os.environ, os.geteuid())
+        if self._looking and not root.begun():
+            import shutil
+            import tempfile
+            import weakref
+
+            from ovms.cli import output
+
+            output.say(f"{root.path} has no artifacts and no instances yet")
+            nothing = tempfile.mkdtemp(prefix="ovms-nothing-")  # looked at instead; gone when we are
+            weakref.finalize(self, shutil.rmtree, nothing, ignore_errors=True)
+            return Root(Path(nothing))
+        return root
 
     @cached_property
     def runtime(self) -> Runtime:

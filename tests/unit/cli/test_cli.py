@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from support import artifacts
 
 from ovms import errors
 from ovms.cli import exitcodes, main, output, progress, values
 from ovms.cli.exitcodes import Exit
 from ovms.cli.main import COMMANDS, command_parser
+from ovms.runtime.root import Root
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -315,6 +320,48 @@ def test_docker_users_are_pointed_the_right_way(capsys: pytest.CaptureFixture[st
     assert "did you mean 'ovm ls'?" in capsys.readouterr().err
     main.main(["snapshto"])
     assert "did you mean 'ovm snapshot'?" in capsys.readouterr().err
+    for far in ("bogus", "frobnicate"):
+        main.main([far])
+        assert "did you mean" not in capsys.readouterr().err
+
+
+def test_looking_makes_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    root = tmp_path / "mistyped"
+    assert set(main.LOOKING) < set(COMMANDS)
+    for arguments, code, answer in (
+        (["ls", "--json"], Exit.OK, "[]\n"),
+        (["ps", "-a", "--json"], Exit.OK, "[]\n"),
+        (["df"], Exit.OK, None),
+        (["fsck"], Exit.OK, None),
+        (["prune", "--all"], Exit.OK, None),
+        (["inspect", "web:1"], Exit.NOT_FOUND, ""),
+        (["logs", "web"], Exit.NOT_FOUND, ""),
+        (["rm", "web"], Exit.NOT_FOUND, ""),
+    ):
+        assert main.main(["--root", str(root), *arguments]) == code, arguments
+        said = capsys.readouterr()
+        assert answer is None or said.out == answer
+        assert said.err.startswith(f"ovm: {root} has no artifacts and no instances yet\n")
+    assert not root.exists()
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_an_artifact_of_no_age_shows_when_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = Root(tmp_path).layout()
+    digest = artifacts.small(layout, "web:1").digest
+    then = time.time() - 3 * 86400 - 60
+    os.utime(layout.path(digest), (then, then))
+    assert main.main(["--root", str(tmp_path), "ls"]) == Exit.OK
+    assert "   3 days ago   " in capsys.readouterr().out
+    assert main.main(["--root", str(tmp_path), "ls", "--json"]) == Exit.OK
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["created"], entry["added"]) == (None, output.rfc3339(then))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["ps"], ["ls"], ["run", "--help"]])
