@@ -460,10 +460,22 @@ def connect_unix(path: Path, *, timeout: float | None) -> socket.socket:
         sock.settimeout(timeout)
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+            _connect(sock, f"/proc/self/fd/{directory}/{path.name}", timeout)
         finally:
             os.close(directory)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _connect(sock: socket.socket, path: str, timeout: float | None) -> None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            # the listener's queue is full; with a timeout, the kernel does not wait
+            if deadline is None or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.005)

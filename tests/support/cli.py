@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,17 @@ class Ovm:
     root: Path
     home: Path
     prefix: tuple[str, ...] = ()
+    #: What its environment has beside the root.
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "OVMS_ROOT": str(self.root), **(extra or {})}
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "OVMS_ROOT": str(self.root),
+            **self.extra,
+            **(extra or {}),
+        }
 
     def __call__(
         self,

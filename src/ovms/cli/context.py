@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ovms.oci.connect import Connector
     from ovms.oci.layout import Layout
     from ovms.oci.registry import RegistryClient
+    from ovms.runtime.client import Client
     from ovms.runtime.root import Root
     from ovms.runtime.runtime import Runtime
 
@@ -24,33 +25,45 @@ class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
     def __init__(
-        self, root: str | None, progress: str, tls_verify: bool | None = None, *, looking: bool = False
+        self,
+        root: str | None,
+        progress: str,
+        tls_verify: bool | None = None,
+        host: str | None = None,
+        *,
+        looking: bool = False,
     ) -> None:
         """*looking*: where there is no root yet, none is made."""
         self._looking = looking
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
+        self._host = host
         self._clients: dict[str, RegistryClient] = {}
 
     @cached_property
     def root(self) -> Root:
         """The root directory: from the command line, the environment, or the usual one."""
-        from ovms.runtime.root import Root
-
-        root = Root(Path(self._root).absolute()) if self._root else Root.default(os.environ, os.geteuid())
+        root = self._named_root
         if self._looking and not root.begun():
             import shutil
             import tempfile
             import weakref
 
             from ovms.cli import output
+            from ovms.runtime.root import Root
 
             output.say(f"{root.path} has no artifacts and no instances yet")
             nothing = tempfile.mkdtemp(prefix="ovms-nothing-")  # looked at instead; gone when we are
             weakref.finalize(self, shutil.rmtree, nothing, ignore_errors=True)
             return Root(Path(nothing))
         return root
+
+    @cached_property
+    def _named_root(self) -> Root:
+        from ovms.runtime.root import Root
+
+        return Root(Path(self._root).absolute()) if self._root else Root.default(os.environ, os.geteuid())
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -60,6 +73,28 @@ class Context:
         runtime = Runtime(self.root)
         runtime.instances.recover()
         return runtime
+
+    @cached_property
+    def client(self) -> Client:
+        """The server where one runs, else this process."""
+        from ovms.runtime.client import choose
+
+        socket = choose(self._named_root, self._host, os.environ)
+        if socket is None:
+            from ovms.cli import output
+            from ovms.runtime.local import Local
+
+            return Local(self.runtime, self.connect, lambda error: output.say(f"warning: {error.message}"))
+        from ovms.runtime.remote import Remote
+
+        return Remote(socket)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether there is a server to ask."""
+        from ovms.runtime.client import choose
+
+        return choose(self._named_root, self._host, os.environ) is not None
 
     @cached_property
     def layout(self) -> Layout:

@@ -41,6 +41,9 @@ COMMANDS: Final = {
     "exec": "Run a program in a guest that has qemu-guest-agent",
     "cp": "Copy a file to or from a guest that has qemu-guest-agent",
     "port": "List and change the forwarded ports of an instance",
+    "events": "Show what happens to instances",
+    "pause": "Let instances' CPUs stand still",
+    "resume": "Let them go on",
     "stop": "Power instances down",
     "rm": "Remove instances",
     "inject": "Write into memory that an instance shares with the host",
@@ -50,6 +53,7 @@ COMMANDS: Final = {
     "login": "Log in to a registry",
     "logout": "Forget the login to a registry",
     "doctor": "Tell what this host can do for VMs",
+    "serve": "Serve the runtime contract",
     "version": "Show the versions of ovms and of what it uses",
 }
 
@@ -59,7 +63,7 @@ INTERNAL: Final = frozenset({"ended"})
 #: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
 LOOKING: Final = frozenset((
     "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
-    "stop", "rm", "inject", "snapshot", "commit", "export",
+    "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume",
 ))  # fmt: skip
 
 #: How much a mistyped command has to have in common with one that is suggested: "bogus" is no "logs".
@@ -89,7 +93,7 @@ def build_parser() -> Parser:
     listing = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items())
     parser = Parser(
         prog="ovm",
-        usage="ovm [--root DIR] [--progress MODE] COMMAND ...",
+        usage="ovm [--root DIR] [--host unix:PATH] [--progress MODE] COMMAND ...",
         description="Build, ship and run virtual machines as OCI artifacts.",
         epilog=f"commands:\n{listing}\n\n'ovm COMMAND --help' tells more about each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,6 +101,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ovm {__version__}")
     parser.add_argument("--root", metavar="DIR", help="where artifacts and instances live (else: OVMS_ROOT)")
+    parser.add_argument(
+        "--host",
+        metavar="unix:PATH",
+        help="the server to ask, or 'local' for none (else: OVMS_SOCKET; else one on ovms.sock in the root, if it lives)",
+    )
     parser.add_argument(
         "--progress",
         metavar="MODE",
@@ -163,7 +172,7 @@ def _run(arguments: list[str]) -> int:
     from ovms.cli.context import Context
 
     tls_verify = getattr(args, "tls_verify", None)
-    context = Context(options.root, options.progress, tls_verify, looking=name in LOOKING)
+    context = Context(options.root, options.progress, tls_verify, options.host, looking=name in LOOKING)
     return int(module.run(args, context))
 
 

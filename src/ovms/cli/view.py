@@ -1,102 +1,47 @@
-"""How instances are shown."""
+"""How instances are shown: from the documents of the runtime contract, wherever they come from."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from ovms.cli import output
-from ovms.process import describe_exit
-from ovms.runtime.instances import Status
-from ovms.spec.states import State
-from ovms.vmm.model import Ending, PortForward
 
-_ENDINGS = {
-    Ending.POWERED_OFF: "Exited (powered off)",
-    Ending.PANICKED: "Exited (guest panicked)",
-    Ending.STOPPED: "Exited (stopped)",
-    Ending.KILLED: "Exited (killed)",
-    Ending.OUT_OF_MEMORY: "Exited (out of memory)",
-    Ending.HOST_REBOOTED: "Exited (the host was rebooted)",
+_ENDINGS: Final = {
+    "powered-off": "Exited (powered off)",
+    "panicked": "Exited (guest panicked)",
+    "stopped": "Exited (stopped)",
+    "killed": "Exited (killed)",
+    "oom-killed": "Exited (out of memory)",
+    "host-rebooted": "Exited (the host was rebooted)",
 }
 
 
-def instance(status: Status, *, details: bool = False) -> dict[str, Any]:
-    """An instance as JSON."""
-    record = status.record
-    answer: dict[str, Any] = {
-        "instance_id": record.id,
-        "name": record.name,
-        "state": str(status.state),
-        "ending": None if status.ending is None else str(status.ending),
-        "exit_status": status.exit_status,
-        "reference": record.reference,
-        "digest": record.digest,
-        "created": record.created,
-        "started": record.started,
-        "start_ms": record.start_ms,
-        "restored": record.restored,
-        "runtime": record.vmm,
-        "accel": str(record.machine.accel),
-        "accel_reason": record.accel_reason,
-        "memory": record.machine.memory,
-        "cpus": record.machine.vcpus,
-        "ports": [forward(port) for port in record.ports],
-        "network": str(record.network),
-        "exit": _exit(status),
-        "restarts": None if record.restart is None else record.restart.count,
-        "pid": None if record.process is None or not status.state.alive else record.process.pid,
-    }
-    if details:
-        answer["machine"] = record.machine.to_json()
-        answer["volumes"] = [volume.to_json() for volume in record.volumes]
-        answer["user_data"] = record.user_data
-        answer["runtime_version"] = record.vmm_version
-        answer["remove_on_exit"] = record.remove_on_exit
-        answer["jail"] = record.jail.to_json()
-    return answer
-
-
-def _exit(status: Status) -> dict[str, Any] | None:
-    seen = status.exit
-    if seen is None:
-        return None
-    ended = datetime.fromtimestamp(seen.time_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return {
-        "time": ended,
-        "code": seen.returncode if seen.returncode >= 0 else None,
-        "signal": describe_exit(seen.returncode).removeprefix("signal ") if seen.returncode < 0 else None,
-        "cpu_ms": round((seen.user_us + seen.system_us) / 1000, 1),
-        "memory_max": seen.memory_max,
-    }
-
-
-def forward(port: PortForward) -> dict[str, Any]:
-    """A forwarded port as JSON."""
-    return {
-        "host_ip": port.host_ip,
-        "host_port": port.host_port,
-        "guest_port": port.guest_port,
-        "protocol": port.protocol,
-    }
-
-
-def state_text(status: Status) -> str:
+def state_text(instance: Mapping[str, Any]) -> str:
     """The state as Docker words it: ``Up 3 minutes``."""
-    if status.state in (State.RUNNING, State.PAUSED, State.STOPPING):
-        text = f"Up {output.ago(status.record.started)}"
-        return text if status.state is State.RUNNING else f"{text} ({status.state})"
-    if status.state is State.STARTING:
-        return "Starting"
-    if status.state is State.ERROR:
-        return _error_text(status)
-    return _ENDINGS[status.ending] if status.ending else "Exited"
+    state = str(instance["state"])
+    if state == "error":
+        return _error_text(instance)
+    if state == "stopped":
+        return _ENDINGS.get(str(instance.get("ending")), "Exited")
+    if state in ("running", "paused", "stopping") and instance.get("started"):
+        text = f"Up {output.ago(instance['started'])}"
+        return text if state == "running" else f"{text} ({state})"
+    return state.capitalize()
 
 
-def _error_text(status: Status) -> str:
-    if status.record.process is None:
-        return "Error (the start was broken off)"
-    if status.ending is Ending.OUT_OF_MEMORY:
+def _error_text(instance: Mapping[str, Any]) -> str:
+    error = instance.get("error") or {}
+    if not instance.get("started"):
+        broken_off = error.get("code", "interrupted") == "interrupted"
+        return "Error (the start was broken off)" if broken_off else f"Error (the start failed: {error['code']})"
+    if instance.get("ending") == "oom-killed":
         return "Error (out of memory)"
-    how = "" if status.exit is None else f": {describe_exit(status.exit.returncode)}"
-    return f"Error (the VMM died{how})"
+    seen = instance.get("exit") or {}
+    how = f"signal {seen['signal']}" if seen.get("signal") else f"exit code {seen['code']}" if "code" in seen else ""
+    return f"Error (the VMM died{': ' if how else ''}{how})"
+
+
+def port_text(port: Mapping[str, Any]) -> str:
+    """``127.0.0.1:8080->80/tcp``"""
+    return f"{port['host_ip']}:{port['host_port']}->{port['guest_port']}/{port['protocol']}"

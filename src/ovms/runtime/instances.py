@@ -8,6 +8,8 @@ very process does, and what was half done is finished or taken back by the next 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import InputError, InstanceNotFound, Locked, NameTaken, OvmsError, StateConflict
+from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
 from ovms.oci.collector import Needs
 from ovms.runtime import cgroups, names, network, workload
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
+from ovms.spec import api
 from ovms.spec.states import State
 from ovms.vmm import watch
 from ovms.vmm.model import Ending, VmFiles
@@ -33,6 +36,10 @@ LOCK_TIMEOUT: Final = 120.0
 LOCK: Final = "lock"
 #: Seconds that a watcher gets to write down how its VMM ended.
 _LAST_WORDS: Final = 1.0
+
+#: Marks an instance as one to be ended.
+STOP: Final = "stop"
+_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 #: The VMM of a name.
 Vmms = Callable[[str], Vmm]
@@ -69,14 +76,17 @@ class Instances:
 
     def __init__(self, root: Root, vmms: Vmms) -> None:
         root.prepare()
-        self._root = root
+        self.root = root
         self._vmms = vmms
+        self.lock_timeout = LOCK_TIMEOUT
+        #: What was read of records, by directory: a file that is replaced whole is known by its inode and times.
+        self._read: dict[str, tuple[tuple[int, int, int], Record]] = {}
 
     # --- looking -----------------------------------------------------------------------------------------------
 
     def directory(self, instance_id: str) -> Path:
         """The directory of an instance."""
-        return self._root.instances / instance_id
+        return self.root.instances / instance_id
 
     def files(self, record: Record) -> VmFiles:
         """The files of an instance's VM."""
@@ -85,11 +95,11 @@ class Instances:
     def records(self, *, damaged: Callable[[OvmsError], None] | None = None) -> list[Record]:
         """Every record, oldest instance first. One that can't be read is told to *damaged*, and left out."""
         answer = []
-        for directory in self._root.instances.iterdir():
+        for directory in self.root.instances.iterdir():
             if directory.name.startswith("."):
                 continue
             try:
-                record = load(directory)
+                record = self._load(directory)
             except OvmsError as exc:
                 if damaged is not None:
                     damaged(exc)
@@ -98,6 +108,25 @@ class Instances:
                 answer.append(record)
         return sorted(answer, key=lambda record: (record.created, record.id))
 
+    def _load(self, directory: Path) -> Record | None:
+        try:
+            info = (directory / FILE).stat()
+        except OSError:
+            self._read.pop(directory.name, None)
+            return load(directory)
+        stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
+        known = self._read.get(directory.name)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        record = load(directory)
+        if record is not None:  # should it have been replaced meanwhile, the stamp is of the one before: read again
+            self._read[directory.name] = (stamp, record)
+        return record
+
+    def by_id(self, text: str) -> Record | None:
+        """The instance of a whole ID; None where there is none, or *text* is none."""
+        return self._load(self.directory(text)) if _ID.fullmatch(text) else None
+
     def find(self, text: str) -> Record:
         """The instance of a name, an ID, or the first digits of one.
 
@@ -105,6 +134,9 @@ class Instances:
             InstanceNotFound: there is none.
             InputError: the digits fit several.
         """
+        # the usual case of a program's calls: no need to read all others
+        if (record := self.by_id(text)) is not None:
+            return record
         records = self.records()
         exact = [r for r in records if text in (r.name, r.id, r.id.replace("-", ""))]
         fitting = exact or [r for r in records if len(text) >= 3 and r.id.startswith(text)]
@@ -119,11 +151,19 @@ class Instances:
     def status(self, record: Record) -> Status:
         """What an instance does now."""
         if record.process is None:
-            return Status(record, State.STARTING if self._locked(record) else State.ERROR)
+            # what is noted holds; else somebody works on it as long as they have its lock
+            if record.problem is not None or record.stop_requested:
+                return Status(record, State.ERROR if record.problem is not None else State.STOPPED)
+            asked = self.stop_asked(record)
+            if self._locked(record):
+                return Status(record, State.STOPPING if asked else State.STARTING)
+            return Status(record, State.STOPPED if asked else State.ERROR)
         if record.process.alive():
-            if record.stop_requested:
+            if record.stop_requested or self.stop_asked(record):
                 return Status(record, State.STOPPING)
-            return Status(record, State.PAUSED if record.pausing else State.RUNNING)
+            # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
+            paused = record.paused or (record.pausing and not self._locked(record))
+            return Status(record, State.PAUSED if paused else State.RUNNING)
         files = self.files(record)
         seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
         ending = self._vmms(record.vmm).ending(files)
@@ -164,7 +204,7 @@ class Instances:
             for record in records
             if record.ram_image is not None and (record.process is None or record.process.alive())
         }
-        return Needs(frozenset(record.digest for record in records), frozenset(images))
+        return Needs(frozenset(record.digest for record in records if record.digest is not None), frozenset(images))
 
     def watchers(self) -> list[int]:
         """The watchers of VMs that were restored: each holds the memory that its VM came from."""
@@ -177,7 +217,7 @@ class Instances:
     # --- changing ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self, record: Record, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Record]:
+    def locked(self, record: Record, *, timeout: float | None = None) -> Iterator[Record]:
         """Holds an instance's lock, and gives its newest record.
 
         Raises:
@@ -187,7 +227,9 @@ class Instances:
         directory = self.directory(record.id)
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(fsutil.file_lock(directory / LOCK, timeout=timeout))
+                held.enter_context(
+                    fsutil.file_lock(directory / LOCK, timeout=self.lock_timeout if timeout is None else timeout)
+                )
             except FileNotFoundError:
                 raise self._gone(record) from None
             newest = load(directory)
@@ -215,11 +257,34 @@ class Instances:
         Raises:
             NameTaken: another instance has it.
         """
+        record, lock = self.add(make, artifact, name)
+        assert lock is not None
+        with lock:
+            try:
+                yield record
+            except BaseException:
+                self.remove(record)
+                raise
+
+    def add(
+        self,
+        make: Callable[[str, str], Record],
+        artifact: str,
+        name: str | None,
+        *,
+        known: Callable[[Record], bool] | None = None,
+    ) -> tuple[Record, contextlib.ExitStack | None]:
+        """As :meth:`create`, for a start that others go on with: its lock is the caller's to close.
+
+        Where *known* knows an instance already, that is returned, and no lock.
+        """
         instance_id = str(uuid.uuid4())
         directory = self.directory(instance_id)
         with contextlib.ExitStack() as lock:
-            with fsutil.file_lock(self._root.instances / ".lock"):
+            with fsutil.file_lock(self.root.instances / ".lock"):
                 taken = {r.name: r for r in self.records()}
+                if known is not None and (there := next(filter(known, taken.values()), None)) is not None:
+                    return there, None
                 if name is not None and names.check(name) in taken:
                     raise NameTaken(
                         f"the name {name} is taken by the instance {taken[name].id}",
@@ -229,21 +294,95 @@ class Instances:
                 record = make(instance_id, name or names.make(artifact, instance_id, taken))
                 directory.mkdir(mode=0o700)
                 lock.enter_context(fsutil.file_lock(directory / LOCK))
-                save(directory, record)
-            try:
-                yield record
-            except BaseException:
-                self.remove(record)
-                raise
+                try:
+                    # until there is a VM, a power failure may have it all
+                    save(directory, record, durable=False)
+                except BaseException:
+                    fsutil.remove_tree(directory)
+                    raise
+            return record, lock.pop_all()
+
+    @contextlib.contextmanager
+    def settle(self, pending: Record, make: Callable[[str, str], Record]) -> Iterator[Record]:
+        """Gives an instance that was added before its artifact was known (under its lock) its whole record."""
+        with fsutil.file_lock(self.root.instances / ".lock"):
+            if load(self.directory(pending.id)) is None:
+                raise self._gone(pending)
+            record = make(pending.id, pending.name)
+            record = replace(
+                record,
+                created=pending.created,
+                # what came from a place on disk may have no name
+                reference=pending.reference if record.reference == record.digest else record.reference,
+                timings=pending.timings,
+                start_key=pending.start_key,
+                ports=pending.ports,
+            )
+            save(self.directory(record.id), record, durable=False)
+        yield record
+
+    def newest(self, record: Record) -> Record | None:
+        """What the record of an instance says now (under its lock); None when it was removed."""
+        return load(self.directory(record.id))
+
+    def ask_to_stop(self, record: Record, deadline: float) -> None:
+        """Marks an instance as one to be ended, at *deadline* (seconds since the epoch) at the latest. Needs no lock.
+
+        Whoever starts it breaks that off; a server sees to the end of a VM that runs.
+        """
+        mark = self._stop_mark(record)
+        temporary = mark.with_name(f".{mark.name}.{uuid.uuid4().hex}.tmp")
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            temporary.touch(mode=0o600)
+            os.utime(temporary, (deadline, deadline))
+            temporary.replace(mark)
+
+    def forget_stop(self, record: Record) -> None:
+        """For a new start of an instance that was to be ended."""
+        self._stop_mark(record).unlink(missing_ok=True)
+
+    def stop_deadline(self, record: Record) -> float | None:
+        """When an instance is to be ended at the latest; None where nobody has marked it."""
+        try:
+            return self._stop_mark(record).stat().st_mtime
+        except OSError:
+            return None
+
+    def stop_asked(self, record: Record) -> bool:
+        """Whether an instance is marked as one to be ended."""
+        return self.stop_deadline(record) is not None
+
+    def _stop_mark(self, record: Record) -> Path:
+        return self.directory(record.id) / STOP
+
+    def clear(self, record: Record) -> None:
+        """Removes what a start has made that failed; the instance stays (under its lock)."""
+        cgroups.remove(_groups(record))
+        network.sweep(self.directory(record.id))
+        for name in record.overlays:
+            (self.directory(record.id) / name).unlink(missing_ok=True)
 
     def remove(self, record: Record) -> None:
         """Removes what is left of an instance whose VM is no more (under its lock)."""
         directory = self.directory(record.id)
+        self._read.pop(record.id, None)
         network.sweep(directory)
         cgroups.remove(_groups(record))
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
         fsutil.remove_tree(directory)
+
+    def remove_unresolved(self, record: Record) -> bool:
+        """Removes an instance whose artifact is not found yet, without its lock: whoever starts it may wait for a registry.
+
+        That start can't come further: :meth:`settle` finds no record. False where the artifact has been found.
+        """
+        with fsutil.file_lock(self.root.instances / ".lock"):
+            newest = load(self.directory(record.id))
+            if newest is None or newest.resolved:
+                return False
+            self.remove(newest)
+            return True
 
     def sweep_network(self, record: Record) -> None:
         """Sees to it that nothing of the network of a VM is left that has just ended: its ports are free then."""
@@ -271,8 +410,8 @@ class Instances:
 
     def recover(self) -> None:
         """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
-        cgroups.sweep({directory.name for directory in self._root.instances.iterdir()})
-        for directory in list(self._root.instances.iterdir()):
+        cgroups.sweep({directory.name for directory in self.root.instances.iterdir()})
+        for directory in list(self.root.instances.iterdir()):
             if directory.name.startswith(".") or not directory.is_dir():
                 continue
             with contextlib.suppress(OvmsError, OSError):
@@ -284,7 +423,7 @@ class Instances:
             return
         # A directory without a record is just being made or removed: both happen under this lock.
         with (
-            fsutil.file_lock(self._root.instances / ".lock", timeout=0 if record is None else None),
+            fsutil.file_lock(self.root.instances / ".lock", timeout=0 if record is None else None),
             fsutil.file_lock(directory / LOCK, timeout=0),
         ):
             record = load(directory)
@@ -304,11 +443,12 @@ class Instances:
             if _ended(record) and any(group.exists() for group in _groups(record)):
                 record = self.save(replace(record, oom_killed=cgroups.oom_killed(_groups(record))))
                 cgroups.remove(_groups(record))
-            if record.remove_on_exit and not self.status(record).state.alive:
+            # a start that failed is kept: else nobody would learn why
+            if record.remove_on_exit and record.process is not None and not self.status(record).state.alive:
                 self.remove(record)
 
     def _needs_recovery(self, record: Record) -> bool:
-        if record.process is None or record.pausing:
+        if record.pausing or (record.process is None and record.problem is None and not record.stop_requested):
             return True
         if not _ended(record):
             return self._is_cut_off(record)
@@ -333,7 +473,16 @@ class Instances:
 
     def _adopt(self, record: Record) -> Record:
         found = watch.find(self.files(record))
-        return record if found is None else self.save(replace(record, process=found.vmm, watcher=found.watcher))
+        if found is not None:
+            return self.save(replace(record, process=found.vmm, watcher=found.watcher))
+        if record.problem is not None or record.stop_requested:
+            return record
+        # noted, so that it is no start again when its lock is held for something else
+        self.clear(record)
+        if self.stop_asked(record):
+            return self.save(replace(record, stop_requested=True))
+        broken_off = Interrupted("the start was broken off", hint="whoever worked on it was killed: start anew")
+        return self.save(replace(record, problem=api.problem(broken_off)))
 
 
 def _ended(record: Record) -> bool:

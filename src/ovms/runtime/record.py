@@ -6,6 +6,7 @@
     ├── record.json             this module; replaced by rename
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
+    ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
     ├── qmp.sock, console.sock  the VMM's control channel and the serial console
     ├── seed.img                what its cloud-init is told (ovms.runtime.seeds)
     ├── agent.sock, agent.lock  the guest's agent; flock: whoever talks to it (ovms.runtime.agent)
@@ -49,6 +50,14 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class StartKey:
+    """The ``Idempotency-Key`` of the call that made an instance, and its body: the digests of both."""
+
+    key: Digest
+    body: Digest
+
+
+@dataclass(frozen=True)
 class Record:
     """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
 
@@ -58,13 +67,18 @@ class Record:
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
     that the artifact's bootstrap config runs in it.
+
+    An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
+    for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
+    says that the user wants its CPUs to stand still; it is written before they do, and taken back after they run.
+    ``timings`` are milliseconds of the phases of the start.
     """
 
     id: str
     name: str
     created: str
     reference: str
-    digest: Digest
+    digest: Digest | None
     vmm: str
     vmm_version: str
     machine: Machine
@@ -82,6 +96,12 @@ class Record:
     jail: Jail = field(default_factory=Jail)
     oom_killed: bool = False
     restart: Restart | None = None
+    resolved: bool = True
+    problem: Mapping[str, Any] | None = None
+    paused: bool = False
+    timings: Mapping[str, float] = field(default_factory=dict)
+    not_restored: str | None = None
+    start_key: StartKey | None = None
     network: Attachment = field(default_factory=lambda: Attachment(Kind.SLIRP))
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
@@ -124,6 +144,12 @@ class Record:
             "jail": self.jail.to_json(),
             "oom_killed": self.oom_killed,
             "restart": None if self.restart is None else asdict(self.restart),
+            "resolved": self.resolved,
+            "problem": None if self.problem is None else dict(self.problem),
+            "paused": self.paused,
+            "timings": dict(self.timings),
+            "not_restored": self.not_restored,
+            "start_key": None if self.start_key is None else asdict(self.start_key),
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
             "workload": self.workload,
@@ -144,7 +170,7 @@ class Record:
             name=str(value["name"]),
             created=str(value["created"]),
             reference=str(value["reference"]),
-            digest=parse_digest(value["digest"]),
+            digest=None if value["digest"] is None else parse_digest(value["digest"]),
             vmm=str(value["vmm"]["name"]),
             vmm_version=str(value["vmm"]["version"]),
             machine=Machine.from_json(value["machine"], "machine"),
@@ -162,6 +188,12 @@ class Record:
             jail=Jail.from_json(value["jail"]),
             oom_killed=bool(value["oom_killed"]),
             restart=None if restart is None else Restart(**restart),
+            resolved=bool(value["resolved"]),
+            problem=None if value["problem"] is None else dict(value["problem"]),
+            paused=bool(value["paused"]),
+            timings={str(phase): float(ms) for phase, ms in value["timings"].items()},
+            not_restored=value["not_restored"],
+            start_key=None if value["start_key"] is None else StartKey(**value["start_key"]),
             network=Attachment.from_json(value["network"]),
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
@@ -179,9 +211,9 @@ def overlay_name(number: int) -> str:
     return f"overlay-{number}.qcow2"
 
 
-def save(directory: Path, record: Record) -> None:
-    """Replaces the record of the instance in *directory*."""
-    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600)
+def save(directory: Path, record: Record, *, durable: bool = True) -> None:
+    """Replaces the record of the instance in *directory*. What is not *durable* a power failure may take back."""
+    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600, durable=durable)
 
 
 def load(directory: Path) -> Record | None:

@@ -7,6 +7,7 @@
     ├── instances/
     │   ├── .lock               flock: around taking a name, and around the removal of an instance
     │   └── <uuid>/             one instance (ovms.runtime.record)
+    ├── ovms.sock(.lock)        where a server listens (ovms.runtime.server)
     └── cache/                  what is slow to find out about this host; can go at any time
 """
 
@@ -53,6 +54,11 @@ class Root:
     def instances(self) -> Path:
         """Where the instances' directories are."""
         return self.path / "instances"
+
+    @property
+    def socket(self) -> Path:
+        """Where a server listens unless it is told otherwise."""
+        return self.path / "ovms.sock"
 
     @property
     def cache(self) -> Path:

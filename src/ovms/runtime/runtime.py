@@ -17,7 +17,16 @@ from ovms.artifact.model import Artifact, load
 from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
-from ovms.errors import GuestError, InputError, SnapshotIncompatible, StateConflict, Unsupported, UsageError, VmmError
+from ovms.errors import (
+    GuestError,
+    InputError,
+    Interrupted,
+    SnapshotIncompatible,
+    StateConflict,
+    Unsupported,
+    UsageError,
+    VmmError,
+)
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
@@ -125,10 +134,13 @@ class Runtime:
 
     # --- start -------------------------------------------------------------------------------------------------
 
-    def start(self, found: Found, options: RunOptions, progress: Progress = NULL) -> Started:
+    def start(
+        self, found: Found, options: RunOptions, progress: Progress = NULL, *, pending: Record | None = None
+    ) -> Started:
         """Starts an instance of an artifact in the store: restored where it can be, booted otherwise.
 
-        The caller holds the store (``layout.using()``) from when it found the artifact.
+        With *pending* it is that one, which has an ID and a record already, and stays should this fail
+        (:mod:`ovms.runtime.starting`). The caller holds the store (``layout.using()``) from when it found the artifact.
 
         Raises:
             Unsupported, InputError: the artifact can't be run, or not like this.
@@ -137,18 +149,19 @@ class Runtime:
             Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
+        began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, artifact, options, told, progress)
-        ports = port_forwards.settle(options.ports)
+        ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 
         def make(instance_id: str, name: str) -> Record:
             return Record(
                 id=instance_id,
                 name=name,
-                created=_now(),
+                created=now(),
                 reference=found.name,
                 digest=artifact.digest,
                 vmm=vmm.name,
@@ -176,7 +189,9 @@ class Runtime:
 
         with (
             attachments.opened(options.volumes, self.root.path) as volumes,
-            self.instances.create(make, artifact.manifest.name, options.name) as bare,
+            self.instances.create(make, artifact.manifest.name, options.name)
+            if pending is None
+            else self.instances.settle(pending, make) as bare,
             self._memory(plan.restore) as restore,
             attachments.seeded(self.instances.directory(bare.id), bare, told) as (record, seed),
         ):
@@ -185,7 +200,11 @@ class Runtime:
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
-            return Started(self._launch(vmm, config, record), plan.not_restored)
+            disks = {"disks": ms_since(began)}
+            made = replace(record, timings={**record.timings, **disks}, not_restored=plan.not_restored)
+            if pending is not None and self.instances.stop_asked(made):
+                raise Interrupted(f"the start of {made.name} was broken off")
+            return Started(self._launch(vmm, config, made), plan.not_restored)
 
     @contextlib.contextmanager
     def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
@@ -205,9 +224,16 @@ class Runtime:
             with outside as link, regions.made(config.machine) as shared:
                 running = vmm.start(replace(config, network=link.network, regions=shared), files)
                 link.settle()
-            took = round((time.monotonic() - began) * 1000, 1)
+            timings = {**record.timings, **running.timings}
             return self.instances.save(
-                replace(record, process=running.vmm, watcher=running.watcher, started=_now(), start_ms=took)
+                replace(
+                    record,
+                    process=running.vmm,
+                    watcher=running.watcher,
+                    started=now(),
+                    start_ms=ms_since(began),
+                    timings=timings,
+                )
             )
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
@@ -304,9 +330,18 @@ class Runtime:
             chain = open_chain([*layers, *written])
             port_forwards.settle(newest.ports)
             count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
+            self.instances.forget_stop(newest)
             # noted first: an attempt that kills us counts
             again = self.instances.save(
-                replace(newest, ram_image=None, restart=count, stop_requested=False, pausing=False, oom_killed=False)
+                replace(
+                    newest,
+                    ram_image=None,
+                    restart=count,
+                    stop_requested=False,
+                    pausing=False,
+                    paused=False,
+                    oom_killed=False,
+                )
             )
             cgroups.remove([procs.parent for procs in again.jail.cgroups])
             again = replace(again, jail=jail.renew(again.jail, again.id, again.machine))
@@ -350,8 +385,11 @@ class Runtime:
     def power_down(self, record: Record, *, agent: bool = False) -> Record:
         """Asks the guest to power down. What it makes of it is seen by its process's end.
 
-        With *agent* it is the guest's agent that is asked; the button is pressed where that does not answer.
+        With *agent* it is the guest's agent that is asked; the button is pressed where that does not answer. A start that is
+        going on is broken off instead.
         """
+        if self.break_off(record):
+            return record
         if agent and self._ask_agent(record):
             return self.instances.find(record.id)
         with self.instances.locked(record) as newest:
@@ -362,6 +400,13 @@ class Runtime:
                 control.resume()  # a paused guest sees no button
                 control.power_down()
             return stopping
+
+    def break_off(self, record: Record) -> bool:
+        """Asks whoever is starting an instance to break that off. False where nobody is."""
+        if self.instances.status(record).state is not State.STARTING:
+            return False
+        self.instances.ask_to_stop(record, time.time())
+        return True
 
     def _ask_agent(self, record: Record) -> bool:
         from ovms.runtime import guest
@@ -380,6 +425,7 @@ class Runtime:
 
     def kill(self, record: Record) -> None:
         """Ends a VM at once. Its disks are as after a power failure."""
+        self.break_off(record)
         with self.instances.locked(record) as newest:
             self._end(newest)
 
@@ -415,16 +461,53 @@ class Runtime:
         Raises:
             StateConflict: it runs, and *force* is not given.
         """
+        call = Call.REMOVE_FORCE if force else Call.REMOVE
+        # looked at without the lock: a start holds it, and may hold it for long
+        after(self.instances.status(record).state, call, record.name)
+        self.break_off(record)
+        if self.instances.remove_unresolved(record):
+            return
         with self.instances.locked(record) as newest:
             state = self.instances.status(newest).state
             # A start holds the lock: one that is "starting" under it was broken off.
             if state is not State.STARTING:
-                after(state, Call.REMOVE_FORCE if force else Call.REMOVE, newest.name)
+                after(state, call, newest.name)
                 self._end(newest)
             self.instances.remove(newest)
 
+    def pause(self, record: Record) -> Record:
+        """Lets an instance's CPUs stand still, until :meth:`resume`.
+
+        Raises:
+            StateConflict: its state does not allow that.
+            VmmError: the VMM refused.
+        """
+        after(self.instances.status(record).state, Call.PAUSE, record.name)
+        with self.instances.locked(record) as newest:
+            after(self.instances.status(newest).state, Call.PAUSE, newest.name)
+            # Noted first, and asked of the VMM also where it is noted: should we be killed between, 'resume' sets it right.
+            paused = self.instances.save(replace(newest, paused=True)) if not newest.paused else newest
+            try:
+                with self.instances.control(paused) as control:
+                    control.pause()
+            except BaseException:
+                self.instances.save(newest)
+                raise
+            return paused
+
+    def resume(self, record: Record) -> Record:
+        """Lets them go on. Raises like :meth:`pause`."""
+        after(self.instances.status(record).state, Call.RESUME, record.name)
+        with self.instances.locked(record) as newest:
+            after(self.instances.status(newest).state, Call.RESUME, newest.name)
+            with self.instances.control(newest) as control:
+                control.resume()
+            return self.instances.save(replace(newest, paused=False)) if newest.paused else newest
+
     def artifact(self, record: Record) -> Artifact:
         """The artifact that an instance was started from."""
+        if record.digest is None:
+            raise StateConflict(f"the artifact of {record.name} is not known yet", instance=record.name)
         return load(self.layout, record.digest)
 
 
@@ -439,5 +522,11 @@ def _new_mac() -> str:
     return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in secrets.token_bytes(3))))
 
 
-def _now() -> str:
+def ms_since(began: float) -> float:
+    """Milliseconds since a moment of the monotonic clock."""
+    return round((time.monotonic() - began) * 1000, 1)
+
+
+def now() -> str:
+    """The time, as records have it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -47,6 +47,8 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         VmmError, HostError: the VMM or the host refused; the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
+    # before the lock, which a start may hold for long
+    after(instances.status(record).state, Call.SNAPSHOT, record.name)
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
@@ -83,7 +85,7 @@ def _add_parts(
         runtime.vmm(record.vmm),
         record.machine,
         manifest,
-        record.digest,
+        source.digest,
         tuple(d.digest for d in added),
         network=record.network.state,
     )

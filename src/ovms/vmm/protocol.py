@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,9 @@ class Control(Protocol):
 
     def power_down(self) -> None:
         """Presses the power button; what the guest makes of it is its own matter."""
+
+    def figures(self) -> Mapping[str, int]:
+        """What the guest has moved so far: ``disk_read_bytes``, ``disk_written_bytes``, … as far as the VMM counts it."""
 
     def agent_listens(self) -> bool:
         """Whether the guest has opened the port for its agent."""

@@ -15,7 +15,7 @@ from support import qcow2_images as images
 from ovms import process
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer, open_chain
-from ovms.errors import DiskInvalid, OvmsError
+from ovms.errors import DiskInvalid, HostError, OvmsError
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
 
@@ -165,10 +165,25 @@ def test_a_data_file(img: Tool, tmp_path: Path, raw: str) -> None:
 @pytest.mark.parametrize("format", ["aes", "luks"])
 def test_encryption(img: Tool, tmp_path: Path, format: str) -> None:
     speed = ",encrypt.iter-time=10" if format == "luks" else ""
-    img(
-        *("create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=secret"),
-        *("-o", f"encrypt.format={format},encrypt.key-secret=s{speed}", tmp_path / "image", "1M"),
-    )
+    options = f"encrypt.format={format},encrypt.key-secret=s{speed}"
+    for last in (False, False, False, True):
+        try:
+            img(
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "--object",
+                "secret,id=s,data=secret",
+                "-o",
+                options,
+                tmp_path / "image",
+                "1M",
+            )
+            break
+        except HostError as exc:  # what it measures its own speed by is too coarse now and then
+            if last or "accurate CPU usage" not in exc.message:
+                raise
     with pytest.raises(DiskInvalid, match="is encrypted"):
         check(tmp_path / "image")
 

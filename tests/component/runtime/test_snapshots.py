@@ -316,7 +316,7 @@ def test_a_required_restore_does_not_become_a_boot(
     with pytest.raises(SnapshotIncompatible, match="HVF"):
         runtime.start(found, required)
     with pytest.raises(SnapshotIncompatible, match="has no RAM snapshot"):
-        runtime.start(find(runtime.layout, running.digest), required)
+        runtime.start(find(runtime.layout, str(running.digest)), required)
     assert len(runtime.instances.records()) == count
 
 

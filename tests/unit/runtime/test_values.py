@@ -150,6 +150,18 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     bare = replace(RECORD, process=None, ram_image=None, started=None, start_ms=None, ports=(), overlays=())
     record.save(tmp_path, bare)
     assert record.load(tmp_path) == bare
+    failed = replace(
+        bare,
+        digest=None,
+        resolved=False,
+        problem={"code": "digest-mismatch", "status": 422},
+        paused=True,
+        timings={"resolve": 1.5, "pull": 830.0},
+        not_restored="why not",
+        start_key=record.StartKey(of_bytes(b"key"), of_bytes(b"body")),
+    )
+    record.save(tmp_path, failed, durable=False)
+    assert record.load(tmp_path) == failed
 
 
 def test_no_record_is_none(tmp_path: Path) -> None:

@@ -50,17 +50,13 @@ def test_every_limit_that_a_document_names_is_in_the_table() -> None:
         assert rfc.limit_names(path) <= known, path.name
 
 
-#: Limits that only a server meets; no code has them yet but the documents.
-OF_A_SERVER: Final = {"KEY_MAX", "LOG_TEXT_MAX"}
-
-
 def test_every_limit_is_tried() -> None:
     """By a test, or by a vector."""
     more = [SPEC.parent / "scripts" / "make_vectors.py", SPEC / "vectors" / "api" / "index.json"]
     files = [path for path in (SPEC.parent / "tests").rglob("*.py") if path.name != Path(__file__).name]
     text = "".join(path.read_text(encoding="utf-8") for path in [*files, *more])
     names = {row[0] for head in ("name", "default") for row in rfc.table(MAIN, head, "value")}
-    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == OF_A_SERVER
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
 
 
 # --- the rules' figures ----------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def _uses(context: Context) -> Uses:
     records = instances.records(damaged=damaged.append)
     users: dict[Digest, list[User]] = {}
     for record in records:
-        users.setdefault(record.digest, []).append(User(record.name, record.reference))
+        if record.digest is not None:
+            users.setdefault(record.digest, []).append(User(record.name, record.reference))
     return Uses(instances.needs_of(records), users, tuple(damaged))
 
 

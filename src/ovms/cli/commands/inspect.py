@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             record = context.runtime.instances.find(args.name)
         except InstanceNotFound:
             raise no_artifact from None
-    from ovms.cli.view import instance
+    from ovms.runtime.document import instance
 
     _print(args, instance(context.runtime.instances.status(record), details=True))
     return Exit.OK

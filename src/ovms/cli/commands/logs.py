@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    # what the contract can't say is read from the files, beside the server
+    if context.has_server and not (args.vmm or args.since is not None or args.until is not None):
+        return _from_server(args, context)
     from ovms.cli.terminal import writer
     from ovms.runtime import logs
 
@@ -56,6 +59,22 @@ def run(args: argparse.Namespace, context: Context) -> int:
             _bytes(args, write, console, watched)
         if console.lost:
             output.say(f"{console.lost} bytes were overwritten by later ones before they could be shown")
+    return Exit.OK
+
+
+def _from_server(args: argparse.Namespace, context: Context) -> int:
+    from ovms.cli.terminal import writer
+
+    write = writer(sys.stdout, raw=args.raw)
+    for record in context.client.logs(args.instance, follow=args.follow, tail=args.tail):
+        if record.get("stream") != "console":
+            continue
+        if args.json:
+            output.answer_json(record)
+            continue
+        before = f"{record['time']} " if args.timestamps else ""
+        write(f"{before}{record['text']}\n".encode())
+    write.end()
     return Exit.OK
 
 

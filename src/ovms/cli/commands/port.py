@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.cli.view import forward
     from ovms.errors import NotFound
     from ovms.runtime import forwards, ports
+    from ovms.runtime.document import forward
 
     runtime = context.runtime
     record = runtime.instances.find(args.instance)

@@ -8,6 +8,8 @@ from ovms.cli import output
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 
+_ENDED = ("stopped", "error")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
@@ -17,30 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.cli.view import instance, state_text
+    from ovms.cli.view import port_text, state_text
 
-    instances = context.runtime.instances
-    records = instances.records(damaged=lambda error: output.say(f"warning: {error.message}"))
-    statuses = [instances.status(record) for record in records]
-    shown = [s for s in reversed(statuses) if args.all or s.state.alive]
+    shown = [one for one in reversed(context.client.instances()) if args.all or one["state"] not in _ENDED]
     if args.json:
-        output.answer_json([instance(status) for status in shown])
+        output.answer_json(shown)
     elif args.quiet:
-        for status in shown:
-            output.answer(status.record.id)
+        for one in shown:
+            output.answer(one["instance_id"])
     else:
         output.table(
             ("INSTANCE ID", "NAME", "ARTIFACT", "CREATED", "STATUS", "PORTS"),
             (
                 (
-                    s.record.id[:8],
-                    s.record.name,
-                    s.record.reference,
-                    f"{output.ago(s.record.created)} ago",
-                    state_text(s),
-                    ", ".join(map(str, s.record.ports)),
+                    one["instance_id"][:8],
+                    one["name"],
+                    one["reference"],
+                    f"{output.ago(one['created'])} ago",
+                    state_text(one),
+                    ", ".join(map(port_text, one["ports"])),
                 )
-                for s in shown
+                for one in shown
             ),
         )
     return Exit.OK

@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    runtime = context.runtime
-    records = [runtime.instances.find(text) for text in args.instances]
-    for record in records:
-        runtime.remove(record, force=args.force)
+    client = context.client
+    found = [client.instance(text) for text in args.instances]
+    for one in found:
+        client.remove(one["instance_id"], force=args.force)
         if not args.json:
-            output.answer(record.name)
+            output.answer(one["name"])
     if args.json:
-        output.answer_json({"removed": [record.name for record in records]})
+        output.answer_json({"removed": [one["name"] for one in found]})
     return Exit.OK

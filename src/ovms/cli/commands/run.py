@@ -7,7 +7,8 @@ the guest to power down, a second one ends it. With -d the VM runs on by itself,
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
@@ -16,7 +17,7 @@ from ovms.errors import InstanceNotFound, UsageError
 
 if TYPE_CHECKING:
     from ovms.runtime.record import Record
-    from ovms.runtime.runtime import Started
+    from ovms.runtime.runtime import RunOptions, Started
     from ovms.runtime.seeds import Seed
 
 #: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
@@ -112,19 +113,54 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.json and not args.detach:
         raise UsageError("--json needs -d: in the foreground, stdout is the console")
     if args.detach:
-        started = _start(args, context)
+        instance = _detached(args, context)
         if args.json:
-            from ovms.cli.view import instance
-
-            status = context.runtime.instances.status(started.record)
-            output.answer_json({**instance(status), "not_restored": started.not_restored})
+            output.answer_json(instance)
         else:
-            output.answer(started.record.id)
+            output.answer(instance["instance_id"])
         return Exit.OK
     return _foreground(args, context)
 
 
-def _start(args: argparse.Namespace, context: Context) -> Started:
+#: What the runtime contract can say of a start; with any other option, this process does it, beside the server.
+_CONTRACT = frozenset(
+    {"reference", "detach", "interactive", "json", "name", "memory", "cpus", "publish", "rm", "restore", "accel"}
+)
+
+
+def _detached(args: argparse.Namespace, context: Context) -> dict[str, Any]:
+    started = _start(args, context)
+    if isinstance(started, dict):
+        return started
+    from ovms.runtime.document import instance
+
+    return instance(context.runtime.instances.status(started.record))
+
+
+def _ask_server(args: argparse.Namespace, context: Context, options: RunOptions) -> dict[str, Any]:
+    from ovms.oci.transport import parse_place
+
+    place = parse_place(args.reference)
+    reference = args.reference if place is None else str(place.below(Path.cwd()))
+    instance = context.client.start(reference, options, context.progress)
+    _tell(str(instance.get("accel")), instance.get("accel_reason"), instance.get("not_restored"))
+    return instance
+
+
+def _tell(accel: str, accel_reason: str | None, not_restored: str | None) -> None:
+    if accel_reason is not None:
+        output.say(f"running under {accel.upper()}, not KVM: {accel_reason}")
+    if not_restored is not None:
+        output.say(f"booted from the disk, not restored from the RAM snapshot: {not_restored}")
+
+
+def _fits_contract(args: argparse.Namespace) -> bool:
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    return all(value == defaults.get_default(name) for name, value in vars(args).items() if name not in _CONTRACT)
+
+
+def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, Any]:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
     from ovms.runtime import ports, restart, volumes
@@ -133,7 +169,6 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.runtime.runtime import RunOptions
     from ovms.spec.choices import Accel, RestorePolicy
 
-    runtime = context.runtime
     options = RunOptions(
         name=args.name,
         memory=args.memory,
@@ -149,6 +184,9 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         volumes=volumes.parse(args.volume),
         seed=_seed(args),
     )
+    if args.detach and context.has_server and _fits_contract(args):
+        return _ask_server(args, context, options)
+    runtime = context.runtime
     runtime.vmm(args.runtime)
     check_runnable(args.platform)
     with runtime.layout.using():
@@ -163,10 +201,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
             )
         started = runtime.start(found, options, context.progress)
     record = started.record
-    if record.accel_reason is not None:
-        output.say(f"running under {record.machine.accel.upper()}, not KVM: {record.accel_reason}")
-    if started.not_restored is not None:
-        output.say(f"booted from the disk, not restored from the RAM snapshot: {started.not_restored}")
+    _tell(record.machine.accel, record.accel_reason, started.not_restored)
     return started
 
 
@@ -195,7 +230,9 @@ def _foreground(args: argparse.Namespace, context: Context) -> int:
     from ovms.cli.console import Attachment, Interrupts
 
     # Until the VM runs, Ctrl-C breaks the start off; from then on it is the guest's.
-    record = _start(args, context).record
+    started = _start(args, context)
+    assert not isinstance(started, dict)
+    record = started.record
     interrupts = Interrupts()
     with interrupts.caught():
         Attachment(context.runtime, record, interrupts, pipes=args.interactive).run(GRACE)

@@ -31,16 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.cli.view import instance
+    from ovms.runtime.document import instance as document
 
-    runtime = context.runtime
-    records = [runtime.instances.find(text) for text in args.instances]
+    client = context.client
+    found = [client.instance(text) for text in args.instances]
     answers = []
-    for record in records:
-        status = runtime.stop(record, grace=args.time, agent=args.agent)
-        answers.append(instance(status))
+    for one in found:
+        if args.agent:  # the contract has no word for that
+            runtime = context.runtime
+            record = runtime.instances.find(one["instance_id"])
+            answers.append(document(runtime.stop(record, grace=args.time, agent=True)))
+        else:
+            answers.append(client.stop(one["instance_id"], args.time))
         if not args.json:
-            output.answer(record.name)
+            output.answer(one["name"])
     if args.json:
         output.answer_json(answers)
     return Exit.OK

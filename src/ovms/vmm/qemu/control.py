@@ -54,6 +54,18 @@ class QemuControl:
         """See :class:`~ovms.vmm.protocol.Control`."""
         self._qmp.execute("system_powerdown")
 
+    def figures(self) -> dict[str, int]:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        devices = self._qmp.execute("query-blockstats")
+        totals = {"disk_read_bytes": 0, "disk_written_bytes": 0}
+        for device in devices if isinstance(devices, list) else []:
+            stats = device.get("stats") if isinstance(device, dict) else None
+            if isinstance(stats, dict) and device.get("qdev"):
+                for name, key in (("disk_read_bytes", "rd_bytes"), ("disk_written_bytes", "wr_bytes")):
+                    value = stats.get(key)
+                    totals[name] += value if isinstance(value, int) and value >= 0 else 0
+        return totals
+
     def agent_listens(self) -> bool:
         """See :class:`~ovms.vmm.protocol.Control`."""
         answer = self._qmp.execute("query-chardev")

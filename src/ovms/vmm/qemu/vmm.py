@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -124,14 +126,19 @@ class QemuVmm:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         with contextlib.ExitStack() as undo:
             undo.callback(_remove_channels, files)
+            began = time.monotonic()
             watched = self._spawn(config, files)
             undo.callback(watched.vmm.kill)
+            spawned = time.monotonic()
             try:
-                _wait_until_running(files, config)
+                loaded = _wait_until_running(files, config)
             except VmmError as exc:
                 raise _explain(exc, watched, files) from exc
             undo.pop_all()
-            return watched
+            # of one that boots, the wait for its control channel is a part of the spawn
+            marks = (began, spawned, loaded, time.monotonic()) if loaded else (began, time.monotonic())
+            phases = zip(("spawn", "load", "resume"), itertools.pairwise(marks), strict=False)
+            return replace(watched, timings={name: round((to - at) * 1000, 1) for name, (at, to) in phases})
 
     def _spawn(self, config: VmConfig, files: VmFiles) -> Watched:
         with contextlib.ExitStack() as held:
@@ -259,7 +266,9 @@ def _program_trees(program: Path) -> dict[str, Path]:
     return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
 
 
-def _wait_until_running(files: VmFiles, config: VmConfig) -> None:
+def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:
+    # When the device state was loaded; None where there is none.
+    loaded = None
     restored, linked = config.restore is not None, config.network.uplink is not Uplink.NONE
     deadline = time.monotonic() + START_TIMEOUT
     with Qmp.connect(files.control, timeout=START_TIMEOUT) as qmp:
@@ -275,10 +284,12 @@ def _wait_until_running(files: VmFiles, config: VmConfig) -> None:
             # a snapshot has the link as it was then
             qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": linked})
         if restored:
+            loaded = time.monotonic()
             qmp.execute("cont")
         answer = qmp.execute("query-status")
         if not isinstance(answer, dict) or answer.get("status") not in ("running", "shutdown"):
             raise VmmError(f"the VM does not run: its status is {answer!r:.200}")
+    return loaded
 
 
 def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:

@@ -70,10 +70,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Watched:
-    """A VMM that was executed, and its watcher."""
+    """A VMM that was executed, and its watcher; ``timings`` are milliseconds of the phases of its start."""
 
     vmm: ProcessId
     watcher: ProcessId
+    timings: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 class JailRefused(HostError):

@@ -743,11 +743,12 @@ static void copy(int said)
             into(&o.events, o.event_log, &events_left);
         if (wait[2].revents)
             into(&said, o.said, &said_left);
-        if (wait[3].revents & POLLIN)
-            welcome();
         for (int i = 0; i < CLIENTS; i++)
             if (wait[4 + i].revents && client[i] == wait[4 + i].fd && client[i] >= 0)
                 from_client(i);
+        /* after those who have gone have made room */
+        if (wait[3].revents & POLLIN)
+            welcome();
         flush_keys();
     }
     sys(SYS_exit_group, 0, 0, 0, 0, 0);
@@ -865,19 +866,27 @@ static void watch(char **environment)
         fail(stage, result);
     }
 
+    /* What was the VMM's is closed before anybody hears that it runs: locks on it must not outlive it in us. */
+    int kept[MANY + 16] = {o.dir, o.console, o.listen, o.events, o.log, o.old, o.index, o.old_index, o.said, o.event_log,
+                           said[0], (int)answer_to};
+    int count = 12;
+    for (int i = 0; i < o.hold.count; i++)
+        kept[count++] = o.hold.fd[i];
+    close_all_but(kept, count);
+
     i64 copier = sys(SYS_fork, 0, 0, 0, 0, 0);
     if (copier == 0) {
-        int kept[] = {o.console, o.listen, o.events, o.log, o.old, o.index, o.old_index, o.said, o.event_log, said[0]};
-        close_all_but(kept, sizeof kept / sizeof *kept);
+        int own[] = {o.console, o.listen, o.events, o.log, o.old, o.index, o.old_index, o.said, o.event_log, said[0]};
+        close_all_but(own, sizeof own / sizeof *own);
         copy(said[0]);
     }
     struct text ok = {.used = 0};
     add(&ok, "ok ");
     add(&ok, answer.bytes);
     sys(SYS_write, answer_to, ok.bytes, ok.used, 0, 0);
-    sys(SYS_close, answer_to, 0, 0, 0, 0);
 
-    int kept[MANY + 1], count = 0;
+    /* of what we inherited the directory stays, and what we are to hold */
+    count = 0;
     kept[count++] = o.dir;
     for (int i = 0; i < o.hold.count; i++)
         kept[count++] = o.hold.fd[i];

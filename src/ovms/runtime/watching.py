@@ -1,0 +1,300 @@
+"""Sees what happens to instances, whoever does it: another command, another server, or a guest that powers off.
+
+The kernel tells: inotify of records that are replaced, pidfds of VMMs that end. Where it has no inotify left for us, and for
+what it does not tell (a command that is killed while it starts an instance lets go of a lock), we look again now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ovms.errors import HostError, OvmsError
+from ovms.runtime.document import instance
+from ovms.runtime.instances import STOP, Instances
+from ovms.runtime.record import FILE
+from ovms.runtime.runtime import now
+from ovms.spec.states import State
+from ovms.vmm.model import VmFiles
+
+#: Events that are remembered.
+EVENTS_MAX: Final = 4096
+#: Seconds between two looks at everything, with and without inotify.
+_LOOK: Final = 5.0
+_LOOK_BLIND: Final = 0.5
+#: Seconds while which further news of an instance are taken together with the first.
+_SETTLE: Final = 0.01
+
+_IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x8, 0x80, 0x100, 0x200
+_IN_Q_OVERFLOW, _IN_ONLYDIR, _IN_IGNORED = 0x4000, 0x01000000, 0x8000
+_IN_CLOEXEC, _IN_NONBLOCK = 0o2000000, 0o4000
+_HEADER: Final = struct.Struct("iIII")
+#: Files whose change may be a change of state.
+_TELLING: Final = frozenset({FILE, STOP, VmFiles.EXIT})
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Numbered events; the latest are remembered.
+
+    Numbers begin with the time (ms) of the log's own beginning, so they never fall, not when a server is started anew either,
+    and nothing has to be kept for that.
+    """
+
+    def __init__(self, *, first: int | None = None) -> None:
+        self._lock = threading.Lock()
+        self._next = int(time.time() * 1000) if first is None else first
+        self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
+        self._listeners: dict[object, Callable[[], object]] = {}
+
+    def add(self, kind: str, **fields: Any) -> None:
+        """Notes an event; fields that are None are left out."""
+        with self._lock:
+            event = {"time": now(), "seq": self._next, "type": kind}
+            self._next += 1
+            self._events.append(event | {key: value for key, value in fields.items() if value is not None})
+        for listener in list(self._listeners.values()):
+            listener()
+
+    def after(self, seq: int | None) -> list[Event]:
+        """What came after the event *seq* (None: all that is remembered), with ``lost`` first where some is forgotten."""
+        with self._lock:
+            first = self._next - len(self._events)
+            if seq is None:
+                return list(self._events)
+            if first - 1 <= seq < self._next:
+                return [event for event in self._events if event["seq"] > seq]
+            return [{"time": now(), "seq": first - 1, "type": "lost"}, *self._events]
+
+    @property
+    def last(self) -> int:
+        """The number of the latest event."""
+        with self._lock:
+            return self._next - 1
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Calls *listener*, from whatever thread, after each event."""
+        # without the lock: this may be ended by the garbage collector, in a thread that holds it
+        key = object()
+        self._listeners[key] = listener
+        try:
+            yield
+        finally:
+            self._listeners.pop(key, None)
+
+
+@dataclass
+class _Seen:
+    state: State
+    pidfd: int | None = None
+
+
+class Watcher:
+    """Turns changes of instances into events. ``run`` is for a thread of its own."""
+
+    def __init__(self, instances: Instances, log: EventLog) -> None:
+        self._instances = instances
+        self._log = log
+        self._seen: dict[str, _Seen] = {}
+        self._inotify = _Inotify()
+        self._poll = select.poll()
+        self._pidfds: dict[int, str] = {}
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll.register(self._wake_read, select.POLLIN)
+        if self._inotify.fd is not None:
+            self._poll.register(self._inotify.fd, select.POLLIN)
+            self._inotify.add(str(instances.root.instances), "")
+        self._stopped = False
+        self._look_at_all(tell=False)
+
+    def run(self) -> None:
+        """Watches until :meth:`stop`."""
+        try:
+            while not self._stopped:
+                self.step(_LOOK)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Ends :meth:`run`, from another thread."""
+        self._stopped = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Looks at everything again, soon."""
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"!")
+
+    def close(self) -> None:
+        """Lets go of what is held."""
+        for seen in self._seen.values():
+            if seen.pidfd is not None:
+                os.close(seen.pidfd)
+        self._seen.clear()
+        self._inotify.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def step(self, timeout: float) -> None:
+        """Waits for news, *timeout* seconds at most, and tells them."""
+        wait = timeout if self._inotify.whole else min(timeout, _LOOK_BLIND)
+        ready = self._poll.poll(wait * 1000)
+        if not ready:
+            self._look_at_all()
+            return
+        dirty: set[str] = set()
+        for fd, _ in ready:
+            if fd == self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(fd, 4096)
+                self._look_at_all()
+            elif fd in self._pidfds:
+                instance_id = self._pidfds[fd]
+                self._unfollow(self._seen[instance_id])  # else it would stay ready for ever
+                dirty.add(instance_id)
+        time.sleep(_SETTLE)
+        named = self._inotify.read()
+        if named is None:
+            self._look_at_all()
+        else:
+            for instance_id in dirty | named:
+                self._look_at(instance_id)
+
+    def _look_at_all(self, *, tell: bool = True) -> None:
+        with contextlib.suppress(OSError):
+            here = {
+                entry.name for entry in os.scandir(self._instances.root.instances) if not entry.name.startswith(".")
+            }
+            for instance_id in here | set(self._seen):
+                self._look_at(instance_id, tell=tell)
+
+    def _look_at(self, instance_id: str, *, tell: bool = True) -> None:
+        directory = self._instances.directory(instance_id)
+        seen = self._seen.get(instance_id)
+        try:
+            record = self._instances.by_id(instance_id)
+            if record is None:
+                if seen is not None:
+                    self._forget(instance_id)
+                    self._log.add("removed", instance_id=instance_id)
+                else:
+                    # just being made: its record comes
+                    self._inotify.add(str(directory), instance_id)
+                return
+            status = self._instances.status(record)
+        except (OvmsError, OSError):
+            return  # damaged, or gone in this moment: looked at again
+        if seen is None:
+            seen = self._seen[instance_id] = _Seen(status.state)
+            self._inotify.add(str(directory), instance_id)
+            if tell:
+                self._log.add("created", instance_id=instance_id, state=str(status.state))
+                self._tell(instance_id, status.state, instance(status)["error"])
+        elif seen.state is not status.state:
+            seen.state = status.state
+            self._tell(instance_id, status.state, instance(status)["error"])
+        self._follow(instance_id, seen, status.state.alive)
+
+    def _tell(self, instance_id: str, state: State, error: Any) -> None:
+        self._log.add("state", instance_id=instance_id, state=str(state), error=error)
+
+    def _follow(self, instance_id: str, seen: _Seen, alive: bool) -> None:
+        if not alive:
+            self._unfollow(seen)
+        elif seen.pidfd is None:
+            with contextlib.suppress(OvmsError):
+                record = self._instances.by_id(instance_id)
+                process = None if record is None else record.process
+                try:
+                    seen.pidfd = None if process is None else process.open()
+                except HostError:
+                    return  # no descriptor left: the looks at everything have to do
+                if seen.pidfd is not None:
+                    self._pidfds[seen.pidfd] = instance_id
+                    self._poll.register(seen.pidfd, select.POLLIN)
+
+    def _unfollow(self, seen: _Seen) -> None:
+        if seen.pidfd is not None:
+            self._poll.unregister(seen.pidfd)
+            del self._pidfds[seen.pidfd]
+            os.close(seen.pidfd)
+            seen.pidfd = None
+
+    def _forget(self, instance_id: str) -> None:
+        self._unfollow(self._seen.pop(instance_id))
+        self._inotify.forget(instance_id)
+
+
+class _Inotify:
+    """The kernel's news of directories. ``whole`` says whether it tells of all of them."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        fd = self._libc.inotify_init1(_IN_CLOEXEC | _IN_NONBLOCK)
+        self.fd: int | None = fd if fd >= 0 else None
+        self.whole = self.fd is not None
+        self._names: dict[int, str] = {}
+        self._watches: dict[str, int] = {}
+
+    def add(self, path: str, name: str) -> None:
+        if self.fd is None or name in self._watches:
+            return
+        mask = _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_CLOSE_WRITE | _IN_ONLYDIR
+        watch = self._libc.inotify_add_watch(self.fd, os.fsencode(path), mask)
+        if watch < 0:
+            # ENOSPC: the user has no watches left
+            self.whole = self.whole and not os.path.isdir(path)  # noqa: PTH112 - a string already
+            return
+        self._names[watch] = name
+        self._watches[name] = watch
+
+    def forget(self, name: str) -> None:
+        watch = self._watches.pop(name, None)
+        if watch is not None and self.fd is not None:
+            self._names.pop(watch, None)
+            self._libc.inotify_rm_watch(self.fd, watch)  # fails where the directory is gone, and so the watch
+
+    def read(self) -> set[str] | None:
+        """The instances of which there are news; None when some were lost."""
+        found: set[str] = set()
+        if self.fd is None:
+            return None
+        try:
+            while data := os.read(self.fd, 65536):
+                at = 0
+                while at < len(data):
+                    watch, mask, _, length = _HEADER.unpack_from(data, at)
+                    at += _HEADER.size
+                    name = data[at : at + length].rstrip(b"\0").decode("utf-8", "replace")
+                    at += length
+                    if mask & _IN_Q_OVERFLOW:
+                        return None
+                    directory = self._names.get(watch)
+                    if mask & _IN_IGNORED and directory is not None:
+                        self._names.pop(watch, None)
+                        self._watches.pop(directory, None)
+                        if directory:
+                            found.add(directory)
+                    elif directory == "" and not name.startswith("."):
+                        found.add(name)
+                    elif directory and name in _TELLING:
+                        found.add(directory)
+        except BlockingIOError:
+            pass
+        return found
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None

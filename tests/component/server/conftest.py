@@ -1,0 +1,61 @@
+"""One server for the tests of a file, with the bare echo guest in its store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import guests
+from support.server import Server
+
+from ovms.artifact.build import Builder
+from ovms.oci.layout import Layout
+from ovms.runtime.root import Root
+
+#: The least that an instance takes.
+LEAST = {"memory": "32M", "accel": "tcg"}
+
+
+def no_registry(host: str) -> object:
+    raise AssertionError(f"a test of the server asks for the registry {host}")
+
+
+def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
+    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``."""
+    root = Root(directory / "root")
+    root.prepare()
+    root.cache.symlink_to(cache)
+    layout: Layout = root.layout()
+    manifest = guests.write_project(directory / "project", kernel)
+    for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
+        Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
+    return root.path
+
+
+def clear(server: Server) -> None:
+    for one in server.get("/instances")["instances"]:
+        with contextlib.suppress(AssertionError):
+            server.post("/remove", {"instance_id": one["instance_id"], "force": True})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, echo_kernel: Path, qemu_cache: Path) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("server")
+    running = Server(prepare(directory, echo_kernel, qemu_cache))
+    try:
+        yield running
+        clear(running)
+    finally:
+        assert running.close() == 0
+    assert guests.qemu_children(running.root) == []
+
+
+@pytest.fixture
+def running(server: Server) -> Iterator[str]:
+    """The ID of a running instance."""
+    started = server.post("/start", {"manifest": "echo:1", "overrides": LEAST})
+    server.wait(started["instance_id"], "running")
+    yield started["instance_id"]
+    server.call("POST", "/remove", {"instance_id": started["instance_id"], "force": True})

@@ -1,0 +1,125 @@
+"""Events that are numbered and forgotten, and logs that are begun anew."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from ovms.runtime import watching
+from ovms.runtime.logrecords import LogReader, read_all
+from ovms.runtime.watching import EventLog
+from ovms.spec import limits
+from ovms.vmm.model import VmFiles
+
+
+@pytest.mark.spec("RUN-17")
+def test_events_are_numbered_one_by_one() -> None:
+    log = EventLog(first=100)
+    assert log.after(None) == []
+    for state in ("starting", "running"):
+        log.add("state", instance_id="x", state=state, error=None)
+    assert [event["seq"] for event in log.after(None)] == [100, 101]
+    assert [event["seq"] for event in log.after(100)] == [101]
+    assert log.after(101) == []
+    assert "error" not in log.after(100)[0]
+
+
+@pytest.mark.spec("RUN-17")
+def test_what_is_forgotten_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "EVENTS_MAX", 3)
+    log = EventLog(first=100)
+    for _ in range(5):
+        log.add("state")
+    assert next((event["seq"], event["type"]) for event in log.after(99)) == (101, "lost")
+    assert [event["seq"] for event in log.after(99)] == [101, 102, 103, 104]
+    assert [event["seq"] for event in log.after(101)] == [102, 103, 104]
+    # a number of another server, or of one before
+    assert [event["type"] for event in log.after(10_000)] == ["lost", "state", "state", "state"]
+
+
+@pytest.mark.spec("RUN-17")
+def test_numbers_never_fall() -> None:
+    first = EventLog()
+    first.add("state")
+    assert EventLog().last >= first.last - 1
+
+
+def test_a_listener_that_ends_while_an_event_is_noted_holds_nobody_up() -> None:
+    """As the garbage collector may end it: in a thread that holds the log's lock."""
+    log = EventLog()
+    listening = log.listening(lambda: None)
+    listening.__enter__()
+
+    def end() -> None:
+        with log._lock:
+            listening.__exit__(None, None, None)
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+    log.add("state")
+
+
+def files(directory: Path) -> VmFiles:
+    found = VmFiles(directory)
+    found.console_log.write_bytes(b"")
+    return found
+
+
+def index(path: Path, *pairs: tuple[int, int]) -> None:
+    path.write_bytes(b"".join(struct.pack("<QQ", number, time_ns) for number, time_ns in pairs))
+
+
+@pytest.mark.spec("RUN-16")
+def test_lines_have_the_time_of_their_first_byte(tmp_path: Path) -> None:
+    log = files(tmp_path)
+    log.console_log.write_bytes(b"one\r\ntwo\xff\nthree")
+    index(log.console_index, (0, 10**18), (5, 2 * 10**18), (8, 3 * 10**18), (10, 1_600_000_000_123_000_000))
+    records = list(read_all(log))
+    assert [(record["stream"], record["text"]) for record in records] == [
+        ("console", "one"), ("console", "two\ufffd"), ("console", "three"),
+    ]  # fmt: skip
+    assert [record["time"] for record in records] == [
+        "2001-09-09T01:46:40.000Z", "2033-05-18T03:33:20.000Z", "2020-09-13T12:26:40.123Z",
+    ]  # fmt: skip
+    assert [record["text"] for record in read_all(log, tail=2)] == ["two\ufffd", "three"]
+    assert list(read_all(log, tail=0)) == []
+    assert [record["text"] for record in read_all(log, since_ns=10**18)] == ["two\ufffd", "three"]
+
+
+@pytest.mark.spec("RUN-16")
+def test_a_log_that_is_begun_anew_is_read_on(tmp_path: Path) -> None:
+    log = files(tmp_path)
+    reader = LogReader(log)
+    log.console_log.write_bytes(b"one\ntwo\n")
+    assert [record["text"] for record in reader.read()] == ["one", "two"]
+    log.old(log.console_log).write_bytes(b"one\ntwo\nthree\n")
+    log.console_log.write_bytes(b"four\n")
+    assert [record["text"] for record in reader.read()] == ["three", "four"]
+    assert [record["text"] for record in read_all(log)] == ["one", "two", "three", "four"]
+    assert list(reader.read()) == []
+
+
+@pytest.mark.spec("RUN-16")
+def test_a_line_without_end_becomes_records(tmp_path: Path) -> None:
+    log = files(tmp_path)
+    log.console_log.write_bytes(b"x" * (3 * limits.LOG_TEXT_MAX + 10))
+    texts = [record["text"] for record in read_all(log)]
+    assert "".join(texts) == "x" * (3 * limits.LOG_TEXT_MAX + 10)
+    assert max(map(len, texts)) <= limits.LOG_TEXT_MAX
+
+
+def test_what_the_vmm_said_is_among_it(tmp_path: Path) -> None:
+    log = files(tmp_path)
+    log.vmm_log.write_bytes(b"warning: x\n")
+    os.utime(log.vmm_log, (10**9, 10**9))
+    assert list(read_all(log)) == [{"time": "2001-09-09T01:46:40.000Z", "stream": "vmm", "text": "warning: x"}]
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    assert list(read_all(VmFiles(tmp_path))) == []
