@@ -43,8 +43,8 @@ class Context:
 
     @cached_property
     def root(self) -> Root:
-        """The root directory: from the command line, the environment, or the usual one."""
-        root = self._named_root
+        """Where the command works: the root directory; where it only looks and there is none, an empty one for the moment."""
+        root = self.named_root
         if self._looking and not root.begun():
             import shutil
             import tempfile
@@ -60,7 +60,8 @@ class Context:
         return root
 
     @cached_property
-    def _named_root(self) -> Root:
+    def named_root(self) -> Root:
+        """The root directory, also where there is none yet: from the command line, the environment, or the usual one."""
         from ovms.runtime.root import Root
 
         return Root(Path(self._root).absolute()) if self._root else Root.default(os.environ, os.geteuid())
@@ -79,7 +80,7 @@ class Context:
         """The server where one runs, else this process."""
         from ovms.runtime.client import choose
 
-        socket = choose(self._named_root, self._host, os.environ)
+        socket = choose(self.named_root, self._host, os.environ)
         if socket is None:
             from ovms.cli import output
             from ovms.runtime.local import Local
@@ -94,7 +95,7 @@ class Context:
         """Whether there is a server to ask."""
         from ovms.runtime.client import choose
 
-        return choose(self._named_root, self._host, os.environ) is not None
+        return choose(self.named_root, self._host, os.environ) is not None
 
     @cached_property
     def layout(self) -> Layout:

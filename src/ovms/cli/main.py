@@ -63,7 +63,7 @@ INTERNAL: Final = frozenset({"ended"})
 #: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
 LOOKING: Final = frozenset((
     "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
-    "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume",
+    "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume", "version",
 ))  # fmt: skip
 
 #: How much a mistyped command has to have in common with one that is suggested: "bogus" is no "logs".

@@ -339,6 +339,7 @@ def test_looking_makes_no_store(
         (["df"], Exit.OK, None),
         (["fsck"], Exit.OK, None),
         (["prune", "--all"], Exit.OK, None),
+        (["version"], Exit.OK, None),
         (["inspect", "web:1"], Exit.NOT_FOUND, ""),
         (["logs", "web"], Exit.NOT_FOUND, ""),
         (["rm", "web"], Exit.NOT_FOUND, ""),
