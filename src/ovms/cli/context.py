@@ -32,9 +32,11 @@ class Context:
         host: str | None = None,
         *,
         looking: bool = False,
+        quiet: bool = False,
     ) -> None:
-        """*looking*: where there is no root yet, none is made."""
+        """*looking*: where there is no root yet, none is made, which is told unless *quiet*."""
         self._looking = looking
+        self._quiet = quiet
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
@@ -53,7 +55,8 @@ class Context:
             from ovms.cli import output
             from ovms.runtime.root import Root
 
-            output.say(f"{root.path} has no artifacts and no instances yet")
+            if not self._quiet:
+                output.say(f"{root.path} has no artifacts and no instances yet")
             nothing = tempfile.mkdtemp(prefix="ovms-nothing-")  # looked at instead; gone when we are
             weakref.finalize(self, shutil.rmtree, nothing, ignore_errors=True)
             return Root(Path(nothing))

@@ -172,7 +172,9 @@ def _run(arguments: list[str]) -> int:
     from ovms.cli.context import Context
 
     tls_verify = getattr(args, "tls_verify", None)
-    context = Context(options.root, options.progress, tls_verify, options.host, looking=name in LOOKING)
+    context = Context(
+        options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
+    )
     return int(module.run(args, context))
 
 
