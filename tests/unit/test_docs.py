@@ -15,6 +15,8 @@ import pytest
 from support import rfc
 from support.rfc import ROOT
 
+from ovms.cli.main import COMMANDS
+
 
 def documents() -> list[Path]:
     # what is checked in: no one else's documents in .venv and .cache
@@ -41,6 +43,21 @@ def test_links(path: Path) -> None:
         assert target.is_relative_to(ROOT), f"{link} leads out of the repository"
         if anchor:
             assert anchor in rfc.anchors(target), f"{link}: there is no such heading"
+
+
+def test_every_page_is_linked_from_another() -> None:
+    linked = {
+        (path.parent / link.partition("#")[0]).resolve()
+        for path in documents()
+        for link in links(path)
+        if link[0] != "#"
+    }
+    assert [path for path in documents() if path.is_relative_to(ROOT / "docs") and path not in linked] == []
+
+
+def test_the_readme_has_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in COMMANDS if f"`ovm {name}" not in text] == []
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))

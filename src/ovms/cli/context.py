@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +25,18 @@ class Context:
     """Made once for each command; what it holds is made when it is first needed."""
 
     def __init__(
-        self, root: str | None, progress: str, tls_verify: bool | None = None, host: str | None = None
+        self,
+        root: str | None,
+        progress: str,
+        tls_verify: bool | None = None,
+        host: str | None = None,
+        *,
+        looking: bool = False,
+        quiet: bool = False,
     ) -> None:
+        """*looking*: where there is no root yet, none is made, which is told unless *quiet*."""
+        self._looking = looking
+        self._quiet = quiet
         self._root = root
         self._progress = progress
         self._tls_verify = tls_verify
@@ -32,12 +45,29 @@ class Context:
 
     @cached_property
     def root(self) -> Root:
-        """The root directory: from the command line, the environment, or the usual one."""
+        """Where the command works: the root directory; where it only looks and there is none, an empty one for the moment."""
+        root = self.named_root
+        if self._looking and not root.begun():
+            import shutil
+            import tempfile
+            import weakref
+
+            from ovms.cli import output
+            from ovms.runtime.root import Root
+
+            if not self._quiet:
+                output.say(f"{root.path} has no artifacts and no instances yet")
+            nothing = tempfile.mkdtemp(prefix="ovms-nothing-")  # looked at instead; gone when we are
+            weakref.finalize(self, shutil.rmtree, nothing, ignore_errors=True)
+            return Root(Path(nothing))
+        return root
+
+    @cached_property
+    def named_root(self) -> Root:
+        """The root directory, also where there is none yet: from the command line, the environment, or the usual one."""
         from ovms.runtime.root import Root
 
-        if self._root:
-            return Root(Path(self._root).absolute())
-        return Root.default(os.environ, os.geteuid())
+        return Root(Path(self._root).absolute()) if self._root else Root.default(os.environ, os.geteuid())
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -53,7 +83,7 @@ class Context:
         """The server where one runs, else this process."""
         from ovms.runtime.client import choose
 
-        socket = choose(self.root, self._host, os.environ)
+        socket = choose(self.named_root, self._host, os.environ)
         if socket is None:
             from ovms.cli import output
             from ovms.runtime.local import Local
@@ -68,7 +98,7 @@ class Context:
         """Whether there is a server to ask."""
         from ovms.runtime.client import choose
 
-        return choose(self.root, self._host, os.environ) is not None
+        return choose(self.named_root, self._host, os.environ) is not None
 
     @cached_property
     def layout(self) -> Layout:
@@ -82,6 +112,26 @@ class Context:
         from ovms.cli.progress import make
 
         return make(self._progress)
+
+    @contextlib.contextmanager
+    def pulling(self) -> Iterator[None]:
+        """Around what may pull: whoever breaks it off learns that the next pull goes on from there."""
+        # the kernel's clock of files lags behind by a tick
+        began = time.time() - 0.1
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C, SIGTERM
+            from ovms.cli import output
+            from ovms.cli.progress import give_up
+            from ovms.oci import partial
+
+            give_up(self.progress)
+            with contextlib.suppress(OSError):
+                if partial.any_since(self.layout, began):
+                    output.say("what came is kept: the next pull goes on from there")
+            raise
 
     @cached_property
     def connector(self) -> Connector:

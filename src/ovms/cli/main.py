@@ -60,6 +60,15 @@ COMMANDS: Final = {
 #: What ovms runs itself.
 INTERNAL: Final = frozenset({"ended"})
 
+#: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
+LOOKING: Final = frozenset((
+    "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
+    "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume", "version",
+))  # fmt: skip
+
+#: How much a mistyped command has to have in common with one that is suggested: "bogus" is no "logs".
+_NEAR: Final = 0.75
+
 DEBUG_VARIABLE: Final = "OVMS_DEBUG"
 
 
@@ -163,7 +172,10 @@ def _run(arguments: list[str]) -> int:
     from ovms.cli.context import Context
 
     tls_verify = getattr(args, "tls_verify", None)
-    return int(module.run(args, Context(options.root, options.progress, tls_verify, options.host)))
+    context = Context(
+        options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
+    )
+    return int(module.run(args, context))
 
 
 def _host_error(exc: OSError) -> OvmsError:
@@ -188,9 +200,8 @@ def _suggestion(name: str) -> str:
         "kill": "stop",
         "delete": "rm",
         "start": "run",
-        "attach": "console",
     }
-    near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), None)
+    near = known.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1, _NEAR)), None)
     return f"did you mean 'ovm {near}'?" if near else "'ovm --help' lists the commands"
 
 

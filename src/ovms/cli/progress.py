@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import math
+import os
 import sys
 import threading
 import time
@@ -16,8 +18,14 @@ from ovms.progress import NULL, Progress, Task
 MODES: Final = ("auto", "bar", "json", "none")
 #: Seconds between two pictures.
 _INTERVAL: Final = 0.1
+#: Columns, and what is left of them where there are few: first the bar shrinks, then the label.
 _LABEL: Final = 24
+_LABEL_MIN: Final = 12
 _BAR: Final = 24
+_BAR_MIN: Final = 8
+#: Columns of a terminal that tells none of its own.
+_COLUMNS: Final = 80
+_COLUMNS_MIN: Final = 20
 #: Seconds over which a rate is measured, and for which it has to be known before a time is foretold.
 _WINDOW: Final = 5.0
 _SETTLED: Final = 1.0
@@ -41,6 +49,12 @@ def say_beside(progress: Progress, text: str) -> None:
         output.say(text)
 
 
+def give_up(progress: Progress) -> None:
+    """No more is drawn: the work was broken off, also where a thread of it does not know that yet."""
+    if isinstance(progress, _Bars):
+        progress.give_up()
+
+
 class _Task:
     """One piece of work, whatever draws it."""
 
@@ -50,6 +64,7 @@ class _Task:
         self.total = total
         self.done = 0
         self.text = ""
+        self.broken = False
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
 
     def rate(self, now: float) -> float | None:
@@ -74,8 +89,12 @@ class _Task:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self.text = self.text or "broken off"
+            self.break_off()
         self.owner.end(self)
+
+    def break_off(self) -> None:
+        self.broken = True
+        self.text = "broken off"
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -93,7 +112,8 @@ class _Bars:
         self._stream = stream
         self._lock = threading.Lock()
         self._active: list[_Task] = []
-        self._drawn = 0
+        #: How long each line is that stands there to be erased.
+        self._drawn: list[int] = []
         self._last = 0.0
 
     def task(self, label: str, total: int | None = None) -> Task:
@@ -111,10 +131,20 @@ class _Bars:
 
     def end(self, task: _Task) -> None:
         with self._lock:
+            if task in self._active:  # else it was given up
+                self._erase()
+                self._active.remove(task)
+                self._write_ended(task)
+                self._draw()
+
+    def give_up(self) -> None:
+        with self._lock:
             self._erase()
-            self._active.remove(task)
-            self._stream.write(self._line(task, finished=True) + "\n")
-            self._draw()
+            for task in self._active:
+                task.break_off()
+                self._write_ended(task)
+            self._active = []
+            self._stream.flush()
 
     def say(self, text: str) -> None:
         with self._lock:
@@ -122,40 +152,78 @@ class _Bars:
             self._stream.write(f"ovm: {output.safe(text)}\n")
             self._draw()
 
+    def _write_ended(self, task: _Task) -> None:
+        self._stream.write(_ended(task)[: self._columns() - 1] + "\n")
+
     def _erase(self) -> None:
         if self._drawn:
-            self._stream.write(f"\x1b[{self._drawn}A\x1b[J")
-            self._drawn = 0
+            # a window that has become narrower since has wrapped them
+            columns = self._columns()
+            rows = sum(max(1, math.ceil(length / columns)) for length in self._drawn)
+            self._stream.write(f"\x1b[{rows}A\x1b[J")
+            self._drawn = []
 
     def _draw(self) -> None:
         self._erase()
+        columns = self._columns() - 1
+        now = time.monotonic()
         for task in self._active:
-            self._stream.write(self._line(task, finished=False) + "\n")
-        self._drawn = len(self._active)
-        self._last = time.monotonic()
+            line = _going(task, now, columns)
+            self._stream.write(line + "\n")
+            self._drawn.append(len(line))
+        self._last = now
         self._stream.flush()
 
-    def _line(self, task: _Task, *, finished: bool) -> str:
-        label = output.safe(task.label)[:_LABEL].ljust(_LABEL)
-        if finished:
-            line = f"{label} {task.text or 'done'}  {output.size(task.total if task.total is not None else task.done)}"
-        elif task.total:
-            done = min(task.done, task.total)
-            filled = _BAR * done // task.total
-            bar = ("=" * filled + ">")[:_BAR].ljust(_BAR)
-            line = f"{label} [{bar}] {output.size(done)} / {output.size(task.total)}{self._speed(task)}"
-        else:
-            line = f"{label} {output.size(task.done)}{self._speed(task)}"
-        # a line that wraps could not be erased again
-        import shutil
+    def _columns(self) -> int:
+        # COLUMNS is of the time when the shell began: it counts only where the terminal itself says nothing
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        if not columns:
+            import shutil
 
-        return line[: max(20, shutil.get_terminal_size().columns - 1)]
+            columns = shutil.get_terminal_size((_COLUMNS, 24)).columns
+        return max(_COLUMNS_MIN, columns)
 
-    def _speed(self, task: _Task) -> str:
-        rate = task.rate(time.monotonic())
-        left = task.left(rate)
-        speed = "" if rate is None else f"  {output.size(int(rate))}/s"
-        return speed if left is None else f"{speed}  {output.duration(left)} left"
+
+def _ended(task: _Task) -> str:
+    total = None if task.total is None else output.size(task.total)
+    if task.broken:
+        size = output.size(task.done) + (f" of {total}" if total else "")
+    else:
+        size = total or output.size(task.done)
+    return f"{_label(task, _LABEL)} {task.text or 'done'}  {size}"
+
+
+def _going(task: _Task, now: float, columns: int) -> str:
+    # A line that wrapped would be two rows; so what fits is shown, the most telling last to go.
+    done, total = task.done, task.total
+    rate = task.rate(now)
+    left = task.left(rate)
+    speed = "" if rate is None else f"  {output.size(int(rate))}/s"
+    time_left = "" if left is None else f"  {output.duration(left)} left"
+    if not total:
+        return f"{_label(task, _LABEL)} {output.size(done)}{speed}"[:columns]
+    done = min(done, total)
+    amounts = f"{output.size(done)} / {output.size(total)}"
+    tail = amounts + speed + time_left
+    bar = min(_BAR, max(_BAR_MIN, columns - _LABEL - len(tail) - 4))
+    label = min(_LABEL, columns - bar - len(tail) - 4)
+    if label >= _LABEL_MIN:
+        filled = bar * done // total
+        drawn = ("=" * filled + ">")[:bar].ljust(bar)
+        return f"{_label(task, label)} [{drawn}] {tail}"
+    percent = f"{100 * done // total} %"
+    for fitting in (tail, amounts + (time_left or speed), percent + (time_left or speed), percent):
+        label = min(_LABEL, columns - len(fitting) - 1)
+        if label >= _LABEL_MIN:
+            break
+    return f"{_label(task, label)} {fitting}"[:columns]
+
+
+def _label(task: _Task, width: int) -> str:
+    return output.safe(task.label)[:width].ljust(width)
 
 
 class _JsonLines:

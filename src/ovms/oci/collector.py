@@ -192,7 +192,7 @@ def _unused(layout: Layout, entries: list[Entry], needs: Needs, options: Options
     of = {entry.descriptor.digest: reach(layout, [entry.descriptor.digest]) for entry in entries}
     manifests = {digest: {digest, *reached.images} for digest, reached in of.items()}
     used = reach(layout, needs.artifacts)
-    kept = {digest for digest in of if options.since is not None and _came(layout, digest) > options.since}
+    kept = {digest for digest in of if options.since is not None and (layout.came(digest) or 0.0) > options.since}
     while True:
         images = [*used.images.values(), *(image for digest in kept for image in of[digest].images.values())]
         wanted = needs.artifacts | {image.subject.digest for image in images if image.subject is not None}
@@ -230,13 +230,6 @@ def _orphans(layout: Layout, entries: list[Entry], needs: Needs) -> tuple[Entry,
 
 def _is_vm(image: ImageManifest) -> bool:
     return mediatypes.MANIFEST in (image.artifact_type, image.config.media_type)
-
-
-def _came(layout: Layout, digest: Digest) -> float:
-    try:
-        return layout.path(digest).stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _blobs(layout: Layout, names: set[str]) -> list[Item]:

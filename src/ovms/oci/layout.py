@@ -210,6 +210,13 @@ class Layout:
         except FileNotFoundError:
             return None
 
+    def came(self, digest: Digest) -> float | None:
+        """When a blob came in, in seconds since 1970; None when it is not here."""
+        try:
+            return self.path(digest).stat().st_mtime
+        except OSError:
+            return None
+
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the blob is here.
 

@@ -112,6 +112,13 @@ def have(layout: Layout, descriptor: Descriptor) -> int:
     return min(info.st_blocks * 512, info.st_size, descriptor.size)
 
 
+def any_since(layout: Layout, when: float) -> bool:
+    """Whether a blob has partly come since *when* (seconds since 1970), for a later pull to go on with."""
+    with os.scandir(layout.partial_dir) as files:
+        infos = [file.stat() for file in files if not file.name.endswith(".lock")]
+    return any(info.st_size and info.st_mtime >= when for info in infos)
+
+
 @contextlib.contextmanager
 def receiving(layout: Layout, descriptor: Descriptor, stopped: Callable[[], bool]) -> Iterator[Partial | None]:
     """The partial file of a blob, locked; None when the blob is in the store (another pull may have put it there).

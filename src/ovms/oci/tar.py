@@ -28,6 +28,7 @@ SIZE_MAX: Final = 2**63 - 1
 
 _ZEROES: Final = bytes(BLOCK)
 _COMPRESSED: Final = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
+_NO_TAR: Final = "it does not begin like a tar archive"
 _REGULAR: Final = b"0\07"
 #: Links, devices, directories, FIFOs: they have no content.
 _EMPTY: Final = b"123456"
@@ -79,7 +80,7 @@ class _Reader:
         if not _sum_is_right(header):
             if self._at == 0:
                 self._refuse_compressed(header)
-                raise self._wrong("it does not begin like a tar archive")
+                raise self._wrong(_NO_TAR)
             raise self._wrong("a header with a wrong checksum")
         kind, size = header[156:157], self._number(header[124:136], "size")
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
@@ -161,6 +162,8 @@ class _Reader:
         if len(data) != size:
             if self._at == 0:
                 self._refuse_compressed(data)
+                if data.strip(b"\0") and data[257:262] != b"ustar":
+                    raise self._wrong(_NO_TAR)
             raise self._wrong("it ends early", truncated=True)
         return data
 

@@ -65,6 +65,18 @@ class Root:
         """Where facts about this host are remembered."""
         return self.path / "cache"
 
+    def begun(self) -> bool:
+        """Whether anything of ovms was ever made here; also where that can't be told."""
+        for path in (self.store, self.instances):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return True
+            return True
+        return False
+
     def layout(self) -> Layout:
         """The local store, made when there is none yet.
 

@@ -19,6 +19,7 @@ from ovms.oci import transfer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
+from ovms.runtime.root import Root
 from ovms.spec import mediatypes
 from ovms.spec.digest import hex_of, of_bytes
 
@@ -190,11 +191,12 @@ def test_other_commands_say_it_too(ovm: Ovm, disk: Disk, tmp_path: Path) -> None
     artifacts.write_inputs(tmp_path / "project")
     build = ("build", "--json", artifacts.write_manifest(tmp_path / "project"), "-t", "web:1")
     disk.fill_inodes()
-    for arguments in (("ls", "--json"), build):  # there is no store yet
+    for arguments in (("run", "-d", "--json", "web:1"), build):  # there is no store yet
         done = ovm(*arguments)
         assert (done.code, done.error["code"]) == (8, "disk-full"), done.err
     disk.free()
-    ovm.ok("ls")
+    Root(ovm.root).prepare()
+    Root(ovm.root).layout()
     disk.fill_inodes()
     done = ovm(*build)
     assert (done.code, done.error["code"]) == (8, "disk-full"), done.err

@@ -53,7 +53,7 @@ def same_blobs(one: Path, two: Path) -> bool:
 @skopeo
 def test_skopeo_reads_our_archives_and_directories(ovm: Ovm, digest: str, tmp_path: Path) -> None:
     archive, directory = f"oci-archive:{tmp_path / 'web.tar'}", f"oci:{tmp_path / 'layout'}"
-    assert ovm.ok("push", "web:1", archive).out.strip() == digest
+    assert ovm.ok("push", "web:1", archive).out.strip() == f"{archive}:@{digest}"
     ovm.ok("push", "web:1", f"{directory}:registry.example/web:2")
     raw = ovm.ok("inspect", "--raw", "web:1").out.encode()
     for source in (archive, f"{archive}:web:1", f"{directory}:registry.example/web:2"):
@@ -75,6 +75,8 @@ def test_we_read_what_skopeo_writes(ovm: Ovm, other: Ovm, digest: str, registry:
     name = f"{registry.host}/places/web:1"
     answer = ovm.ok("push", "web:1", name, "--json").json
     assert answer == {"name": "web:1", "destination": name, "digest": digest}
+    assert ovm.ok("push", "web:1", name).out.strip() == f"{name}@{digest}"
+    assert ovm.ok("push", "web:1", f"{name}@{digest}").out.strip() == f"{name}@{digest}"
     archive, directory = f"oci-archive:{tmp_path / 'web.tar'}", f"oci:{tmp_path / 'layout'}"
     for place in (f"{archive}:{name}", f"{directory}:{name}"):
         run_skopeo("copy", "--preserve-digests", "--src-tls-verify=false", f"docker://{name}", place)

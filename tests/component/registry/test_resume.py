@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from support import faulty
+from support.cli import Ovm
 from support.faulty import Server
 
+from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
 from ovms.oci import registry, transfer
 from ovms.oci.layout import Layout
@@ -246,6 +250,31 @@ def test_a_killed_pull_is_gone_on_with(layout: Layout, server: Server, client: R
     transfer.pull(layout, client, ref(server))
     assert server.asked("GET", blob(BIG))[-1] == f"bytes={had}-{LAST}"
     is_whole(layout, server)
+
+
+def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout: Layout, tmp_path: Path) -> None:
+    ref = f"sha256:{hashlib.sha256(BIG).hexdigest()}"
+    document = {
+        "schemaVersion": 1,
+        "mediaType": mediatypes.MANIFEST,
+        "name": "x",
+        "version": "1",
+        "diskLayers": [{"ref": ref, "format": "raw"}],
+    }
+    server.serve_artifact({"disk": (DISK, BIG)}, (mediatypes.MANIFEST, json.dumps(document).encode()))
+    server.faults = [("GET", blob(BIG), faulty.stall(20))]
+    ovm = Ovm(tmp_path / "root", tmp_path)
+    pull = ovm.popen("--progress", "bar", "pull", f"{server.host}/x:1", stderr=subprocess.PIPE)
+    path = tmp_path / "root/store/ovms.partial" / hex_of(of_bytes(BIG))
+    faulty.wait_until(lambda: path.exists() and path.stat().st_size >= 9 << 18, 20)
+    pull.send_signal(signal.SIGINT)
+    said = pull.communicate(timeout=20)[1].decode()
+    assert pull.returncode == Exit.INTERRUPTED
+    assert re.search(r"broken off  2\.[345] MiB of 5\.0 MiB", said)
+    assert "ovm: what came is kept: the next pull goes on from there\novm: interrupted\n" in said
+    assert ovm("pull", "no-such.invalid/x:1").err.count("goes on from there") == 0
+    ovm.ok("pull", f"{server.host}/x:1")
+    assert str(server.asked("GET", blob(BIG))[-1]).startswith("bytes=2")
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------

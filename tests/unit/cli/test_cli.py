@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from support import artifacts
 
 from ovms import errors
 from ovms.cli import exitcodes, main, output, progress, values
 from ovms.cli.exitcodes import Exit
 from ovms.cli.main import COMMANDS, command_parser
+from ovms.runtime.root import Root
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -162,6 +167,56 @@ def test_bars_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (100, r"disk\.qcow2 0123456 {7}\[=*> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (80, r"disk\.qcow2 0123456 {7}\[=+> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (72, r"disk\.qcow2 012345. *\[=+> *\] 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (60, r"disk\.qcow2 .* 600 MiB / 1000 MiB  40\.0 MiB/s  10 s left"),
+        (50, r"disk\.qcow2 .* 600 MiB / 1000 MiB  10 s left"),
+        (30, r"disk\.qcow2 .* 60 %  10 s left"),
+        (20, r"disk\.qcow2 .* 60 %"),
+    ],
+)
+def test_rate_and_time_left_are_the_last_to_go(monkeypatch: pytest.MonkeyPatch, columns: int, shown: str) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("ovms.cli.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = io.StringIO()
+    with progress._Bars(stream).task("disk.qcow2 0123456", 1000 << 20) as task:
+        task.advance(500 << 20)
+        task.note("resumed")
+        for _ in range(5):
+            clock[0] += 0.5
+            task.advance(20 << 20)
+        line = stream.getvalue().splitlines()[-1].removeprefix("\x1b[1A\x1b[J")
+    assert re.fullmatch(shown, line)
+    assert len(line) < columns
+
+
+def test_a_window_that_became_narrower_is_erased_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    bars = progress._Bars(stream)
+    monkeypatch.setenv("COLUMNS", "120")
+    with bars.task("disk", 1000), bars.task("memory", 1000):
+        lines = stream.getvalue().splitlines()[-2:]
+        monkeypatch.setenv("COLUMNS", "30")
+        bars.say("news")
+        rows = sum(-(-len(line.removeprefix("\x1b[1A\x1b[J")) // 30) for line in lines)
+        assert rows == 6, "no line would have wrapped"
+        assert f"\x1b[{rows}A\x1b[Jovm: news" in stream.getvalue()
+
+
+def test_what_is_broken_off_tells_how_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), progress._Bars(stream).task("disk", 1 << 30) as task:
+        task.advance(100 << 20)
+        task.note("resumed")
+        raise KeyboardInterrupt
+    assert stream.getvalue().splitlines()[-1].endswith("broken off  100 MiB of 1.0 GiB")
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (0.2, "1 s"), (59.5, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
@@ -265,6 +320,52 @@ def test_docker_users_are_pointed_the_right_way(capsys: pytest.CaptureFixture[st
     assert "did you mean 'ovm ls'?" in capsys.readouterr().err
     main.main(["snapshto"])
     assert "did you mean 'ovm snapshot'?" in capsys.readouterr().err
+    for far in ("bogus", "frobnicate"):
+        main.main([far])
+        assert "did you mean" not in capsys.readouterr().err
+
+
+def test_looking_makes_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    root = tmp_path / "mistyped"
+    assert set(main.LOOKING) < set(COMMANDS)
+    for arguments, code, answer in (
+        (["ls", "--json"], Exit.OK, "[]\n"),
+        (["ps", "-a", "--json"], Exit.OK, "[]\n"),
+        (["df"], Exit.OK, None),
+        (["fsck"], Exit.OK, None),
+        (["prune", "--all"], Exit.OK, None),
+        (["version"], Exit.OK, None),
+        (["inspect", "web:1"], Exit.NOT_FOUND, ""),
+        (["logs", "web"], Exit.NOT_FOUND, ""),
+        (["rm", "web"], Exit.NOT_FOUND, ""),
+    ):
+        assert main.main(["--root", str(root), *arguments]) == code, arguments
+        said = capsys.readouterr()
+        assert answer is None or said.out == answer
+        # with --json, stderr is the error's
+        news = "" if "--json" in arguments else f"ovm: {root} has no artifacts and no instances yet\n"
+        assert said.err.startswith(news)
+        assert news or not said.err
+    assert not root.exists()
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_an_artifact_of_no_age_shows_when_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = Root(tmp_path).layout()
+    digest = artifacts.small(layout, "web:1").digest
+    then = time.time() - 3 * 86400 - 60
+    os.utime(layout.path(digest), (then, then))
+    assert main.main(["--root", str(tmp_path), "ls"]) == Exit.OK
+    assert "   3 days ago   " in capsys.readouterr().out
+    assert main.main(["--root", str(tmp_path), "ls", "--json"]) == Exit.OK
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["created"], entry["added"]) == (None, output.rfc3339(then))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["ps"], ["ls"], ["run", "--help"]])

@@ -95,6 +95,8 @@ END = bytes(1024)
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty blocks only are fine, but not less": (bytes(511), "ends early"),
     "no tar": (b"something else" * 100, "does not begin like a tar"),
+    "a short text": (b'{"spdxVersion": "SPDX-2.3"}', "does not begin like a tar"),
+    "cut in the first header": (archive([FILE])[:300], "ends early"),
     "no end": (archive([FILE])[:1024], "ends early"),
     "cut in a member": (archive([member(NAME, bytes(2000))])[:1500], "in the middle of a member"),
     "cut in a header": (archive([FILE, FILE])[:1300], "ends early"),

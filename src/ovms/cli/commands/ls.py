@@ -1,4 +1,7 @@
-"""List the artifacts in the local store."""
+"""List the artifacts in the local store.
+
+CREATED is when an artifact's manifest says that it was made; where it does not say, when it came into the store.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 (
                     entry["name"] or "<none>",
                     output.short(entry["digest"]),
-                    f"{output.ago(entry['created'])} ago" if entry["created"] else "-",
+                    f"{output.ago(when)} ago" if (when := entry["created"] or entry["added"]) else "-",
                     output.size(entry["size"]) if entry["size"] is not None else f"? ({entry['problem']})",
                     "yes" if entry["ram_snapshot"] else "no",
                 )
@@ -52,7 +55,15 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
     from ovms.errors import OvmsError
     from ovms.spec.digest import Digest
 
-    answer: dict[str, Any] = {"name": name, "digest": digest, "size": None, "created": None, "ram_snapshot": False}
+    came = context.layout.came(Digest(digest))
+    answer: dict[str, Any] = {
+        "name": name,
+        "digest": digest,
+        "size": None,
+        "created": None,
+        "added": None if came is None else output.rfc3339(came),
+        "ram_snapshot": False,
+    }
     try:
         artifact = load_any(context.layout, Digest(digest))
     except OvmsError as exc:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--filter",
         metavar="until=AGE",
         type=values.until,
-        help="with --all: keep artifacts that came into the store less than AGE ago (30m, 24h, 7d)",
+        help="only with --all: keep artifacts that came into the store less than AGE ago (30m, 24h, 7d)",
     )
 
 

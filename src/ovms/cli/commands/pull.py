@@ -37,9 +37,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.resolve import pull
 
-    found = pull(
-        context.layout, context.connect, args.reference, context.progress, name=args.tag, platform=args.platform
-    )
+    with context.pulling():
+        found = pull(
+            context.layout, context.connect, args.reference, context.progress, name=args.tag, platform=args.platform
+        )
     artifact = found.artifact
     value: dict[str, Any] = {"name": found.name, "digest": artifact.digest, "size": artifact.size}
     if args.referrers:

@@ -7,12 +7,16 @@ oci-archive:FILE[:TAG], which is written anew. skopeo and podman read both.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
+
+if TYPE_CHECKING:
+    from ovms.spec.digest import Digest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +66,19 @@ def run(args: argparse.Namespace, context: Context) -> int:
         value["referrers"] = [referrer.digest for referrer in sent]
     if args.json:
         output.answer_json(value)
-    elif args.destination is not None:
-        output.answer(descriptor.digest)
     else:
-        output.answer(f"{args.reference}@{descriptor.digest}")
+        output.answer(_pinned(target, descriptor.digest))
     return Exit.OK
+
+
+def _pinned(target: str, digest: Digest) -> str:
+    # what names just this, there; both kinds can be pulled again
+    from ovms.oci import transport
+
+    place = transport.parse_place(target)
+    if place is not None:
+        return str(replace(place, tag=None, digest=digest))
+    return target if "@" in target else f"{target}@{digest}"
 
 
 def _check(args: argparse.Namespace, target: str) -> None:

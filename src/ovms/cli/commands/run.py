@@ -190,14 +190,15 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
     runtime.vmm(args.runtime)
     check_runnable(args.platform)
     with runtime.layout.using():
-        found = resolve(
-            runtime.layout,
-            context.connect,
-            args.reference,
-            policy=args.pull,
-            progress=context.progress,
-            platform=args.platform,
-        )
+        with context.pulling():
+            found = resolve(
+                runtime.layout,
+                context.connect,
+                args.reference,
+                policy=args.pull,
+                progress=context.progress,
+                platform=args.platform,
+            )
         started = runtime.start(found, options, context.progress)
     record = started.record
     _tell(record.machine.accel, record.accel_reason, started.not_restored)

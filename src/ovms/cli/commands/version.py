@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         "spec": list(SPEC_VERSIONS),
         "roles": list(ROLES),
         "python": platform.python_version(),
-        "root": str(context.root.path),
+        "root": str(context.named_root.path),
         "qemu": None,
         "accel": None,
         "accel_reason": None,
