@@ -6,7 +6,8 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── oci-layout               {"imageLayoutVersion": "1.0.0"}
     ├── index.json               one descriptor for each name, in ``org.opencontainers.image.ref.name``
     ├── index.lock               flock, exclusive, around every read-modify-write of index.json
-    ├── ovms.index.json          index.json as ovms wrote it last: what a damaged one is rebuilt from
+    ├── ovms.index.json          index.json as ovms wrote it last: what a damaged one is rebuilt from, and whose room the
+    │                            next one takes where the file system is full
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
@@ -375,12 +376,18 @@ class Layout:
         return value
 
     def write_index(self, value: dict[str, Any]) -> None:
-        """Replaces ``index.json``, under its lock."""
+        """Replaces ``index.json``, under its lock. One that is no longer than before finds room on a full disk, too."""
         data = strictjson.canonical(value)
         try:
-            fsutil.atomic_write(self.index, data)
+            fsutil.atomic_write(self.index, data, spare=self.index_copy)
         except OSError as exc:
+            if not self.index_copy.exists():
+                with contextlib.suppress(OSError):
+                    self._copy_index(self.index.read_bytes())
             raise (fsutil.disk_full(exc, "writing the store's index", self.root) or exc) from exc
+        self._copy_index(data)
+
+    def _copy_index(self, data: bytes) -> None:
         # One that a power failure makes of no use is as good as none: no reason to wait for the disk twice, or to fail.
         with contextlib.suppress(OSError):
             fsutil.atomic_write(self.index_copy, data, durable=False)

@@ -228,8 +228,12 @@ class Instances:
                     )
                 record = make(instance_id, name or names.make(artifact, instance_id, taken))
                 directory.mkdir(mode=0o700)
-                lock.enter_context(fsutil.file_lock(directory / LOCK))
-                save(directory, record)
+                try:
+                    lock.enter_context(fsutil.file_lock(directory / LOCK))
+                    save(directory, record)
+                except BaseException:
+                    fsutil.remove_tree(directory)
+                    raise
             try:
                 yield record
             except BaseException:
