@@ -11,7 +11,7 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
-    ├── ovms.quarantine/         what a repair took out of the way (``repair.py``)
+    ├── ovms.quarantine/         what a repair took out of the way (``quarantine.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
 
@@ -29,6 +29,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,10 @@ _INDEX_MAX: Final = 64 * limits.MIB
 _LOCK_TIMEOUT: Final = 60.0
 #: The fields of an entry that says no more than that something is there.
 BARE: Final = ("mediaType", "digest", "size")
+#: What to do about a blob that is not what it should be.
+REPAIR: Final = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
+#: The "size" of what is no file but has a blob's name: a link, a directory. No blob has it.
+NO_FILE: Final = -1
 #: What ``fsutil.atomic_write`` leaves when it is killed.
 _TEMPORARY: Final = re.compile(r"\.(index\.json|ovms\.index\.json|oci-layout)\.[0-9a-f]+\.tmp")
 
@@ -205,19 +210,34 @@ class Layout:
         return self.blob_dir / hex_of(digest)
 
     def size(self, digest: Digest) -> int | None:
-        """A blob's size in bytes, None when it is not here."""
+        """A blob's size in bytes, None when it is not here; :data:`NO_FILE` for what is no file."""
         try:
-            return self.path(digest).stat().st_size
+            info = self.path(digest).lstat()
         except FileNotFoundError:
             return None
+        return info.st_size if stat.S_ISREG(info.st_mode) else NO_FILE
+
+    def file_size(self, digest: Digest) -> int | None:
+        """Like :meth:`size`.
+
+        Raises:
+            StoreCorrupt: what has the blob's name is no file.
+        """
+        size = self.size(digest)
+        if size == NO_FILE:
+            raise StoreCorrupt(
+                f"{self.path(digest)} is a link or a directory, where a blob belongs", hint=REPAIR, digest=digest
+            )
+        return size
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the blob is here.
 
         Raises:
             DigestMismatch: it is, but of another size than the descriptor says: one of the two lies.
+            StoreCorrupt: what has its name is no file.
         """
-        size = self.size(descriptor.digest)
+        size = self.file_size(descriptor.digest)
         if size is not None and size != descriptor.size:
             raise DigestMismatch(
                 f"{descriptor.digest} has {size} bytes, but its descriptor says {descriptor.size}",
@@ -243,7 +263,7 @@ class Layout:
         if of_bytes(data) != digest:
             raise StoreCorrupt(
                 f"{what}: the content of {self.path(digest)} is not what its name says",
-                hint="'ovm fsck --repair' takes it out of the way, and tells how to get it back",
+                hint=REPAIR,
                 digest=digest,
             )
         return data

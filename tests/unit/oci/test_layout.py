@@ -25,6 +25,7 @@ from ovms.errors import (
 from ovms.oci.collector import Needs, collect
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
 from ovms.oci.layout import Entry, Layout
+from ovms.oci.whole import require_whole
 from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, hex_of, of_bytes
 
@@ -484,3 +485,19 @@ def test_many_processes_open_a_new_store(tmp_path: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s", str(i)]) for i in range(4)]
     assert [child.wait() for child in children] == [0] * 4
     assert len(Layout(tmp_path / "s").entries()) == 4
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_what_is_no_file_is_no_blob(layout: Layout, tmp_path: Path, kind: str) -> None:
+    descriptor = Descriptor.of("application/x", b"content")
+    path = layout.path(layout.add_bytes(b"content"))
+    if kind == "link":
+        path.rename(tmp_path / "content")
+        path.symlink_to(tmp_path / "content")
+    else:
+        path.unlink()
+        path.mkdir()
+    for ask in (lambda: layout.has(descriptor), lambda: require_whole(layout, "web:1", [descriptor])):
+        with pytest.raises(StoreCorrupt, match="where a blob belongs") as caught:
+            ask()
+        assert "ovm fsck --repair" in (caught.value.hint or "")
