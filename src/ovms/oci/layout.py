@@ -311,8 +311,8 @@ class Layout:
     def add_file(self, fd: int, what: str, *, advance: Callable[[int], None] | None = None) -> tuple[Digest, int, bool]:
         """Adds the content of an open file, by reflink where the file system can, else by a copy that keeps holes.
 
-        Returns its digest, its size and whether it is new here. What is here already is not copied. The bytes that
-        are hashed are the bytes that are kept, even when somebody writes to the file meanwhile.
+        Returns its digest, its size and whether it is new here. What is here already, and undamaged, is not copied. The bytes
+        that are hashed are the bytes that are kept, even when somebody writes to the file meanwhile.
 
         Raises:
             DiskFull: said before the first byte is copied.
@@ -336,7 +336,7 @@ class Layout:
                     except OSError as exc:
                         raise (fsutil.disk_full(exc, f"adding {what} to the store", self.root) or exc) from exc
                 digest = from_hasher(hasher)
-                new = self.size(digest) != size
+                new = not self._is_intact(digest, size)
                 if new:
                     self.publish(target, path, digest)
                 return digest, size, new
@@ -353,7 +353,22 @@ class Layout:
         if fsutil.hash_file(fd, hasher, advance=advance) != size:
             return None
         digest = from_hasher(hasher)
-        return digest if self.size(digest) == size else None
+        return digest if self._is_intact(digest, size) else None
+
+    def _is_intact(self, digest: Digest, size: int) -> bool:
+        # Read, and not believed: the good bytes are at hand, and may be nowhere else.
+        if self.size(digest) != size:
+            return False
+        hasher = hashlib.sha256()
+        try:
+            fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fsutil.hash_file(fd, hasher)
+            finally:
+                os.close(fd)
+        except (OSError, OvmsError):
+            return False
+        return from_hasher(hasher) == digest
 
     def publish(self, fd: int, path: Path, digest: Digest, *, durable: bool = True) -> None:
         """Makes the finished file *fd* at *path* durable and visible.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.stores import damage
 
 from ovms import fsutil
 from ovms.errors import (
@@ -279,6 +280,21 @@ def test_a_file_is_not_copied_twice(layout: Layout, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fsutil, "copy_sparse", refuse)
     assert add_file(layout, tmp_path / "b") == (digest, 10_000, False)
     assert layout.path(digest).stat().st_ino == inode
+
+
+@pytest.mark.parametrize("how", ["bytes", "link"])
+def test_a_damaged_blob_is_mended_by_adding_its_file(layout: Layout, tmp_path: Path, how: str) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10_000)
+    digest, _, _ = add_file(layout, tmp_path / "a")
+    if how == "bytes":
+        damage(layout, digest)
+    else:
+        layout.path(digest).unlink()
+        layout.path(digest).symlink_to(tmp_path / "a")
+    assert add_file(layout, tmp_path / "a") == (digest, 10_000, True)
+    assert layout.read(digest, "it", max_size=10_000) == b"x" * 10_000
+    assert stat.S_IMODE(layout.path(digest).lstat().st_mode) == 0o444
+    assert add_file(layout, tmp_path / "a") == (digest, 10_000, False)
 
 
 def test_another_file_of_the_same_size(layout: Layout, tmp_path: Path) -> None:
