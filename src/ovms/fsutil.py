@@ -23,6 +23,7 @@ COPY_BUFFER = 256 * 1024
 #: Room left on a file system beyond what a copy needs, in bytes: a full disk harms more than ovms.
 SPACE_RESERVE = 16 * 1024 * 1024
 _FEW_INODES = 64
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Holes are made of whole blocks of this size, in bytes: smaller ones make more requests than they save disk.
 HOLE = 64 * 1024
@@ -47,16 +48,35 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def atomic_write(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+def atomic_write(
+    path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True, spare: Path | None = None
+) -> None:
     """Replaces *path* by *data*: readers see the old or the new file, never a part.
 
     With ``durable=False`` the content may be lost (never torn) in a power failure: for what can be made again.
+
+    *spare* is a file beside *path*, of the same mode, that is given up where the file system is full: *data* goes into the
+    blocks that it has already. It is gone then, whether they were enough or not.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        _write_and_rename(path, temporary, data, os.O_CREAT | os.O_EXCL, mode, durable)
+    except OSError as exc:
+        if exc.errno not in _FULL or spare is None:
+            raise
+        try:
+            spare.rename(temporary)  # should we be killed, it is swept like any other
+        except FileNotFoundError:
+            raise exc from None
+        _write_and_rename(path, temporary, data, os.O_NOFOLLOW, mode, durable)
+
+
+def _write_and_rename(path: Path, temporary: Path, data: bytes, flags: int, mode: int, durable: bool) -> None:
+    fd = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC | flags, mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
+            file.truncate()  # what a spare file had more
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -67,6 +87,18 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
         raise
     if durable:
         fsync_dir(path.parent)
+
+
+def reserve(path: Path, size: int, *, mode: int = 0o600) -> None:
+    """Sees to it that there is a file of *size* bytes for :func:`atomic_write`'s *spare*, as far as there is room for it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            path.unlink()
+        finally:
+            os.close(fd)
 
 
 def sweep_temporaries(path: Path) -> None:
@@ -152,7 +184,7 @@ def require_space(directory: Path, needed: int, what: str) -> None:
 
 def disk_full(exc: OSError, what: str, path: Path) -> DiskFull | None:
     """The :class:`DiskFull` that an ``ENOSPC`` or ``EDQUOT`` stands for, or None for any other error."""
-    if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if exc.errno not in _FULL:
         return None
     if exc.errno == errno.ENOSPC and _out_of_inodes(path):
         room, hint = "can hold no more files", "remove some files ('df -i' counts them), and try again"

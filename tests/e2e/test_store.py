@@ -90,6 +90,37 @@ def test_df_tells_what_could_be_freed(ovm: Ovm, store: Layout) -> None:
     assert ovm.ok("df", "--json").json["reclaimable"] == 0
 
 
+def test_what_keeps_what_is_told(ovm: Ovm, store: Layout) -> None:
+    ovm.ok(*RUN, "--name", "vm", "echo:1")
+    count = len(stores.blobs(store))
+    done = ovm.ok("prune", "-a")
+    assert "an artifact is used by instances, also stopped ones (vm)" in done.err
+    ovm.ok("rmi", "-f", "echo:1")
+    row = {row["kind"]: row for row in ovm.ok("df", "--json").json["rows"]}["unnamed blobs"]
+    assert (row["count"], row["active"], row["reclaimable"]) == (count, count, 0)
+    assert "vm" in ovm.ok("prune", "-a").err
+    ovm.ok("rm", "-f", "vm")
+    assert ovm.ok("prune", "-a").err == ""
+
+
+def test_the_quarantine_can_be_emptied(ovm: Ovm, store: Layout, built: str) -> None:
+    stores.damage(store, store.add_bytes(b"x" * 5000))
+    bad = store.path(kernel_of(ovm))
+    bad.unlink()
+    bad.mkdir()
+    (bad / "file").write_bytes(b"in it")
+    ovm("fsck", "--repair")
+    row = {row["kind"]: row for row in ovm.ok("df", "--json").json["rows"]}["quarantine"]
+    assert (row["count"], row["reclaimable"]) == (2, row["size"])
+    ovm.ok("prune", "-a")
+    assert len(list(store.quarantine_dir.iterdir())) == 2, "nobody asked for it"
+    told = ovm.ok("prune", "--quarantine", "-n", "--json").json
+    assert told["by_kind"]["quarantine"] == {"count": 2, "size": row["size"]}
+    assert len(list(store.quarantine_dir.iterdir())) == 2
+    assert ovm.ok("prune", "--quarantine").out.count("removed ovms.quarantine/") == 2
+    assert list(store.quarantine_dir.iterdir()) == []
+
+
 def test_fsck_finds_repairs_and_says_what_is_left(ovm: Ovm, store: Layout, built: str, project: Path) -> None:
     assert ovm.ok("fsck").out.splitlines()[-1].endswith(": sound")
     ovm.ok(*RUN, "--name", "vm", "echo:1")

@@ -99,8 +99,9 @@ def check_size(layout: Layout, digest: Digest, said: int) -> None:
 
     Raises:
         DigestMismatch: it is not.
+        StoreCorrupt: what has the blob's name is no file.
     """
-    if (size := layout.size(digest)) not in (None, said):
+    if (size := layout.file_size(digest)) not in (None, said):
         raise DigestMismatch(
             f"{digest} has {size} bytes, and its descriptor says {said}",
             hint="'ovm fsck' tells whether the blob is damaged; else the artifact is wrong: build it again",

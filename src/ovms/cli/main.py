@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 from ovms import __version__
 from ovms.cli.exitcodes import Exit, exit_code
-from ovms.errors import HostError, OvmsError, UsageError
+from ovms.errors import DiskFull, HostError, OvmsError, UsageError
 
 #: Command → what it does, in the order of the help text. Each is a module of ``ovms.cli.commands``.
 COMMANDS: Final = {
@@ -147,14 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ovm: interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # whoever read our answer has gone: no more to say, also not when Python flushes at its end
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()  # whoever read our answer has gone
         return Exit.OK
     except OvmsError as exc:
         return _fail(exc, as_json)
     except OSError as exc:
-        return _fail(_host_error(exc), as_json)
+        return _fail(_stdout_error() or _host_error(exc), as_json)
     except Exception as exc:  # noqa: BLE001 - no traceback reaches a user
         return _bug(exc)
 
@@ -175,7 +174,34 @@ def _run(arguments: list[str]) -> int:
     context = Context(
         options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
     )
-    return int(module.run(args, context))
+    try:
+        return int(module.run(args, context))
+    except OSError as exc:
+        # of a write; what was named by its path is told with that
+        if exc.filename or exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        from ovms import fsutil
+
+        raise (_stdout_error() or fsutil.disk_full(exc, f"ovm {name}", context.root.path) or exc) from exc
+
+
+def _say_no_more() -> None:
+    # also not when Python flushes at its end
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stdout_error() -> OvmsError | None:
+    # what could not be written is still in the buffer, and meets the same error again
+    try:
+        sys.stdout.flush()
+    except OSError as exc:
+        _say_no_more()
+        message = f"the answer cannot be written to stdout: {exc.strerror or exc}"
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFull(message, hint="free some space where stdout goes to, and try again")
+        return HostError(message)
+    return None
 
 
 def _host_error(exc: OSError) -> OvmsError:

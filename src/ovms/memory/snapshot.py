@@ -130,7 +130,10 @@ def materialise(layout: Layout, digest: Digest, progress: Progress = NULL) -> Pa
         if target.exists():
             if target.stat().st_size == control.prefix.memory_size:
                 return target
-            raise StoreCorrupt(f"{target} is not of the size that it should have", hint="remove that file")
+            raise StoreCorrupt(
+                f"{target} is not of the size that it should have",
+                hint="'ovm fsck --repair' removes it, and the next start makes it anew",
+            )
         for stale in layout.derived_dir.glob(f"{name}.*"):
             if stale.suffix != ".lock":
                 stale.unlink()

@@ -45,6 +45,7 @@ class Kind(StrEnum):
     DERIVED = "derived"
     PARTIAL = "partial"
     STAGING = "staging"
+    QUARANTINE = "quarantine"
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ class Options:
 
     ``unused``: artifacts that no instance uses, and that no kept artifact is based on, in spite of their names; also
     every partial download and every derived file that is not in use. ``since``: artifacts that came into the store
-    later than this time are kept (seconds since 1970).
+    later than this time are kept (seconds since 1970). ``quarantine``: what repairs took out of the way.
     """
 
     unused: bool = False
     since: float | None = None
+    quarantine: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ def plan(layout: Layout, needs: Needs, options: Options = Options()) -> Plan:
         items += _derived(layout, names, needs.files, unused=options.unused)
     items += _partial(layout, 0.0 if options.unused else partial.KEPT)
     items += _staging(layout)
+    if options.quarantine:
+        items += [Item(Kind.QUARANTINE, path, allocated(path)) for path in _list(layout.quarantine_dir)]
     return Plan(tuple(going), tuple(items), broken)
 
 
@@ -184,6 +188,8 @@ def remove(items: Iterable[Item]) -> None:
             continue
         if item.path.is_symlink() or not item.path.is_dir():
             item.path.unlink(missing_ok=True)
+        elif item.kind is Kind.QUARANTINE:  # which had a blob's name
+            fsutil.remove_tree(item.path)
 
 
 def _unused(layout: Layout, entries: list[Entry], needs: Needs, options: Options) -> tuple[Entry, ...]:

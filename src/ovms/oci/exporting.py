@@ -21,7 +21,7 @@ from ovms import fsutil
 from ovms.errors import BlobNotFound, Conflict, FileProblem, InputError, StoreCorrupt
 from ovms.oci import source, tar
 from ovms.oci.descriptor import Descriptor, ImageIndex
-from ovms.oci.layout import Layout
+from ovms.oci.layout import REPAIR, Layout
 from ovms.oci.transfer import label
 from ovms.oci.transport import Kind, Place
 from ovms.progress import NULL, Progress
@@ -112,7 +112,7 @@ class _Parts:
         if size != blob.size or from_hasher(hasher) != blob.digest:
             raise StoreCorrupt(
                 f"the content of {self.layout.path(blob.digest)} is not what its name says",
-                hint="remove that file, and pull or build the artifact again",
+                hint=REPAIR,
                 digest=blob.digest,
             )
 

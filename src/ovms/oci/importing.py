@@ -13,6 +13,7 @@ from ovms.oci.platform import Platform, fitting
 from ovms.oci.source import Entry, Source
 from ovms.oci.transfer import check_image, label
 from ovms.oci.transport import Place
+from ovms.oci.whole import to_fetch
 from ovms.progress import NULL, Progress
 from ovms.spec import mediatypes
 
@@ -53,7 +54,7 @@ def fetch(
             top = manifest.descriptor()
         check_image(manifest, place)
         name(entry)
-        missing = [blob for blob in manifest.blobs if not layout.has(blob)]
+        missing = to_fetch(layout, manifest.blobs, place)
         fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
         _copy(layout, files, documents, missing, progress)

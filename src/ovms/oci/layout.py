@@ -6,11 +6,12 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── oci-layout               {"imageLayoutVersion": "1.0.0"}
     ├── index.json               one descriptor for each name, in ``org.opencontainers.image.ref.name``
     ├── index.lock               flock, exclusive, around every read-modify-write of index.json
-    ├── ovms.index.json          index.json as ovms wrote it last: what a damaged one is rebuilt from
+    ├── ovms.index.json          index.json as ovms wrote it last: what a damaged one is rebuilt from, and whose room the
+    │                            next one takes where the file system is full
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
-    ├── ovms.quarantine/         what a repair took out of the way (``repair.py``)
+    ├── ovms.quarantine/         what a repair took out of the way (``quarantine.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
 
@@ -28,6 +29,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +54,10 @@ _INDEX_MAX: Final = 64 * limits.MIB
 _LOCK_TIMEOUT: Final = 60.0
 #: The fields of an entry that says no more than that something is there.
 BARE: Final = ("mediaType", "digest", "size")
+#: What to do about a blob that is not what it should be.
+REPAIR: Final = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
+#: The "size" of what is no file but has a blob's name: a link, a directory. No blob has it.
+NO_FILE: Final = -1
 #: What ``fsutil.atomic_write`` leaves when it is killed.
 _TEMPORARY: Final = re.compile(r"\.(index\.json|ovms\.index\.json|oci-layout)\.[0-9a-f]+\.tmp")
 
@@ -204,11 +210,25 @@ class Layout:
         return self.blob_dir / hex_of(digest)
 
     def size(self, digest: Digest) -> int | None:
-        """A blob's size in bytes, None when it is not here."""
+        """A blob's size in bytes, None when it is not here; :data:`NO_FILE` for what is no file."""
         try:
-            return self.path(digest).stat().st_size
+            info = self.path(digest).lstat()
         except FileNotFoundError:
             return None
+        return info.st_size if stat.S_ISREG(info.st_mode) else NO_FILE
+
+    def file_size(self, digest: Digest) -> int | None:
+        """Like :meth:`size`.
+
+        Raises:
+            StoreCorrupt: what has the blob's name is no file.
+        """
+        size = self.size(digest)
+        if size == NO_FILE:
+            raise StoreCorrupt(
+                f"{self.path(digest)} is a link or a directory, where a blob belongs", hint=REPAIR, digest=digest
+            )
+        return size
 
     def came(self, digest: Digest) -> float | None:
         """When a blob came in, in seconds since 1970; None when it is not here."""
@@ -222,8 +242,9 @@ class Layout:
 
         Raises:
             DigestMismatch: it is, but of another size than the descriptor says: one of the two lies.
+            StoreCorrupt: what has its name is no file.
         """
-        size = self.size(descriptor.digest)
+        size = self.file_size(descriptor.digest)
         if size is not None and size != descriptor.size:
             raise DigestMismatch(
                 f"{descriptor.digest} has {size} bytes, but its descriptor says {descriptor.size}",
@@ -249,7 +270,7 @@ class Layout:
         if of_bytes(data) != digest:
             raise StoreCorrupt(
                 f"{what}: the content of {self.path(digest)} is not what its name says",
-                hint="'ovm fsck --repair' takes it out of the way, and tells how to get it back",
+                hint=REPAIR,
                 digest=digest,
             )
         return data
@@ -297,8 +318,8 @@ class Layout:
     def add_file(self, fd: int, what: str, *, advance: Callable[[int], None] | None = None) -> tuple[Digest, int, bool]:
         """Adds the content of an open file, by reflink where the file system can, else by a copy that keeps holes.
 
-        Returns its digest, its size and whether it is new here. What is here already is not copied. The bytes that
-        are hashed are the bytes that are kept, even when somebody writes to the file meanwhile.
+        Returns its digest, its size and whether it is new here. What is here already, and undamaged, is not copied. The bytes
+        that are hashed are the bytes that are kept, even when somebody writes to the file meanwhile.
 
         Raises:
             DiskFull: said before the first byte is copied.
@@ -322,7 +343,7 @@ class Layout:
                     except OSError as exc:
                         raise (fsutil.disk_full(exc, f"adding {what} to the store", self.root) or exc) from exc
                 digest = from_hasher(hasher)
-                new = self.size(digest) != size
+                new = not self._is_intact(digest, size)
                 if new:
                     self.publish(target, path, digest)
                 return digest, size, new
@@ -339,7 +360,22 @@ class Layout:
         if fsutil.hash_file(fd, hasher, advance=advance) != size:
             return None
         digest = from_hasher(hasher)
-        return digest if self.size(digest) == size else None
+        return digest if self._is_intact(digest, size) else None
+
+    def _is_intact(self, digest: Digest, size: int) -> bool:
+        # Read, and not believed: the good bytes are at hand, and may be nowhere else.
+        if self.size(digest) != size:
+            return False
+        hasher = hashlib.sha256()
+        try:
+            fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fsutil.hash_file(fd, hasher)
+            finally:
+                os.close(fd)
+        except (OSError, OvmsError):
+            return False
+        return from_hasher(hasher) == digest
 
     def publish(self, fd: int, path: Path, digest: Digest, *, durable: bool = True) -> None:
         """Makes the finished file *fd* at *path* durable and visible.
@@ -382,12 +418,18 @@ class Layout:
         return value
 
     def write_index(self, value: dict[str, Any]) -> None:
-        """Replaces ``index.json``, under its lock."""
+        """Replaces ``index.json``, under its lock. One that is no longer than before finds room on a full disk, too."""
         data = strictjson.canonical(value)
         try:
-            fsutil.atomic_write(self.index, data)
+            fsutil.atomic_write(self.index, data, spare=self.index_copy)
         except OSError as exc:
+            if not self.index_copy.exists():
+                with contextlib.suppress(OSError):
+                    self._copy_index(self.index.read_bytes())
             raise (fsutil.disk_full(exc, "writing the store's index", self.root) or exc) from exc
+        self._copy_index(data)
+
+    def _copy_index(self, data: bytes) -> None:
         # One that a power failure makes of no use is as good as none: no reason to wait for the disk twice, or to fail.
         with contextlib.suppress(OSError):
             fsutil.atomic_write(self.index_copy, data, durable=False)

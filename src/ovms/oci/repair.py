@@ -1,11 +1,5 @@
 """Puts a store right without losing anything: what is wrong is taken out of the way, into ``ovms.quarantine``.
 
-::
-
-    store/ovms.quarantine/
-    ├── <hex>.<time>            what lay under a blob's name and was not that blob
-    └── index.json.<time>       an index that could not be read, or not all of it
-
 Each step is one rename or one file that is replaced whole, so a repair that is killed is gone on with by the next.
 """
 
@@ -14,17 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from ovms import fsutil
 from ovms.errors import StoreCorrupt
 from ovms.oci import collector
 from ovms.oci.collector import WAIT, Needs
 from ovms.oci.descriptor import ImageIndex, ImageManifest
 from ovms.oci.fsck import Fault, Finding, Report, Uses, check, copied_entries, damage, look
 from ovms.oci.layout import Layout, empty_index
+from ovms.oci.quarantine import set_aside
 from ovms.oci.whole import lacks
 from ovms.progress import NULL, Progress
 from ovms.spec import mediatypes
@@ -74,7 +66,7 @@ def _repair(layout: Layout, finding: Finding, needs: Needs) -> Finding:
             layout.write_marker()
             return replace(finding, repaired="written anew")
         case Fault.BLOB | Fault.NO_FILE if path is not None:
-            kept = _quarantine(layout, path)
+            kept = set_aside(layout.quarantine_dir, path)
             for derived in layout.derived_dir.glob(f"{path.name}.*"):
                 if derived.suffix != ".lock" and derived.name not in needs.files:
                     derived.unlink(missing_ok=True)
@@ -97,31 +89,6 @@ def _repair(layout: Layout, finding: Finding, needs: Needs) -> Finding:
             return finding
 
 
-def _quarantine(layout: Layout, path: Path, *, replaced: bool = False) -> Path:
-    # A VM that has the file open keeps it: a rename does not touch what is open. What is *replaced* next stays where it
-    # is until then, wherever the file system has links (and has them for such a file).
-    layout.quarantine_dir.mkdir(mode=0o700, exist_ok=True)
-    stem = f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    target = layout.quarantine_dir / stem
-    number = 1
-    while os.path.lexists(target):
-        number += 1
-        target = layout.quarantine_dir / f"{stem}-{number}"
-    if not (replaced and _linked(path, target)):
-        path.rename(target)
-    fsutil.fsync_dir(layout.quarantine_dir)
-    fsutil.fsync_dir(path.parent)
-    return target
-
-
-def _linked(path: Path, target: Path) -> bool:
-    try:
-        os.link(path, target, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
 def _repair_index(layout: Layout) -> None:
     with layout.index_lock():
         try:
@@ -129,7 +96,7 @@ def _repair_index(layout: Layout) -> None:
         except StoreCorrupt:
             index = _rebuilt(layout)
         if os.path.lexists(layout.index):
-            _quarantine(layout, layout.index, replaced=True)
+            set_aside(layout.quarantine_dir, layout.index, replaced=True)
         layout.write_index(index)
 
 

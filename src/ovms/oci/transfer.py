@@ -18,10 +18,11 @@ from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtoco
 from ovms.oci import partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
-from ovms.oci.layout import BlobWriter, Layout
+from ovms.oci.layout import REPAIR, BlobWriter, Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
 from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
+from ovms.oci.whole import to_fetch
 from ovms.progress import NULL, Progress, Task
 from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
@@ -69,7 +70,7 @@ def pull(
         else:
             top = manifest.descriptor()
         check_image(manifest, reference)
-        missing = [blob for blob in manifest.blobs if not layout.has(blob)]
+        missing = to_fetch(layout, manifest.blobs, reference)
         needed = sum(blob.size - partial.have(layout, blob) for blob in missing)
         fsutil.require_space(layout.root, needed, f"pulling {reference}")
         download = _Download(layout, client, reference.repository, progress)
@@ -89,7 +90,7 @@ def fetch(
     layout: Layout, client: RegistryClient, repository: str, image: ImageManifest, progress: Progress = NULL
 ) -> None:
     """Fetches a manifest's blobs, and keeps it with them; no name stands for it yet. Raises like :func:`pull`."""
-    missing = [blob for blob in image.blobs if not layout.has(blob)]
+    missing = to_fetch(layout, image.blobs, image.digest)
     fsutil.require_space(layout.root, sum(blob.size for blob in missing), f"pulling {image.digest}")
     _Download(layout, client, repository, progress).blobs(list(image.blobs), missing)
     layout.sync()
@@ -389,8 +390,7 @@ class _Upload:
             # what it refuses may well be our fault
             if (why := damage(self._layout, blob.digest)) is None:
                 raise
-            hint = "'ovm fsck --repair' takes it out of the way, and tells how to get it back"
-            raise StoreCorrupt(why, hint=hint, digest=blob.digest) from None
+            raise StoreCorrupt(why, hint=REPAIR, digest=blob.digest) from None
 
     def _source(self, digest: Digest) -> str | None:
         # Another repository of this registry that we have pushed the blob to, or pulled it from.

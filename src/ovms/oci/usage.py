@@ -56,7 +56,7 @@ class Usage:
 
 def usage(layout: Layout, needs: Needs) -> Usage:
     """What takes room now. Others may work meanwhile: then it is a good guess."""
-    plan = collector.plan(layout, needs, Options(unused=True))
+    plan = collector.plan(layout, needs, Options(unused=True, quarantine=True))
     going = {item.path for item in plan.items}
     room = {path.name: collector.allocated(path) for path in _list(layout.blob_dir)}
     names: dict[Digest, list[str]] = {}
@@ -76,10 +76,11 @@ def usage(layout: Layout, needs: Needs) -> Usage:
 
     reached = {hex_of(blob) for digest in names for blob in of[digest].digests} & set(room)
     others = set(room) - reached
+    held = {hex_of(blob) for digest in needs.artifacts for blob in of[digest].digests}
     active = sum(artifact.in_use for artifact in artifacts)
     rows = (
         Row("artifacts", len(artifacts), active, *_sizes(layout.blob_dir, reached, room, going)),
-        Row("unnamed blobs", len(others), 0, *_sizes(layout.blob_dir, others, room, going)),
+        Row("unnamed blobs", len(others), len(others & held), *_sizes(layout.blob_dir, others, room, going)),
         _row("memories", _list(layout.derived_dir), going, needs.files),
         _row("partial downloads", _list(layout.partial_dir), going),
         _row("work in progress", [*_list(layout.staging_root), *_temporaries(layout)], going),

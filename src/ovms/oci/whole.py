@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from collections.abc import Iterable
 
-from ovms.errors import BlobNotFound, StoreCorrupt
+from ovms.errors import BlobNotFound, DigestMismatch, StoreCorrupt
 from ovms.oci.descriptor import Descriptor
-from ovms.oci.layout import Layout
+from ovms.oci.layout import REPAIR, Layout
+from ovms.oci.quarantine import set_aside
 from ovms.spec.digest import Digest
 
 
@@ -26,8 +30,46 @@ def require_whole(layout: Layout, what: str, blobs: Iterable[Descriptor]) -> Non
         if layout.size(digest) is None:
             hint = "pull or build it again; 'ovm fsck' tells more"
             raise BlobNotFound(f"{what} is not whole: the store has no blob {digest}", hint=hint, digest=digest)
+        layout.file_size(digest)
         raise StoreCorrupt(
             f"{what} is damaged: the blob {digest} has another size than its manifest says",
-            hint="'ovm fsck --repair' takes it out of the way, and tells how to get it back",
+            hint=REPAIR,
             digest=digest,
         )
+
+
+def to_fetch(layout: Layout, blobs: Iterable[Descriptor], what: object) -> list[Descriptor]:
+    """Those of *blobs*, of the manifest of *what*, that are not here. One whose size shows that it is damaged is set aside.
+
+    The caller holds the store (``layout.using()``).
+
+    Raises:
+        DigestMismatch: a blob here is sound, and it is the manifest that says another size.
+    """
+    return [blob for blob in blobs if layout.size(blob.digest) != blob.size and not _is_sound(layout, blob, what)]
+
+
+def _is_sound(layout: Layout, blob: Descriptor, what: object) -> bool:
+    from ovms.oci.fsck import damage
+
+    path = layout.path(blob.digest)
+    try:
+        seen = path.lstat()
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(seen.st_mode) and damage(layout, blob.digest) is None:
+        size = layout.size(blob.digest)
+        if size in (None, blob.size):  # others have worked meanwhile
+            return size is not None
+        raise DigestMismatch(
+            f"{what}: its manifest says that {blob.digest} has {blob.size} bytes, but the content of that digest has {size}",
+            hint="the manifest is wrong, and was not believed: ask its owner",
+            expected=blob.size,
+            got=size,
+            rule="OCI-21",
+        )
+    # One at a time, and only what was looked at: another pull may have fetched it anew.
+    with layout.index_lock(), contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.lstat(), seen):
+            set_aside(layout.quarantine_dir, path)
+    return layout.size(blob.digest) == blob.size

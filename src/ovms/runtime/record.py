@@ -4,6 +4,7 @@
 
     instances/<uuid>/
     ├── record.json             this module; replaced by rename
+    ├── record.spare            room for the next one where the file system is full: stopping and removing need it
     ├── lock                    flock: whoever changes the instance, or talks to its VMM
     ├── overlay-<n>.qcow2       what the guest wrote; the one of the highest number in use takes the writes
     ├── stop                    somebody wants it ended, at the file's time at the latest; needs no lock
@@ -34,6 +35,9 @@ from ovms.vmm.watch import Watched
 
 VERSION: Final = 2
 FILE: Final = "record.json"
+_SPARE: Final = "record.spare"
+#: Bytes that are kept for the next record: several times what one has.
+_SPARE_SIZE: Final = 16 * limits.KIB
 
 
 @dataclass(frozen=True)
@@ -212,8 +216,19 @@ def overlay_name(number: int) -> str:
 
 
 def save(directory: Path, record: Record, *, durable: bool = True) -> None:
-    """Replaces the record of the instance in *directory*. What is not *durable* a power failure may take back."""
-    fsutil.atomic_write(directory / FILE, strictjson.canonical(record.to_json()), mode=0o600, durable=durable)
+    """Replaces the record of the instance in *directory*. What is not *durable* a power failure may take back.
+
+    Raises:
+        DiskFull: there is no room for it, not even what was kept.
+    """
+    data = strictjson.canonical(record.to_json())
+    spare = directory / _SPARE
+    try:
+        fsutil.atomic_write(directory / FILE, data, mode=0o600, durable=durable, spare=spare)
+    except OSError as exc:
+        raise (fsutil.disk_full(exc, f"writing the record of the instance {record.name}", directory) or exc) from exc
+    if not spare.exists():
+        fsutil.reserve(spare, _SPARE_SIZE)
 
 
 def load(directory: Path) -> Record | None:

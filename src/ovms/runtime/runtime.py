@@ -18,6 +18,7 @@ from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import (
+    DiskFull,
     GuestError,
     InputError,
     Interrupted,
@@ -395,7 +396,7 @@ class Runtime:
         with self.instances.locked(record) as newest:
             if not self.instances.status(newest).state.alive:
                 return newest
-            stopping = self.instances.save(replace(newest, stop_requested=True))
+            stopping = self._note_stop(newest)
             with contextlib.suppress(VmmError, StateConflict), self.instances.control(stopping) as control:
                 control.resume()  # a paused guest sees no button
                 control.power_down()
@@ -415,7 +416,7 @@ class Runtime:
             with self.instances.locked(record) as newest:
                 if not self.instances.status(newest).state.alive:
                     return True
-                self.instances.save(replace(newest, stop_requested=True))
+                self._note_stop(newest)
                 with contextlib.suppress(VmmError, StateConflict), self.instances.control(newest) as control:
                     control.resume()
             with guest.agent_of(self.instances, newest) as agent:
@@ -429,11 +430,20 @@ class Runtime:
         with self.instances.locked(record) as newest:
             self._end(newest)
 
-    def _end(self, record: Record) -> None:
+    def _note_stop(self, record: Record, *, going: bool = False) -> Record:
+        try:
+            return self.instances.save(replace(record, stop_requested=True))
+        except DiskFull:
+            # Room is freed by what ends. Only what would be started again must not end without a note.
+            if record.restart is not None and not going:
+                raise
+            return record
+
+    def _end(self, record: Record, *, going: bool = False) -> None:
         running = record.process
         if running is None or not running.alive():
             return
-        self.instances.save(replace(record, stop_requested=True))
+        self._note_stop(record, going=going)
         with contextlib.suppress(VmmError, StateConflict), self.instances.control(record) as control:
             control.quit()
         if not running.wait(2.0):
@@ -472,7 +482,7 @@ class Runtime:
             # A start holds the lock: one that is "starting" under it was broken off.
             if state is not State.STARTING:
                 after(state, call, newest.name)
-                self._end(newest)
+                self._end(newest, going=True)
             self.instances.remove(newest)
 
     def pause(self, record: Record) -> Record:

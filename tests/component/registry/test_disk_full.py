@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from support.faulty import Server
 from ovms.errors import DiskFull
 from ovms.fsutil import SPACE_RESERVE
 from ovms.oci import transfer
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -203,3 +206,53 @@ def test_other_commands_say_it_too(ovm: Ovm, disk: Disk, tmp_path: Path) -> None
     assert list((ovm.root / "store" / "ovms.tmp").iterdir()) == []
     disk.free()
     ovm.ok(*build)
+
+
+def is_full(disk: Disk) -> bool:
+    return os.statvfs(disk.path).f_bavail == 0
+
+
+@pytest.mark.parametrize("what", ["bytes", "files"])
+def test_what_frees_room_works_without_any(ovm: Ovm, disk: Disk, tmp_path: Path, what: str) -> None:
+    artifacts.write_inputs(tmp_path / "project")
+    manifest = artifacts.write_manifest(tmp_path / "project")
+    for name in ("web:1", "web:2", "web:3"):
+        ovm.ok("build", manifest, "-t", name)
+    ovm.ok("ps")
+    store = Layout(ovm.root / "store")
+    for removed in ("web:2", "web:3"):  # which free nothing but a name
+        fill(disk, what)
+        ovm.ok("rmi", removed)
+        assert store.index.read_bytes() == store.index_copy.read_bytes()
+    fill(disk, what)
+    ovm.ok("prune", "-a")
+    assert store.entries() == []
+    assert list(store.blob_dir.iterdir()) == []
+    assert not [path for path in store.root.iterdir() if store.is_temporary(path.name)]
+
+
+def fill(disk: Disk, what: str) -> None:
+    disk.fill() if what == "bytes" else disk.fill_inodes()
+
+
+def test_an_index_that_grows_too_much_is_left_as_it_was(ovm: Ovm, store: Layout, disk: Disk) -> None:
+    descriptor = Descriptor(mediatypes.OCI_MANIFEST, of_bytes(b"x"), 1)
+    store.set_name("a", descriptor)
+    before = store.index.read_bytes()
+    disk.fill()
+    assert is_full(disk)
+    with pytest.raises(DiskFull, match="index"):
+        store.set_name("b" * 9000, descriptor)
+    assert store.index.read_bytes() == before == store.index_copy.read_bytes()
+    assert not [path for path in store.root.iterdir() if store.is_temporary(path.name)]
+    store.set_name("c", descriptor)
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("ls", "--json"), ("version",)])
+def test_an_answer_that_cannot_be_written(ovm: Ovm, arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = ovm.popen(*arguments, stdout=full, stderr=subprocess.PIPE)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 8, err
+    assert b"stdout" in err
+    assert err.count(b"rror") == 1, err

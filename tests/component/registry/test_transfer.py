@@ -344,6 +344,55 @@ def test_after_a_repair_a_pull_fetches_what_is_missing_and_nothing_else(
     assert fetched == [of_bytes(DISK), artifact.image.config.digest], "a manifest is no blob for a registry"
 
 
+def spoil(layout: Layout, digest: Digest, how: str) -> None:
+    """Puts something under a blob's name that is not of its size."""
+    path = layout.path(digest)
+    path.unlink()
+    match how:
+        case "cut":
+            path.write_bytes(b"x" * 100)
+        case "link":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.mkdir()
+
+
+@pytest.mark.spec("OCI-21", "OCI-22")
+@pytest.mark.parametrize("how", ["cut", "link", "directory"])
+def test_a_blob_of_a_wrong_size_is_set_aside_and_fetched_anew(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, how: str
+) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    resolve.pull(other, lambda _: client, str(ref))
+    spoilt = (of_bytes(DISK), of_bytes(KERNEL), artifact.image.config.digest)
+    for digest in spoilt:
+        spoil(other, digest, how)
+    assert resolve.pull(other, lambda _: client, str(ref)).artifact.digest == artifact.digest
+    assert check(other, Uses).findings == []
+    kept = sorted(path.name.partition(".")[0] for path in other.quarantine_dir.iterdir())
+    assert kept == sorted(hex_of(digest) for digest in spoilt)
+
+
+@pytest.mark.spec("OCI-21")
+def test_a_manifest_that_lies_of_a_size_moves_nothing(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference
+) -> None:
+    artifact = make(layout, str(ref))
+    transfer.push(layout, client, ref, artifact.digest)
+    transfer.pull(other, client, ref)
+    before = {path.name: path.stat().st_ino for path in other.blob_dir.iterdir()}
+    layers = tuple(replace(layer, size=layer.size + 1) for layer in artifact.image.layers)
+    liar = build_manifest(artifact_type=mediatypes.MANIFEST, config=artifact.image.config, layers=layers)
+    lie = replace(ref, tag="lie")
+    client.put_manifest(lie.repository, "lie", liar.raw, mediatypes.OCI_MANIFEST)
+    with pytest.raises(DigestMismatch, match="its manifest says") as caught:
+        transfer.pull(other, client, lie)
+    assert "the manifest is wrong" in (caught.value.hint or "")
+    assert {path.name: path.stat().st_ino for path in other.blob_dir.iterdir()} == before
+    assert not other.quarantine_dir.exists()
+
+
 @pytest.mark.spec("OCI-21", "OCI-22")
 def test_a_damaged_blob_is_not_pushed(layout: Layout, client: RegistryClient, ref: Reference) -> None:
     disk = os.urandom(1000)

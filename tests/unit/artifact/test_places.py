@@ -256,8 +256,9 @@ def test_a_corrupt_blob_does_not_get_out(layout: Layout, built: Artifact, kind: 
     data = path.read_bytes()
     path.chmod(0o644)
     path.write_bytes(data[:-1] + b"!")
-    with pytest.raises(StoreCorrupt, match="is not what its name says"):
+    with pytest.raises(StoreCorrupt, match="is not what its name says") as caught:
         push(layout, "web:1", f"{kind}:x")
+    assert "ovm fsck --repair" in (caught.value.hint or "")
     assert os.listdir() == []
     path.write_bytes(data[:-1])
     with pytest.raises(DigestMismatch):

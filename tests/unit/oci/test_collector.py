@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,16 @@ def test_a_dry_run_tells_what_a_run_does(layout: Layout) -> None:
     (layout.root / ".index.json.0123456789ab.tmp").write_bytes(b"half an index")
     (layout.derived_dir / f"{hex_of(ABSENT)}.{BOOT}.ram").write_bytes(b"x")
     (layout.root / "ovms.lock").touch()
+    layout.quarantine_dir.mkdir()
+    (layout.quarantine_dir / f"{hex_of(ABSENT)}.20260101T000000Z").write_bytes(b"x" * 9000)
     before = sorted(layout.root.rglob("*"))
-    assert {item.kind for item in collect(layout, Needs, dry_run=True).items} == set(Kind)
-    told = collect(layout, Needs, ALL, dry_run=True)
+    assert {item.kind for item in collect(layout, Needs, dry_run=True).items} == set(Kind) - {Kind.QUARANTINE}
+    everything = replace(ALL, quarantine=True)
+    told = collect(layout, Needs, everything, dry_run=True)
+    assert {item.kind for item in told.items} == set(Kind)
     assert sorted(layout.root.rglob("*")) == before
     assert told.entries == tuple(layout.entries())
-    assert collect(layout, Needs, ALL) == told
+    assert collect(layout, Needs, everything) == told
     after = set(layout.root.rglob("*"))
     assert {path for path in before if path not in after} == {item.path for item in told.items}
     assert told.size == sum(size for _, size in told.by_kind().values())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.stores import damage
 
 from ovms import fsutil
 from ovms.errors import (
@@ -25,6 +26,7 @@ from ovms.errors import (
 from ovms.oci.collector import Needs, collect
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
 from ovms.oci.layout import Entry, Layout
+from ovms.oci.whole import require_whole
 from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, hex_of, of_bytes
 
@@ -280,6 +282,21 @@ def test_a_file_is_not_copied_twice(layout: Layout, tmp_path: Path, monkeypatch:
     assert layout.path(digest).stat().st_ino == inode
 
 
+@pytest.mark.parametrize("how", ["bytes", "link"])
+def test_a_damaged_blob_is_mended_by_adding_its_file(layout: Layout, tmp_path: Path, how: str) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10_000)
+    digest, _, _ = add_file(layout, tmp_path / "a")
+    if how == "bytes":
+        damage(layout, digest)
+    else:
+        layout.path(digest).unlink()
+        layout.path(digest).symlink_to(tmp_path / "a")
+    assert add_file(layout, tmp_path / "a") == (digest, 10_000, True)
+    assert layout.read(digest, "it", max_size=10_000) == b"x" * 10_000
+    assert stat.S_IMODE(layout.path(digest).lstat().st_mode) == 0o444
+    assert add_file(layout, tmp_path / "a") == (digest, 10_000, False)
+
+
 def test_another_file_of_the_same_size(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 10_000)
     (tmp_path / "b").write_bytes(b"y" * 10_000)
@@ -484,3 +501,19 @@ def test_many_processes_open_a_new_store(tmp_path: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "s", str(i)]) for i in range(4)]
     assert [child.wait() for child in children] == [0] * 4
     assert len(Layout(tmp_path / "s").entries()) == 4
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_what_is_no_file_is_no_blob(layout: Layout, tmp_path: Path, kind: str) -> None:
+    descriptor = Descriptor.of("application/x", b"content")
+    path = layout.path(layout.add_bytes(b"content"))
+    if kind == "link":
+        path.rename(tmp_path / "content")
+        path.symlink_to(tmp_path / "content")
+    else:
+        path.unlink()
+        path.mkdir()
+    for ask in (lambda: layout.has(descriptor), lambda: require_whole(layout, "web:1", [descriptor])):
+        with pytest.raises(StoreCorrupt, match="where a blob belongs") as caught:
+            ask()
+        assert "ovm fsck --repair" in (caught.value.hint or "")

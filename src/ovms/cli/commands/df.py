@@ -1,7 +1,7 @@
 """Show what takes room on disk, and how much of it could be freed.
 
-Sizes are what the disk has given away: holes and zeroes cost nothing. Reclaimable is what 'ovm prune --all' would free, and
-of instances, what 'ovm rm' would free of those that do not run.
+Sizes are what the disk has given away: holes and zeroes cost nothing. Reclaimable is what 'ovm prune --all' would free ('ovm prune
+--quarantine' of what repairs took out of the way), and of instances, what 'ovm rm' would free of those that do not run.
 """
 
 from __future__ import annotations
