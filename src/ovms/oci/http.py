@@ -1,8 +1,8 @@
 """HTTP to one registry: connections, redirects, and errors of ours in place of everybody else's.
 
 An answer is read through :class:`Answer`, which never gives more than is asked for. No ``Authorization`` follows a redirect
-to another host, and no redirect leads from TLS to plain text. What TLS trusts is :mod:`ovms.oci.tls`'s matter, and which
-proxy is used :mod:`ovms.oci.proxies`'.
+to another host, no redirect leads from TLS to plain text, and none to plain text where that may not be spoken. What TLS
+trusts is :mod:`ovms.oci.tls`'s matter, and which proxy is used :mod:`ovms.oci.proxies`'.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import RegistryProtocol, RegistryUnreachable
+from ovms.oci.realm import is_loopback
 
 if TYPE_CHECKING:
     import ssl
@@ -140,12 +141,19 @@ class Transport:
     def __init__(
         self,
         *,
+        registry: str = "the registry",
         trust: Trust | None = None,
         proxies: Proxies | None = None,
+        plain: Callable[[str], bool] = is_loopback,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
     ) -> None:
-        """Without *trust* the system's CAs count; without *proxies* there are none."""
+        """*registry* is who leads to the URLs. Without *trust* the system's CAs count; without *proxies* there are none.
+
+        *plain* says of a ``host[:port]`` whether plain HTTP may be spoken to it.
+        """
+        self._registry = registry
+        self._plain = plain
         self._trust = trust
         self._proxies = proxies
         self._connect_timeout = connect_timeout
@@ -201,8 +209,9 @@ class Transport:
 
         Raises:
             Refused, Broken: no answer came.
-            RegistryProtocol: a redirect leads nowhere that we go.
+            RegistryProtocol: *url* or a redirect leads nowhere that we go; plain HTTP to just anybody is such a place.
         """
+        self._check_plain(url, self._registry)
         sent = dict(headers)
         for _ in range(REDIRECTS_MAX + 1):
             answer = self._send(method, url, sent, body)
@@ -210,10 +219,21 @@ class Transport:
                 return answer
             with answer:
                 target = next_url(url, answer.header("location"))
+            self._check_plain(target, host_of(url))
             if origin(target) != origin(url):
                 sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
             url = target
         raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
+
+    def _check_plain(self, url: str, sender: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or self._plain(parts.netloc):
+            return
+        host = host_of(url)
+        raise RegistryProtocol(
+            f"{sender} sends us to {host} in plain HTTP, which is spoken to loopback only, and where it is allowed",
+            hint=f"allow it with 'insecure = true' for {host} in registries.conf, or let the registry use TLS there",
+        )
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None) -> Answer:
         manager = self._manager(url)

@@ -18,7 +18,7 @@ from ovms.oci import auth
 from ovms.oci.credentials import Credential
 from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
-from ovms.oci.realm import TokenServices, is_loopback
+from ovms.oci.realm import TokenServices, is_loopback, same_host
 from ovms.oci.registries import Endpoint
 from ovms.oci.tls import Trust
 
@@ -54,12 +54,14 @@ class Settings:
     Attributes:
         tls_verify: what the command line says: None leaves it to the configuration; True asks for TLS everywhere, with
             certificates that are good; False takes any, and plain HTTP.
+        plain: whether the configuration allows plain HTTP to a ``host[:port]`` that a registry leads to.
     """
 
     credentials: CredentialSource | None = None
     proxies: Proxies | None = None
     services: TokenServices = field(default_factory=TokenServices)
     tls_verify: bool | None = None
+    plain: Callable[[str], bool] = lambda _host: False
     connect_timeout: float = CONNECT_TIMEOUT
     read_timeout: float = READ_TIMEOUT
 
@@ -75,8 +77,10 @@ class Session:
         self._insecure = insecure
         self._trust = trust or Trust(self._address, insecure=insecure)
         self._transport = Transport(
+            registry=self.host,
             trust=self._trust,
             proxies=settings.proxies,
+            plain=self._plain,
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
         )
@@ -172,6 +176,11 @@ class Session:
             if answer.status != 200:
                 raise RegistryProtocol(f"{self.host} answers with {answer.status} at {base}: it is no registry")
             return authenticator.asks
+
+    def _plain(self, host: str) -> bool:
+        if is_loopback(host) or (self._insecure and same_host(host, self._address)):
+            return True
+        return not self._settings.tls_verify and self._settings.plain(host)
 
     # --- how it is spoken to -----------------------------------------------------------------------------------
 
