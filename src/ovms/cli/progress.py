@@ -50,6 +50,7 @@ class _Task:
         self.total = total
         self.done = 0
         self.text = ""
+        self.stands = ""
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
 
     def rate(self, now: float) -> float | None:
@@ -85,6 +86,11 @@ class _Task:
         self.text = text
         self._samples.clear()  # what "resumed" stands for did not come just now
 
+    def waiting(self, text: str) -> None:
+        self.stands = text
+        self._samples.clear()
+        self.owner.stands(self)
+
 
 class _Bars:
     """A line for each task; those at work are redrawn in place."""
@@ -108,6 +114,10 @@ class _Bars:
         if time.monotonic() - self._last >= _INTERVAL:
             with self._lock:
                 self._draw()
+
+    def stands(self, task: _Task) -> None:
+        with self._lock:
+            self._draw()
 
     def end(self, task: _Task) -> None:
         with self._lock:
@@ -139,6 +149,8 @@ class _Bars:
         label = output.safe(task.label)[:_LABEL].ljust(_LABEL)
         if finished:
             line = f"{label} {task.text or 'done'}  {output.size(task.total if task.total is not None else task.done)}"
+        elif task.stands:
+            line = f"{label} {output.safe(task.stands)} ({output.size(task.done)} done)"
         elif task.total:
             done = min(task.done, task.total)
             filled = _BAR * done // task.total
@@ -159,7 +171,7 @@ class _Bars:
 
 
 class _JsonLines:
-    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?, "rate"?, "left_s"?}``.
+    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?, "waiting"?, "rate"?, "left_s"?}``.
 
     Bytes, bytes a second, seconds.
     """
@@ -179,6 +191,9 @@ class _JsonLines:
         if time.monotonic() - self._last.get(id(task), 0.0) >= _INTERVAL:
             self._write(task, "going")
 
+    def stands(self, task: _Task) -> None:
+        self._write(task, "going")
+
     def end(self, task: _Task) -> None:
         self._write(task, "end")
         self._last.pop(id(task), None)
@@ -187,6 +202,8 @@ class _JsonLines:
         value: dict[str, Any] = {"task": task.label, "done": task.done, "total": task.total, "state": state}
         if task.text:
             value["note"] = task.text
+        if task.stands and state == "going":
+            value["waiting"] = task.stands
         with self._lock:
             if (rate := task.rate(time.monotonic())) is not None and state == "going":
                 value["rate"] = round(rate)

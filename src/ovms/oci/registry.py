@@ -5,9 +5,7 @@ Source: the OCI distribution specification 1.1.
 
 from __future__ import annotations
 
-import random
 import re
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,6 +35,7 @@ from ovms.oci.http import (
     origin,
     shown,
 )
+from ovms.oci.patience import BACKOFF, Patience
 from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
 from ovms.oci.route import Alone, Find, Route
@@ -46,11 +45,6 @@ from ovms.spec.digest import Digest, is_digest, of_bytes
 
 T = TypeVar("T")
 
-ATTEMPTS_MAX: Final = 5
-#: Seconds before the second try; doubled each time.
-_BACKOFF: Final = 0.2
-#: The most that a Retry-After may ask of us.
-_WAIT_MAX: Final = 30.0
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
@@ -95,19 +89,22 @@ class RegistryClient:
         credentials: CredentialSource | None = None,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
-        backoff: float = _BACKOFF,
+        backoff: float = BACKOFF,
         find: Find | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """Connects to nothing yet. *host* is what names call the registry, ``host[:port]``.
 
         *find* says where its repositories are, and how to speak to those places (:mod:`ovms.oci.connect` makes it of the
-        user's configuration; *credentials* and the timeouts are then its matter). *say* is told which mirror serves.
+        user's configuration; *credentials* and the timeouts are then its matter). *say* is told which mirror serves, and
+        for whom we wait.
         """
         self.host = host
         settings = Settings(credentials, connect_timeout=connect_timeout, read_timeout=read_timeout)
         self._route = Route(find or Alone(Session(host, settings)), say)
+        self._say = say or (lambda _text: None)
         self._backoff = backoff
+        self._worked = False
         self._chunk_size = CHUNK
 
     def __enter__(self) -> Self:
@@ -280,21 +277,23 @@ class RegistryClient:
         except RegistryDenied:
             return False
 
-    def push_blob(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+    def push_blob(
+        self, repository: str, descriptor: Descriptor, body: Body, *, tell: Callable[[str], None] | None = None
+    ) -> None:
         """Uploads a blob: in one request, or, a large one, in chunks that need not be sent again.
 
-        *body* opens the content anew, at an offset, for each attempt.
+        *body* opens the content anew, at an offset, for each attempt. *tell* is told of waits (see :meth:`patience`).
 
         Raises:
             RegistryError: and its kinds: as the registry met us.
         """
         if descriptor.size > CHUNKED_FROM and self._chunk_size:
             try:
-                self._push_chunked(repository, descriptor, body)
+                self._push_chunked(repository, descriptor, body, self.patience(tell))
                 return
             except _NoChunks:
                 self._chunk_size = 0
-        self.retrying(lambda: self._push_whole(repository, descriptor, body))
+        self.retrying(lambda: self._push_whole(repository, descriptor, body), tell=tell)
 
     def _begin_upload(self, repository: str, what: str) -> str:
         with self._request("POST", f"{repository}/blobs/uploads/", repository, "pull,push", {}, lambda: b"") as answer:
@@ -308,20 +307,16 @@ class RegistryClient:
         with self._request("PUT", url, repository, "pull,push", headers, lambda: body(0, descriptor.size)) as answer:
             self._expect(answer, 201, what, repository)
 
-    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body, patience: Patience) -> None:
         # What a finished chunk has brought stays: after a failure the registry is asked how far it is.
         what = f"the blob {descriptor.digest}"
         url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
-        failures = 0
         while at < descriptor.size:
             size = min(self._chunk_size, descriptor.size - at)
             try:
                 url = self._push_chunk(repository, url, at, size, body, what)
             except (Broken, Refused, Busy) as exc:
-                failures += 1
-                if failures == ATTEMPTS_MAX:
-                    raise
-                time.sleep(self.pause(exc, failures))
+                patience.bear(exc)
                 found = self._upload_state(repository, url)
                 if found is None:
                     url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
@@ -329,7 +324,7 @@ class RegistryClient:
                     url, at = found[0], min(found[1], at + size)
                 continue
             at += size
-            failures = 0
+            patience.progressed()
         final = _with_digest(url, descriptor.digest)
         with self._request("PUT", final, repository, "pull,push", {"Content-Length": "0"}, lambda: b"") as answer:
             self._expect(answer, 201, what, repository)
@@ -397,23 +392,32 @@ class RegistryClient:
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def retrying(self, attempt: Callable[[], T]) -> T:
-        """Tries *attempt* again while the registry is busy or the connection breaks, a few times, waiting longer."""
-        for number in range(1, ATTEMPTS_MAX + 1):
+    def retrying(
+        self,
+        attempt: Callable[[], T],
+        *,
+        tell: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """Tries *attempt* again while the registry is busy or the connection breaks, waiting longer each time."""
+        patience = self.patience(tell, stopped)
+        while True:
             try:
                 return attempt()
             except (Broken, Refused, Busy) as exc:
-                if number == ATTEMPTS_MAX:
-                    raise
-                wait = self.pause(exc, number)
-            time.sleep(wait)
-        raise AssertionError
+                patience.bear(exc)
 
-    def pause(self, exc: RegistryError, failures: int) -> float:
-        """How many seconds to wait after the *failures*-th failure in a row."""
-        if isinstance(exc, Busy) and exc.wait is not None:
-            return min(exc.wait, _WAIT_MAX)
-        return self._backoff * 2.0 ** (failures - 1) * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+    def patience(
+        self, tell: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Patience:
+        """What bears the failures of one piece of work. *tell* hears of waits, else who is told of mirrors does."""
+        return Patience(
+            self.host,
+            worked=lambda: self._worked,
+            backoff=self._backoff,
+            tell=tell or (lambda text: self._say(text) if text else None),
+            stopped=stopped,
+        )
 
     def _request(
         self,
@@ -424,7 +428,9 @@ class RegistryClient:
         headers: Mapping[str, str] | None = None,
         body: Callable[[], bytes | IO[bytes]] | None = None,
     ) -> Answer:
-        return self._route.request(method, path, repository, actions, headers or {}, body)
+        answer = self._route.request(method, path, repository, actions, headers or {}, body)
+        self._worked = self._worked or answer.status not in BUSY
+        return answer
 
     def _expect(self, answer: Answer, status: int, what: str, repository: str) -> None:
         if answer.status == status:
