@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, Self
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT: Final = 10.0
 READ_TIMEOUT: Final = 60.0
+#: A body that brings less than so many bytes a second, over so many seconds of waiting for it, is broken off.
+RATE_MIN: Final = 1024
+RATE_WINDOW: Final = 30.0
+#: Seconds that a document (a manifest, a list, a token) may take in all.
+DOCUMENT_TIME: Final = 60.0
+#: Seconds that the rest of a body which nobody wants may take; after that the connection is given up.
+_DRAIN_TIME: Final = 1.0
+#: Seconds after which what has come is handed on, though there is room for more.
+_HAND_ON: Final = 0.2
 REDIRECTS_MAX: Final = 5
 #: The largest lever on speed: 256 KiB beat 1 MiB by half when measured.
 BUFFER: Final = 256 * 1024
@@ -67,10 +77,32 @@ class Answer:
     ) -> None:
         with contextlib.suppress(Exception):
             if kind is None:
-                self._raw.drain_conn() if self._small() or self._at_end() else self._raw.close()
+                if self._at_end() or (self._small() and self._drained()):
+                    self._raw.drain_conn()
+                else:
+                    self._raw.close()
                 self._raw.release_conn()
             else:
                 self._raw.close()
+
+    def _drained(self) -> bool:
+        # not urllib3's own: it would wait for ever for a body that drips
+        buffer = memoryview(bytearray(16 * 1024))
+        pace = _Pace(self.url, _DRAIN_TIME)
+        try:
+            self._patient(_DRAIN_TIME)
+            while self._read_into(buffer, pace):
+                pass
+        except (RegistryUnreachable, http.client.HTTPException, OSError, ValueError):
+            return False
+        return True
+
+    def _patient(self, seconds: float) -> None:
+        # The socket's own time limit, which the next request on it sets anew.
+        inner = getattr(self._raw, "_fp", None)
+        connection = getattr(getattr(getattr(inner, "fp", None), "raw", None), "_sock", None)
+        if connection is not None and (connection.gettimeout() or seconds + 1) > seconds:
+            connection.settimeout(seconds)
 
     def _small(self) -> bool:
         # What is left of a small body is read, so that the connection can be used again.
@@ -95,44 +127,88 @@ class Answer:
         text = self.header("content-length")
         return int(text) if text is not None and text.isdigit() and len(text) < 20 else None
 
-    def chunks(self) -> Iterator[memoryview]:
+    def chunks(self, seconds: float | None = None) -> Iterator[memoryview]:
         """The body, as it comes, all in one buffer: a piece is overwritten when the next is asked for.
 
         Raises:
-            Broken: it ends too early, stalls, or the connection breaks.
+            Broken: it ends too early, stalls, comes slower than :data:`RATE_MIN`, takes more than *seconds* in all (of
+                waiting for it), or the connection breaks.
         """
         length = self.length()
         buffer = memoryview(bytearray(BUFFER if length is None else max(1, min(BUFFER, length))))
         received = 0
-        with _translated(self.url):
-            while count := self._read_into(buffer):
+        pace = _Pace(self.url, seconds)
+        with _translated(self.url, reached=True):
+            self._patient(RATE_WINDOW)
+            while count := self._read_into(buffer, pace):
                 received += count
                 yield buffer[:count]
         if length is not None and received < length:
-            raise _unreachable(self.url, "the connection was closed too early")
+            raise _broken_off(self.url, "the connection was closed too early")
 
-    def _read_into(self, buffer: memoryview) -> int:
+    def _read_into(self, buffer: memoryview, pace: _Pace) -> int:
         # Past urllib3, which allocates and copies each piece: a sixth of a pull's processor time. Nothing is ever decoded.
         inner = getattr(self._raw, "_fp", None)
         if isinstance(inner, http.client.HTTPResponse):
-            return inner.readinto(buffer)
+            filled, began = 0, pace.waited
+            # not readinto, which comes back when the buffer is full, however long that takes
+            while filled < len(buffer) and pace.waited - began < _HAND_ON:
+                with pace:
+                    data = inner.read1(len(buffer) - filled)
+                if not data:
+                    break
+                buffer[filled : filled + len(data)] = data
+                filled += len(data)
+                pace.received(len(data))
+            # which closes the answer where it has been read to its end
+            return filled or inner.readinto(buffer)
         data = self._raw.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
         return len(data)
 
-    def read(self, limit: int) -> bytes:
-        """The whole body.
+    def read(self, limit: int, seconds: float = DOCUMENT_TIME) -> bytes:
+        """The whole body, of a document that is small.
 
         Raises:
             RegistryProtocol: it has more than *limit* bytes.
             Broken: as for :meth:`chunks`.
         """
         body = bytearray()
-        for data in self.chunks():
+        for data in self.chunks(seconds):
             body += data
             if len(body) > limit:
                 raise RegistryProtocol(f"{host_of(self.url)} answers with more than {limit} bytes")
         return bytes(body)
+
+
+class _Pace:
+    """Watches how fast a body comes. Used as a context manager around each wait for bytes: no other time counts."""
+
+    def __init__(self, url: str, seconds: float | None) -> None:
+        self._url = url
+        self._seconds = seconds
+        self._since = self._window = 0.0
+        self._bytes = 0
+        self.waited = 0.0
+
+    def __enter__(self) -> Self:
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.waited += time.monotonic() - self._since
+
+    def received(self, amount: int) -> None:
+        """*amount* bytes have come. Raises Broken where that is too little, or too late."""
+        self._bytes += amount
+        if self._seconds is not None and self.waited > self._seconds:
+            raise _broken_off(self._url, f"a document takes more than {self._seconds:.0f} s")
+        if self.waited - self._window >= RATE_WINDOW:
+            if self._bytes < RATE_MIN * RATE_WINDOW:
+                raise _broken_off(self._url, f"less than {RATE_MIN} bytes a second come")
+            self._window, self._bytes = self.waited, 0
 
 
 class Transport:
@@ -283,8 +359,10 @@ def shown(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
+def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
     from urllib3 import exceptions
+
+    unreachable = _broken_off if reached else _unreachable
 
     try:
         yield
@@ -303,8 +381,8 @@ def _translated(url: str) -> Iterator[None]:
                 hint="check the host and the port, and that the registry runs",
             ) from exc
         raise _unreachable(url, str(getattr(cause, "strerror", None) or cause)) from exc
-    except exceptions.TimeoutError as exc:
-        raise _unreachable(url, "it does not answer in time") from exc
+    except (exceptions.TimeoutError, TimeoutError) as exc:
+        raise unreachable(url, "nothing more comes" if reached else "it does not answer in time") from exc
     except (exceptions.LocationValueError, exceptions.LocationParseError) as exc:
         raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
     except (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
@@ -313,7 +391,20 @@ def _translated(url: str) -> Iterator[None]:
         if (explained := tls.explain(_innermost(exc), host_of(url))) is not None:
             why, hint = explained
             raise Untrusted(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint) from exc
-        raise _unreachable(url, _reason(exc)) from exc
+        inner = _innermost(exc)
+        if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
+            raise Broken(
+                f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",
+                hint="check the host and the port, and what lies between (a proxy, a firewall)",
+            ) from exc
+        raise unreachable(url, _reason(exc)) from exc
+
+
+def _broken_off(url: str, reason: str) -> Broken:
+    return Broken(
+        f"the registry {host_of(url)} does not get to the end of an answer: {shown(reason)}",
+        hint="check the network, and what lies between (a proxy, a firewall); then try again",
+    )
 
 
 def _unreachable(url: str, reason: str) -> Broken:

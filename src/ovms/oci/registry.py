@@ -48,6 +48,7 @@ T = TypeVar("T")
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
+_ERROR_BODY_TIME: Final = 10.0
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
 
 
@@ -464,7 +465,7 @@ def _with_digest(url: str, digest: Digest) -> str:
 def _error_text(answer: Answer) -> str:
     # {"errors": [{"code", "message", "detail"}]}
     try:
-        value = strictjson.parse(answer.read(_ERROR_BODY_MAX), "the answer", max_size=_ERROR_BODY_MAX)
+        value = strictjson.parse(answer.read(_ERROR_BODY_MAX, _ERROR_BODY_TIME), "the answer", max_size=_ERROR_BODY_MAX)
         errors = value["errors"]
         return "; ".join(shown(str(e.get("message") or e.get("code"))) for e in errors[:3])
     except (JsonInvalid, RegistryError, KeyError, TypeError, AttributeError):

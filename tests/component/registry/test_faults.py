@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support import faulty
 
 from ovms.errors import DigestMismatch, OvmsError, RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
-from ovms.oci import patience, transfer
+from ovms.oci import http, patience, transfer
 from ovms.oci.credentials import Credential
+from ovms.oci.descriptor import Descriptor
+from ovms.oci.http import Answer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -150,6 +155,48 @@ def test_silence_is_bounded(layout: Layout) -> None:
         pull(f"127.0.0.1:{silent.getsockname()[1]}", layout)
 
 
+def drip(handler: faulty.Handler, body: bytes, status: int = 200) -> bool:
+    """A body that does not end, and never pauses for long."""
+    handler.send_response(status)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    try:
+        for _ in range(200):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    except OSError:
+        pass
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize(("what", "why"), [("/manifests/", "takes more than"), ("/blobs/", "bytes a second")])
+def test_a_drip_is_no_answer(monkeypatch: pytest.MonkeyPatch, what: str, why: str) -> None:
+    monkeypatch.setattr(http, "RATE_WINDOW", 0.3 if what == "/blobs/" else 30.0)
+    monkeypatch.setattr(patience, "ATTEMPTS_MAX", 2)
+    monkeypatch.setattr(Answer.read, "__defaults__", (0.3,))
+    with faulty.Server() as server, RegistryClient(server.host, backoff=0.001) as client:
+        server.serve_artifact({"kernel": ("a/b", bytes(100_000))}, (mediatypes.MANIFEST, b"config"))
+        server.faults = [("GET", what, drip)] * 3
+        blob = Descriptor("a/b", of_bytes(bytes(100_000)), 100_000)
+        began = time.monotonic()
+        with pytest.raises(RegistryUnreachable, match=why) as caught:
+            if what == "/manifests/":
+                client.get_manifest(Reference.parse(f"{server.host}/x:1"))
+            else:
+                client.retrying(lambda: list(client.read_blob("x", blob)))
+        assert time.monotonic() - began < 5
+    assert "cannot be reached" not in caught.value.message
+
+
+def test_what_nobody_reads_of_an_answer_keeps_nobody() -> None:
+    with faulty.Server() as server, RegistryClient(server.host, backoff=0.001) as client:
+        server.faults = [("GET", "/referrers/", partial(drip, status=404))]
+        began = time.monotonic()
+        assert client.referrers_page("x", of_bytes(b"")) is None
+        assert time.monotonic() - began < 3
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers from a table of path → list of answers, the last of which repeats; notes what it is sent."""
 
@@ -276,6 +323,4 @@ def test_wrong_credentials_are_not_tried_again(server: Server, layout: Layout) -
 def test_an_upload_is_not_sent_where_no_address_is(server: Server, layout: Layout) -> None:
     digest = layout.add_bytes(b"blob")
     with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(RegistryProtocol):
-        from ovms.oci.descriptor import Descriptor
-
         client.push_blob("x", Descriptor("a/b", digest, 4), lambda _offset, _size: layout.path(digest).open("rb"))
