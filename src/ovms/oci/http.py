@@ -69,6 +69,18 @@ class Answer:
         self.home = origin(url)
         self.authorized = False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another host answered than the registry: one that it sent us to, and that got no credentials."""
+        return urlsplit(self.url).netloc.lower() != self.home[1]
+
+    @property
+    def who(self) -> str:
+        """Who answered, for messages."""
+        if not self.elsewhere:
+            return f"the registry {self.asked}"
+        return f"{host_of(self.url)}, where the registry {self.asked} sends us,"
+
     def __enter__(self) -> Self:
         return self
 

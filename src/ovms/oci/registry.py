@@ -39,7 +39,7 @@ from ovms.oci.patience import BACKOFF, Patience
 from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
 from ovms.oci.route import Alone, Find, Route
-from ovms.oci.session import BUSY, Busy, CredentialSource, Session, Settings, busy
+from ovms.oci.session import BUSY, Busy, CredentialSource, Session, Settings, busy, refused_elsewhere
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 
@@ -203,7 +203,7 @@ class RegistryClient:
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
             if answer.status == 404:
                 raise BlobNotFound(
-                    f"the registry {answer.asked} has lost the blob {descriptor.digest} of {repository}",
+                    f"{answer.who} has lost the blob {descriptor.digest} of {repository}",
                     hint="push the artifact again",
                     digest=descriptor.digest,
                 )
@@ -440,12 +440,13 @@ class RegistryClient:
             raise busy(answer, what)
         said = _error_text(answer)
         if _BLOB_UNKNOWN in said:
-            raise Busy(f"the registry {answer.asked} has not all blobs for {what}: {said}", None)
+            raise Busy(f"{answer.who} has not all blobs for {what}: {said}", None)
         if answer.status in (401, 403):
+            if answer.elsewhere:
+                raise refused_elsewhere(answer, what, said)
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"the registry {answer.asked} answers with {answer.status} to a request for {what}"
-            + (f": {said}" if said else "")
+            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
@@ -292,6 +293,43 @@ def test_credentials_do_not_follow_a_redirect(server: Server, elsewhere: Server,
     pull(server.host, layout, Credential("me", "secret"))
     assert [header is not None for _, header in server.seen] == [False, True, True]
     assert elsewhere.seen == [("/data", None)]
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_who_refuses_is_named(server: Server, elsewhere: Server, layout: Layout, status: int) -> None:
+    """A host that the registry sends us to, whose challenge is nobody's business, and where no login helps."""
+    server.answers[BLOB] = [(307, {"Location": f"http://{elsewhere.host}/data"}, b"")]
+    elsewhere.answers["/data"] = [(status, {"WWW-Authenticate": 'Basic realm="x"'}, b"")]
+    with pytest.raises(RegistryError, match=f"^{elsewhere.host}, where the registry {server.host} sends us") as caught:
+        pull(server.host, layout, Credential("me", "secret"))
+    assert isinstance(caught.value, RegistryDenied) == (status < 500)
+    assert "ovm login" not in str(caught.value.hint)
+    assert {header for _, header in server.seen + elsewhere.seen} == {None}
+
+
+def test_an_upload_that_another_host_refuses() -> None:
+    with (
+        faulty.Server() as server,
+        faulty.Server() as other,
+        RegistryClient(server.host, backoff=0.001) as client,
+    ):
+        away = f"http://{other.host}/v2/x/blobs/uploads/u"
+        server.faults = [("POST", "/uploads/", faulty.status(202, Location=away))]
+        other.faults = [("PUT", "/uploads/", faulty.status(403))]
+        with pytest.raises(RegistryDenied, match=f"^{other.host}, where the registry {server.host} sends us"):
+            client.push_blob("x", Descriptor("a/b", of_bytes(b"x"), 1), lambda _offset, _size: io.BytesIO(b"x"))
+
+
+@pytest.mark.parametrize(("after", "seconds"), [("99999999", 99999999), ("7", 7)])
+def test_how_long_the_registry_asks_to_wait_is_said(
+    server: Server, monkeypatch: pytest.MonkeyPatch, layout: Layout, after: str, seconds: int
+) -> None:
+    monkeypatch.setattr(patience, "WAIT_MAX", 0.001)
+    server.answers[BLOB] = [(429, {"Retry-After": after}, b"")]
+    with pytest.raises(RegistryError, match=f"asks to wait {seconds} s") as caught:
+        pull(server.host, layout)
+    assert caught.value.to_json()["retry_after_s"] == seconds
+    assert str(seconds) in str(caught.value.hint)
 
 
 def test_credentials_follow_a_redirect_at_home(server: Server, layout: Layout) -> None:

@@ -22,6 +22,8 @@ SCOPE = "repository:x:pull,push"
 
 
 class Answer:
+    elsewhere = False
+
     def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.status, self.body = status, body
         self._headers = {key.replace("_", "-").lower(): value for key, value in headers.items()}
