@@ -178,8 +178,8 @@ class Answer:
         buffer[: len(data)] = data
         return len(data)
 
-    def read(self, limit: int, seconds: float = DOCUMENT_TIME) -> bytes:
-        """The whole body, of a document that is small.
+    def read(self, limit: int, seconds: float = DOCUMENT_TIME, *, what: str = "a document") -> bytes:
+        """The whole body, of a document that is small; *what* was asked for.
 
         Raises:
             RegistryProtocol: it has more than *limit* bytes.
@@ -189,7 +189,11 @@ class Answer:
         for data in self.chunks(seconds):
             body += data
             if len(body) > limit:
-                raise RegistryProtocol(f"{host_of(self.url)} answers with more than {limit} bytes")
+                raise RegistryProtocol(
+                    f"{self.who} answers with more than {limit} bytes to a request for {what}",
+                    hint="check the name: no such document may be that large; what lies between may have sent it",
+                    limit=limit,
+                )
         return bytes(body)
 
 

@@ -49,6 +49,8 @@ T = TypeVar("T")
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _ERROR_BODY_TIME: Final = 10.0
+#: What no manifest is of, and a captive portal's answer is.
+_PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
 
 
@@ -102,7 +104,7 @@ class RegistryClient:
         """
         self.host = host
         settings = Settings(credentials, connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._route = Route(find or Alone(Session(host, settings)), say)
+        self._route = Route(find or Alone(Session(host, settings)), say, host)
         self._say = say or (lambda _text: None)
         self._backoff = backoff
         self._worked = False
@@ -142,9 +144,11 @@ class RegistryClient:
                     hint="check the name and the tag",
                     reference=str(reference),
                 )
-            self._expect(answer, 200, f"the manifest of {reference}", reference.repository)
-            raw = answer.read(limits.OCI_MANIFEST_MAX)
+            what = f"the manifest of {reference}"
+            self._expect(answer, 200, what, reference.repository)
+            raw = answer.read(limits.OCI_MANIFEST_MAX, what=what)
             media_type = (answer.header("content-type") or mediatypes.OCI_MANIFEST).partition(";")[0].strip()
+            _refuse_page(answer, media_type, what)
             promised = reference.digest or answer.header("docker-content-digest")
         digest = of_bytes(raw)
         # a digest of another algorithm in the header is none of our business
@@ -378,7 +382,8 @@ class RegistryClient:
                 if answer.status in _NO_REFERRERS:
                     return None
                 self._expect(answer, 200, f"the referrers of {digest}", repository)
-                return ReferrersPage(answer.read(limits.OCI_MANIFEST_MAX), self._next_page(answer))
+                raw = answer.read(limits.OCI_MANIFEST_MAX, what=f"the referrers of {digest}")
+                return ReferrersPage(raw, self._next_page(answer))
 
         return self.retrying(attempt)
 
@@ -447,6 +452,16 @@ class RegistryClient:
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
             f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
+        )
+
+
+def _refuse_page(answer: Answer, media_type: str, what: str) -> None:
+    if media_type.lower() in _PAGES:
+        raise RegistryProtocol(
+            f"{answer.who} answers with an HTML page to a request for {what}",
+            hint="it may be no registry, or what lies between (a proxy, a network that asks for a login) answers for it: "
+            "look at the host in a browser",
+            rule="OCI-1",
         )
 
 

@@ -248,7 +248,7 @@ class Session:
         with self._transport.request(method, url, headers, body) as answer:
             if answer.status in BUSY:
                 raise busy(answer, "a token")
-            return answer.status, answer.read(limit)
+            return answer.status, answer.read(limit, what="a token")
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,36 @@ def test_what_nobody_reads_of_an_answer_keeps_nobody() -> None:
         assert time.monotonic() - began < 3
 
 
+@pytest.mark.spec("OCI-1")
+def test_a_page_is_no_manifest(server: Server, layout: Layout) -> None:
+    """What a network that wants a login first answers for everybody."""
+    server.answers["/v2/x/manifests/1"] = [(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>")]
+    with pytest.raises(
+        RegistryProtocol, match=f"HTML page to a request for the manifest of {server.host}/x:1"
+    ) as caught:
+        pull(server.host, layout)
+    assert "network" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (OK + b"X: y\r\n" * 500 + b"\r\n", "answers with what is not HTTP"),
+        (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "answers with what is not HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "answers with what is not HTTP"),
+        (OK + b"Content-Length: 1000\r\n\r\nshort", "does not get to the end"),
+        (OK + b"Content-Length: 5000000\r\n\r\n" + bytes(5_000_000), "4194304 bytes to a request for the manifest of"),
+    ],
+)
+def test_what_is_wrong_with_an_answer_is_said(
+    raw_server: Callable[[bytes], str], layout: Layout, data: bytes, why: str
+) -> None:
+    with pytest.raises(RegistryError, match=why) as caught:
+        pull(raw_server(data), layout)
+    assert "cannot be reached" not in caught.value.message
+    assert caught.value.hint is not None
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers from a table of path → list of answers, the last of which repeats; notes what it is sent."""
 

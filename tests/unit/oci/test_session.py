@@ -41,7 +41,7 @@ class Answer:
     def headers(self, name: str) -> list[str]:
         return [self._headers[name]] if name in self._headers else []
 
-    def read(self, limit: int) -> bytes:
+    def read(self, limit: int, *, what: str = "") -> bytes:
         return self.body
 
 
