@@ -27,6 +27,9 @@ class Task(Protocol):
     def note(self, text: str, /) -> None:
         """A word on how it ended, such as ``exists already``."""
 
+    def waiting(self, text: str, /) -> None:
+        """It stands still, and for what; ``""``: it goes on."""
+
 
 class Progress(Protocol):
     """Where pieces of work are announced."""
@@ -48,6 +51,9 @@ class _NullTask:
         return None
 
     def note(self, text: str, /) -> None:
+        return None
+
+    def waiting(self, text: str, /) -> None:
         return None
 
 

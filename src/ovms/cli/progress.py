@@ -65,6 +65,7 @@ class _Task:
         self.done = 0
         self.text = ""
         self.broken = False
+        self.stands = ""
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
 
     def rate(self, now: float) -> float | None:
@@ -104,6 +105,11 @@ class _Task:
         self.text = text
         self._samples.clear()  # what "resumed" stands for did not come just now
 
+    def waiting(self, text: str) -> None:
+        self.stands = text
+        self._samples.clear()
+        self.owner.stands(self)
+
 
 class _Bars:
     """A line for each task; those at work are redrawn in place."""
@@ -128,6 +134,10 @@ class _Bars:
         if time.monotonic() - self._last >= _INTERVAL:
             with self._lock:
                 self._draw()
+
+    def stands(self, task: _Task) -> None:
+        with self._lock:
+            self._draw()
 
     def end(self, task: _Task) -> None:
         with self._lock:
@@ -199,6 +209,8 @@ def _ended(task: _Task) -> str:
 def _going(task: _Task, now: float, columns: int) -> str:
     # A line that wrapped would be two rows; so what fits is shown, the most telling last to go.
     done, total = task.done, task.total
+    if task.stands:
+        return f"{_label(task, _LABEL)} {output.safe(task.stands)} ({output.size(done)} done)"[:columns]
     rate = task.rate(now)
     left = task.left(rate)
     speed = "" if rate is None else f"  {output.size(int(rate))}/s"
@@ -227,7 +239,7 @@ def _label(task: _Task, width: int) -> str:
 
 
 class _JsonLines:
-    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?, "rate"?, "left_s"?}``.
+    """A JSON object for each step: ``{"task", "done", "total", "state", "note"?, "waiting"?, "rate"?, "left_s"?}``.
 
     Bytes, bytes a second, seconds.
     """
@@ -247,6 +259,9 @@ class _JsonLines:
         if time.monotonic() - self._last.get(id(task), 0.0) >= _INTERVAL:
             self._write(task, "going")
 
+    def stands(self, task: _Task) -> None:
+        self._write(task, "going")
+
     def end(self, task: _Task) -> None:
         self._write(task, "end")
         self._last.pop(id(task), None)
@@ -255,6 +270,8 @@ class _JsonLines:
         value: dict[str, Any] = {"task": task.label, "done": task.done, "total": task.total, "state": state}
         if task.text:
             value["note"] = task.text
+        if task.stands and state == "going":
+            value["waiting"] = task.stands
         with self._lock:
             if (rate := task.rate(time.monotonic())) is not None and state == "going":
                 value["rate"] = round(rate)

@@ -33,8 +33,8 @@ class Connector:
         say: Callable[[str], None] | None = None,
     ) -> None:
         """*environ* and *system_root* are where ``certs.d`` is looked for; *say* is told of mirrors."""
-        self._settings = settings
         self._registries = registries or Registries(())
+        self._settings = replace(settings, plain=self._registries.insecure)
         self._environ = os.environ if environ is None else environ
         self._system_root = system_root
         self._say = say

@@ -1,8 +1,8 @@
 """HTTP to one registry: connections, redirects, and errors of ours in place of everybody else's.
 
 An answer is read through :class:`Answer`, which never gives more than is asked for. No ``Authorization`` follows a redirect
-to another host, and no redirect leads from TLS to plain text. What TLS trusts is :mod:`ovms.oci.tls`'s matter, and which
-proxy is used :mod:`ovms.oci.proxies`'.
+to another host, no redirect leads from TLS to plain text, and none to plain text where that may not be spoken. What TLS
+trusts is :mod:`ovms.oci.tls`'s matter, and which proxy is used :mod:`ovms.oci.proxies`'.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import RegistryProtocol, RegistryUnreachable
+from ovms.oci.realm import is_loopback
 
 if TYPE_CHECKING:
     import ssl
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT: Final = 10.0
 READ_TIMEOUT: Final = 60.0
+#: A body that brings less than so many bytes a second, over so many seconds of waiting for it, is broken off.
+RATE_MIN: Final = 1024
+RATE_WINDOW: Final = 30.0
+#: Seconds that a document (a manifest, a list, a token) may take in all.
+DOCUMENT_TIME: Final = 60.0
+#: Seconds that the rest of a body which nobody wants may take; after that the connection is given up.
+_DRAIN_TIME: Final = 1.0
+#: Seconds after which what has come is handed on, though there is room for more.
+_HAND_ON: Final = 0.2
 REDIRECTS_MAX: Final = 5
 #: The largest lever on speed: 256 KiB beat 1 MiB by half when measured.
 BUFFER: Final = 256 * 1024
@@ -58,6 +69,18 @@ class Answer:
         self.home = origin(url)
         self.authorized = False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another host answered than the registry: one that it sent us to, and that got no credentials."""
+        return urlsplit(self.url).netloc.lower() != self.home[1]
+
+    @property
+    def who(self) -> str:
+        """Who answered, for messages."""
+        if not self.elsewhere:
+            return f"the registry {self.asked}"
+        return f"{host_of(self.url)}, where the registry {self.asked} sends us,"
+
     def __enter__(self) -> Self:
         return self
 
@@ -66,10 +89,32 @@ class Answer:
     ) -> None:
         with contextlib.suppress(Exception):
             if kind is None:
-                self._raw.drain_conn() if self._small() or self._at_end() else self._raw.close()
+                if self._at_end() or (self._small() and self._drained()):
+                    self._raw.drain_conn()
+                else:
+                    self._raw.close()
                 self._raw.release_conn()
             else:
                 self._raw.close()
+
+    def _drained(self) -> bool:
+        # not urllib3's own: it would wait for ever for a body that drips
+        buffer = memoryview(bytearray(16 * 1024))
+        pace = _Pace(self.url, _DRAIN_TIME)
+        try:
+            self._patient(_DRAIN_TIME)
+            while self._read_into(buffer, pace):
+                pass
+        except (RegistryUnreachable, http.client.HTTPException, OSError, ValueError):
+            return False
+        return True
+
+    def _patient(self, seconds: float) -> None:
+        # The socket's own time limit, which the next request on it sets anew.
+        inner = getattr(self._raw, "_fp", None)
+        connection = getattr(getattr(getattr(inner, "fp", None), "raw", None), "_sock", None)
+        if connection is not None and (connection.gettimeout() or seconds + 1) > seconds:
+            connection.settimeout(seconds)
 
     def _small(self) -> bool:
         # What is left of a small body is read, so that the connection can be used again.
@@ -94,44 +139,92 @@ class Answer:
         text = self.header("content-length")
         return int(text) if text is not None and text.isdigit() and len(text) < 20 else None
 
-    def chunks(self) -> Iterator[memoryview]:
+    def chunks(self, seconds: float | None = None) -> Iterator[memoryview]:
         """The body, as it comes, all in one buffer: a piece is overwritten when the next is asked for.
 
         Raises:
-            Broken: it ends too early, stalls, or the connection breaks.
+            Broken: it ends too early, stalls, comes slower than :data:`RATE_MIN`, takes more than *seconds* in all (of
+                waiting for it), or the connection breaks.
         """
         length = self.length()
         buffer = memoryview(bytearray(BUFFER if length is None else max(1, min(BUFFER, length))))
         received = 0
-        with _translated(self.url):
-            while count := self._read_into(buffer):
+        pace = _Pace(self.url, seconds)
+        with _translated(self.url, reached=True):
+            self._patient(RATE_WINDOW)
+            while count := self._read_into(buffer, pace):
                 received += count
                 yield buffer[:count]
         if length is not None and received < length:
-            raise _unreachable(self.url, "the connection was closed too early")
+            raise _broken_off(self.url, "the connection was closed too early")
 
-    def _read_into(self, buffer: memoryview) -> int:
+    def _read_into(self, buffer: memoryview, pace: _Pace) -> int:
         # Past urllib3, which allocates and copies each piece: a sixth of a pull's processor time. Nothing is ever decoded.
         inner = getattr(self._raw, "_fp", None)
         if isinstance(inner, http.client.HTTPResponse):
-            return inner.readinto(buffer)
+            filled, began = 0, pace.waited
+            # not readinto, which comes back when the buffer is full, however long that takes
+            while filled < len(buffer) and pace.waited - began < _HAND_ON:
+                with pace:
+                    data = inner.read1(len(buffer) - filled)
+                if not data:
+                    break
+                buffer[filled : filled + len(data)] = data
+                filled += len(data)
+                pace.received(len(data))
+            # which closes the answer where it has been read to its end
+            return filled or inner.readinto(buffer)
         data = self._raw.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
         return len(data)
 
-    def read(self, limit: int) -> bytes:
-        """The whole body.
+    def read(self, limit: int, seconds: float = DOCUMENT_TIME, *, what: str = "a document") -> bytes:
+        """The whole body, of a document that is small; *what* was asked for.
 
         Raises:
             RegistryProtocol: it has more than *limit* bytes.
             Broken: as for :meth:`chunks`.
         """
         body = bytearray()
-        for data in self.chunks():
+        for data in self.chunks(seconds):
             body += data
             if len(body) > limit:
-                raise RegistryProtocol(f"{host_of(self.url)} answers with more than {limit} bytes")
+                raise RegistryProtocol(
+                    f"{self.who} answers with more than {limit} bytes to a request for {what}",
+                    hint="check the name: no such document may be that large; what lies between may have sent it",
+                    limit=limit,
+                )
         return bytes(body)
+
+
+class _Pace:
+    """Watches how fast a body comes. Used as a context manager around each wait for bytes: no other time counts."""
+
+    def __init__(self, url: str, seconds: float | None) -> None:
+        self._url = url
+        self._seconds = seconds
+        self._since = self._window = 0.0
+        self._bytes = 0
+        self.waited = 0.0
+
+    def __enter__(self) -> Self:
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.waited += time.monotonic() - self._since
+
+    def received(self, amount: int) -> None:
+        """*amount* bytes have come. Raises Broken where that is too little, or too late."""
+        self._bytes += amount
+        if self._seconds is not None and self.waited > self._seconds:
+            raise _broken_off(self._url, f"a document takes more than {self._seconds:.0f} s")
+        if self.waited - self._window >= RATE_WINDOW:
+            if self._bytes < RATE_MIN * RATE_WINDOW:
+                raise _broken_off(self._url, f"less than {RATE_MIN} bytes a second come")
+            self._window, self._bytes = self.waited, 0
 
 
 class Transport:
@@ -140,12 +233,19 @@ class Transport:
     def __init__(
         self,
         *,
+        registry: str = "the registry",
         trust: Trust | None = None,
         proxies: Proxies | None = None,
+        plain: Callable[[str], bool] = is_loopback,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
     ) -> None:
-        """Without *trust* the system's CAs count; without *proxies* there are none."""
+        """*registry* is who leads to the URLs. Without *trust* the system's CAs count; without *proxies* there are none.
+
+        *plain* says of a ``host[:port]`` whether plain HTTP may be spoken to it.
+        """
+        self._registry = registry
+        self._plain = plain
         self._trust = trust
         self._proxies = proxies
         self._connect_timeout = connect_timeout
@@ -201,8 +301,9 @@ class Transport:
 
         Raises:
             Refused, Broken: no answer came.
-            RegistryProtocol: a redirect leads nowhere that we go.
+            RegistryProtocol: *url* or a redirect leads nowhere that we go; plain HTTP to just anybody is such a place.
         """
+        self._check_plain(url, self._registry)
         sent = dict(headers)
         for _ in range(REDIRECTS_MAX + 1):
             answer = self._send(method, url, sent, body)
@@ -210,10 +311,21 @@ class Transport:
                 return answer
             with answer:
                 target = next_url(url, answer.header("location"))
+            self._check_plain(target, host_of(url))
             if origin(target) != origin(url):
                 sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
             url = target
         raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
+
+    def _check_plain(self, url: str, sender: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or self._plain(parts.netloc):
+            return
+        host = host_of(url)
+        raise RegistryProtocol(
+            f"{sender} sends us to {host} in plain HTTP, which is spoken to loopback only, and where it is allowed",
+            hint=f"allow it with 'insecure = true' for {host} in registries.conf, or let the registry use TLS there",
+        )
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None) -> Answer:
         manager = self._manager(url)
@@ -263,8 +375,10 @@ def shown(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
+def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
     from urllib3 import exceptions
+
+    unreachable = _broken_off if reached else _unreachable
 
     try:
         yield
@@ -283,8 +397,8 @@ def _translated(url: str) -> Iterator[None]:
                 hint="check the host and the port, and that the registry runs",
             ) from exc
         raise _unreachable(url, str(getattr(cause, "strerror", None) or cause)) from exc
-    except exceptions.TimeoutError as exc:
-        raise _unreachable(url, "it does not answer in time") from exc
+    except (exceptions.TimeoutError, TimeoutError) as exc:
+        raise unreachable(url, "nothing more comes" if reached else "it does not answer in time") from exc
     except (exceptions.LocationValueError, exceptions.LocationParseError) as exc:
         raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
     except (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
@@ -293,7 +407,20 @@ def _translated(url: str) -> Iterator[None]:
         if (explained := tls.explain(_innermost(exc), host_of(url))) is not None:
             why, hint = explained
             raise Untrusted(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint) from exc
-        raise _unreachable(url, _reason(exc)) from exc
+        inner = _innermost(exc)
+        if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
+            raise Broken(
+                f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",
+                hint="check the host and the port, and what lies between (a proxy, a firewall)",
+            ) from exc
+        raise unreachable(url, _reason(exc)) from exc
+
+
+def _broken_off(url: str, reason: str) -> Broken:
+    return Broken(
+        f"the registry {host_of(url)} does not get to the end of an answer: {shown(reason)}",
+        hint="check the network, and what lies between (a proxy, a firewall); then try again",
+    )
 
 
 def _unreachable(url: str, reason: str) -> Broken:

@@ -235,7 +235,7 @@ def add(client: RegistryClient, repository: str, entry: Descriptor, subject: Dig
         RegistryError: and its other kinds: as the registry met us.
     """
     state = _Adding(client, repository, entry, subject)
-    failures = 0
+    patience = client.patience()
     end = time.monotonic() + _TIME_MAX
     for number in range(_TRIES):
         if number and time.monotonic() > end:
@@ -243,13 +243,10 @@ def add(client: RegistryClient, repository: str, entry: Descriptor, subject: Dig
         try:
             if state.step():
                 return
-            failures = 0
+            patience.progressed()
         except (Broken, Refused, Busy) as exc:
             # Never the same bytes again, as for any other upload: they would take away what others wrote meanwhile.
-            failures += 1
-            if failures == 5:
-                raise
-            time.sleep(client.pause(exc, failures))
+            patience.bear(exc)
     if state.confirmed:
         return  # there when last looked for, though others still write
     raise RegistryProtocol(

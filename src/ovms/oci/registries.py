@@ -245,6 +245,11 @@ class Registries:
             _refuse_blocked(table, host)
         return Endpoint(host, "", table is not None and table.insecure, False, False)
 
+    def insecure(self, host: str) -> bool:
+        """Whether the configuration allows plain HTTP to a host, that of a registry or one that a registry leads to."""
+        table = self._table(host, "")
+        return table is not None and table.insecure and not table.blocked
+
     def _table(self, host: str, repository: str) -> _Table | None:
         found = [table for table in self._tables.values() if table.matches(host, repository)]
         # *.example.com is as long as a.example.com, and less exact

@@ -5,9 +5,7 @@ Source: the OCI distribution specification 1.1.
 
 from __future__ import annotations
 
-import random
 import re
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,23 +35,22 @@ from ovms.oci.http import (
     origin,
     shown,
 )
+from ovms.oci.patience import BACKOFF, Patience
 from ovms.oci.ranges import NoRanges
 from ovms.oci.reference import Reference
 from ovms.oci.route import Alone, Find, Route
-from ovms.oci.session import BUSY, Busy, CredentialSource, Session, Settings, busy
+from ovms.oci.session import BUSY, Busy, CredentialSource, Session, Settings, busy, refused_elsewhere
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 
 T = TypeVar("T")
 
-ATTEMPTS_MAX: Final = 5
-#: Seconds before the second try; doubled each time.
-_BACKOFF: Final = 0.2
-#: The most that a Retry-After may ask of us.
-_WAIT_MAX: Final = 30.0
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
+_ERROR_BODY_TIME: Final = 10.0
+#: What no manifest is of, and a captive portal's answer is.
+_PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 _MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
 
 
@@ -95,19 +92,22 @@ class RegistryClient:
         credentials: CredentialSource | None = None,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
-        backoff: float = _BACKOFF,
+        backoff: float = BACKOFF,
         find: Find | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """Connects to nothing yet. *host* is what names call the registry, ``host[:port]``.
 
         *find* says where its repositories are, and how to speak to those places (:mod:`ovms.oci.connect` makes it of the
-        user's configuration; *credentials* and the timeouts are then its matter). *say* is told which mirror serves.
+        user's configuration; *credentials* and the timeouts are then its matter). *say* is told which mirror serves, and
+        for whom we wait.
         """
         self.host = host
         settings = Settings(credentials, connect_timeout=connect_timeout, read_timeout=read_timeout)
-        self._route = Route(find or Alone(Session(host, settings)), say)
+        self._route = Route(find or Alone(Session(host, settings)), say, host)
+        self._say = say or (lambda _text: None)
         self._backoff = backoff
+        self._worked = False
         self._chunk_size = CHUNK
 
     def __enter__(self) -> Self:
@@ -144,9 +144,11 @@ class RegistryClient:
                     hint="check the name and the tag",
                     reference=str(reference),
                 )
-            self._expect(answer, 200, f"the manifest of {reference}", reference.repository)
-            raw = answer.read(limits.OCI_MANIFEST_MAX)
+            what = f"the manifest of {reference}"
+            self._expect(answer, 200, what, reference.repository)
+            raw = answer.read(limits.OCI_MANIFEST_MAX, what=what)
             media_type = (answer.header("content-type") or mediatypes.OCI_MANIFEST).partition(";")[0].strip()
+            _refuse_page(answer, media_type, what)
             promised = reference.digest or answer.header("docker-content-digest")
         digest = of_bytes(raw)
         # a digest of another algorithm in the header is none of our business
@@ -205,7 +207,7 @@ class RegistryClient:
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
             if answer.status == 404:
                 raise BlobNotFound(
-                    f"the registry {answer.asked} has lost the blob {descriptor.digest} of {repository}",
+                    f"{answer.who} has lost the blob {descriptor.digest} of {repository}",
                     hint="push the artifact again",
                     digest=descriptor.digest,
                 )
@@ -280,21 +282,23 @@ class RegistryClient:
         except RegistryDenied:
             return False
 
-    def push_blob(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+    def push_blob(
+        self, repository: str, descriptor: Descriptor, body: Body, *, tell: Callable[[str], None] | None = None
+    ) -> None:
         """Uploads a blob: in one request, or, a large one, in chunks that need not be sent again.
 
-        *body* opens the content anew, at an offset, for each attempt.
+        *body* opens the content anew, at an offset, for each attempt. *tell* is told of waits (see :meth:`patience`).
 
         Raises:
             RegistryError: and its kinds: as the registry met us.
         """
         if descriptor.size > CHUNKED_FROM and self._chunk_size:
             try:
-                self._push_chunked(repository, descriptor, body)
+                self._push_chunked(repository, descriptor, body, self.patience(tell))
                 return
             except _NoChunks:
                 self._chunk_size = 0
-        self.retrying(lambda: self._push_whole(repository, descriptor, body))
+        self.retrying(lambda: self._push_whole(repository, descriptor, body), tell=tell)
 
     def _begin_upload(self, repository: str, what: str) -> str:
         with self._request("POST", f"{repository}/blobs/uploads/", repository, "pull,push", {}, lambda: b"") as answer:
@@ -308,20 +312,16 @@ class RegistryClient:
         with self._request("PUT", url, repository, "pull,push", headers, lambda: body(0, descriptor.size)) as answer:
             self._expect(answer, 201, what, repository)
 
-    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body) -> None:
+    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body, patience: Patience) -> None:
         # What a finished chunk has brought stays: after a failure the registry is asked how far it is.
         what = f"the blob {descriptor.digest}"
         url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
-        failures = 0
         while at < descriptor.size:
             size = min(self._chunk_size, descriptor.size - at)
             try:
                 url = self._push_chunk(repository, url, at, size, body, what)
             except (Broken, Refused, Busy) as exc:
-                failures += 1
-                if failures == ATTEMPTS_MAX:
-                    raise
-                time.sleep(self.pause(exc, failures))
+                patience.bear(exc)
                 found = self._upload_state(repository, url)
                 if found is None:
                     url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
@@ -329,7 +329,7 @@ class RegistryClient:
                     url, at = found[0], min(found[1], at + size)
                 continue
             at += size
-            failures = 0
+            patience.progressed()
         final = _with_digest(url, descriptor.digest)
         with self._request("PUT", final, repository, "pull,push", {"Content-Length": "0"}, lambda: b"") as answer:
             self._expect(answer, 201, what, repository)
@@ -382,7 +382,8 @@ class RegistryClient:
                 if answer.status in _NO_REFERRERS:
                     return None
                 self._expect(answer, 200, f"the referrers of {digest}", repository)
-                return ReferrersPage(answer.read(limits.OCI_MANIFEST_MAX), self._next_page(answer))
+                raw = answer.read(limits.OCI_MANIFEST_MAX, what=f"the referrers of {digest}")
+                return ReferrersPage(raw, self._next_page(answer))
 
         return self.retrying(attempt)
 
@@ -397,23 +398,32 @@ class RegistryClient:
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def retrying(self, attempt: Callable[[], T]) -> T:
-        """Tries *attempt* again while the registry is busy or the connection breaks, a few times, waiting longer."""
-        for number in range(1, ATTEMPTS_MAX + 1):
+    def retrying(
+        self,
+        attempt: Callable[[], T],
+        *,
+        tell: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """Tries *attempt* again while the registry is busy or the connection breaks, waiting longer each time."""
+        patience = self.patience(tell, stopped)
+        while True:
             try:
                 return attempt()
             except (Broken, Refused, Busy) as exc:
-                if number == ATTEMPTS_MAX:
-                    raise
-                wait = self.pause(exc, number)
-            time.sleep(wait)
-        raise AssertionError
+                patience.bear(exc)
 
-    def pause(self, exc: RegistryError, failures: int) -> float:
-        """How many seconds to wait after the *failures*-th failure in a row."""
-        if isinstance(exc, Busy) and exc.wait is not None:
-            return min(exc.wait, _WAIT_MAX)
-        return self._backoff * 2.0 ** (failures - 1) * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+    def patience(
+        self, tell: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Patience:
+        """What bears the failures of one piece of work. *tell* hears of waits, else who is told of mirrors does."""
+        return Patience(
+            self.host,
+            worked=lambda: self._worked,
+            backoff=self._backoff,
+            tell=tell or (lambda text: self._say(text) if text else None),
+            stopped=stopped,
+        )
 
     def _request(
         self,
@@ -424,7 +434,9 @@ class RegistryClient:
         headers: Mapping[str, str] | None = None,
         body: Callable[[], bytes | IO[bytes]] | None = None,
     ) -> Answer:
-        return self._route.request(method, path, repository, actions, headers or {}, body)
+        answer = self._route.request(method, path, repository, actions, headers or {}, body)
+        self._worked = self._worked or answer.status not in BUSY
+        return answer
 
     def _expect(self, answer: Answer, status: int, what: str, repository: str) -> None:
         if answer.status == status:
@@ -433,12 +445,23 @@ class RegistryClient:
             raise busy(answer, what)
         said = _error_text(answer)
         if _BLOB_UNKNOWN in said:
-            raise Busy(f"the registry {answer.asked} has not all blobs for {what}: {said}", None)
+            raise Busy(f"{answer.who} has not all blobs for {what}: {said}", None)
         if answer.status in (401, 403):
+            if answer.elsewhere:
+                raise refused_elsewhere(answer, what, said)
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"the registry {answer.asked} answers with {answer.status} to a request for {what}"
-            + (f": {said}" if said else "")
+            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
+        )
+
+
+def _refuse_page(answer: Answer, media_type: str, what: str) -> None:
+    if media_type.lower() in _PAGES:
+        raise RegistryProtocol(
+            f"{answer.who} answers with an HTML page to a request for {what}",
+            hint="it may be no registry, or what lies between (a proxy, a network that asks for a login) answers for it: "
+            "look at the host in a browser",
+            rule="OCI-1",
         )
 
 
@@ -458,7 +481,7 @@ def _with_digest(url: str, digest: Digest) -> str:
 def _error_text(answer: Answer) -> str:
     # {"errors": [{"code", "message", "detail"}]}
     try:
-        value = strictjson.parse(answer.read(_ERROR_BODY_MAX), "the answer", max_size=_ERROR_BODY_MAX)
+        value = strictjson.parse(answer.read(_ERROR_BODY_MAX, _ERROR_BODY_TIME), "the answer", max_size=_ERROR_BODY_MAX)
         errors = value["errors"]
         return "; ".join(shown(str(e.get("message") or e.get("code"))) for e in errors[:3])
     except (JsonInvalid, RegistryError, KeyError, TypeError, AttributeError):

@@ -29,8 +29,9 @@ class Find(Protocol):
 class Route:
     """The way to the repositories of one registry. Several threads may use it at once."""
 
-    def __init__(self, find: Find, say: Callable[[str], None] | None = None) -> None:
-        """*say* is told which mirror serves, and which is passed over."""
+    def __init__(self, find: Find, say: Callable[[str], None] | None = None, host: str = "") -> None:
+        """*say* is told which mirror serves, and which is passed over. *host* is what names call the registry."""
+        self._host = host
         self._find = find
         self._say = say or (lambda _text: None)
         self._places: dict[tuple[str, bool], Sequence[Place]] = {}
@@ -73,7 +74,7 @@ class Route:
         places = self._find_places(repository, pull=True)
         at = self._at.get(repository, 0)
         if places[at].endpoint.mirror and places[at].session.host == asked:
-            self._pass_over(repository, at, why)
+            self._pass_over(repository, at, why, "")
 
     def _pull(self, method: str, rest: str, repository: str, actions: str, headers: Mapping[str, str]) -> Answer:
         places = self._find_places(repository, pull=True)
@@ -88,37 +89,45 @@ class Route:
                 continue
             if not place.endpoint.mirror:
                 answer = _ask(place, method, rest, repository, actions, headers)
-                return self._taken(repository, number, place, manifest, answer)
+                return self._taken(repository, number, place, rest, answer)
             try:
                 answer = _ask(place, method, rest, repository, actions, headers)
             except (RegistryUnreachable, RegistryDenied, Busy) as exc:
-                self._pass_over(repository, number, exc.message)
+                self._pass_over(repository, number, exc.message, rest)
                 continue
             if answer.status not in _PASS:
-                return self._taken(repository, number, place, manifest, answer)
+                return self._taken(repository, number, place, rest, answer)
             with answer:
                 if manifest or answer.status != 404:
                     why = "it does not have the artifact" if answer.status == 404 else f"it answers {answer.status}"
-                    self._pass_over(repository, number, why)
+                    self._pass_over(repository, number, why, rest)
         raise AssertionError("the last place is no mirror")
 
-    def _taken(self, repository: str, number: int, place: Place, manifest: bool, answer: Answer) -> Answer:
+    def _taken(self, repository: str, number: int, place: Place, rest: str, answer: Answer) -> Answer:
+        manifest = rest.startswith("/manifests/")
         with self._lock:
             if manifest and answer.status == 200 and repository not in self._served:
                 self._served.add(repository)
                 self._at[repository] = max(number, self._at.get(repository, 0))
                 if place.endpoint.mirror:
-                    self._say(f"{repository} is served by the mirror {place.session.host}")
+                    self._say(f"{self._asked(repository, rest)} is served by the mirror {place.session.host}")
         return answer
 
-    def _pass_over(self, repository: str, number: int, why: str) -> None:
+    def _asked(self, repository: str, rest: str) -> str:
+        # as the user calls it
+        name = f"{self._host}/{repository}" if self._host else repository
+        _, manifest, target = rest.partition("/manifests/")
+        return f"{name}{'@' if ':' in target else ':'}{target}" if manifest else name
+
+    def _pass_over(self, repository: str, number: int, why: str, rest: str) -> None:
         with self._lock:
             if self._at.get(repository, 0) > number:
                 return
             self._at[repository] = number + 1
             self._served.discard(repository)
             places = self._find_places(repository, pull=True)
-            self._say(f"the mirror {places[number].session.host} is passed over for {repository}: {why}")
+            mirror = places[number].session.host
+            self._say(f"the mirror {mirror} is passed over for {self._asked(repository, rest)}: {why}")
 
     def _find_places(self, repository: str, *, pull: bool) -> Sequence[Place]:
         key = (repository, pull)

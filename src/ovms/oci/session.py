@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import IO, Final, Protocol
 
-from ovms.errors import RegistryError, RegistryProtocol, RegistryUnreachable
+from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
 from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
-from ovms.oci.realm import TokenServices, is_loopback
+from ovms.oci.realm import TokenServices, is_loopback, same_host
 from ovms.oci.registries import Endpoint
 from ovms.oci.tls import Trust
 
@@ -36,7 +36,9 @@ class Busy(RegistryError):
     """429 or 5xx: another try may go better, after *wait* seconds where the registry says so."""
 
     def __init__(self, message: str, wait: float | None) -> None:
-        super().__init__(message, hint="try again later")
+        seconds = None if not wait else round(wait)
+        hint = "try again later" if seconds is None else f"try again in {seconds} s"
+        super().__init__(message, hint=hint, retry_after_s=seconds)
         self.wait = wait
 
 
@@ -54,12 +56,14 @@ class Settings:
     Attributes:
         tls_verify: what the command line says: None leaves it to the configuration; True asks for TLS everywhere, with
             certificates that are good; False takes any, and plain HTTP.
+        plain: whether the configuration allows plain HTTP to a ``host[:port]`` that a registry leads to.
     """
 
     credentials: CredentialSource | None = None
     proxies: Proxies | None = None
     services: TokenServices = field(default_factory=TokenServices)
     tls_verify: bool | None = None
+    plain: Callable[[str], bool] = lambda _host: False
     connect_timeout: float = CONNECT_TIMEOUT
     read_timeout: float = READ_TIMEOUT
 
@@ -75,8 +79,10 @@ class Session:
         self._insecure = insecure
         self._trust = trust or Trust(self._address, insecure=insecure)
         self._transport = Transport(
+            registry=self.host,
             trust=self._trust,
             proxies=settings.proxies,
+            plain=self._plain,
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
         )
@@ -148,7 +154,8 @@ class Session:
                     content.close()
             answer.asked, answer.home = self.host, origin(self._base)
             answer.authorized = self._known.get(repository) is not None
-            if answer.status != 401 or last or not ours:
+            # nobody else's challenge is answered
+            if answer.status != 401 or last or not ours or answer.elsewhere:
                 return answer
             with answer:
                 if not authenticator.challenged(answer.headers("www-authenticate"), scope, authorization):
@@ -168,10 +175,17 @@ class Session:
             if answer.status in BUSY:
                 raise busy(answer, "its API")
             if answer.status in (401, 403):
+                if answer.elsewhere:
+                    raise refused_elsewhere(answer, "its API")
                 raise auth.denied(self.host, "", has_credential=True)
             if answer.status != 200:
                 raise RegistryProtocol(f"{self.host} answers with {answer.status} at {base}: it is no registry")
             return authenticator.asks
+
+    def _plain(self, host: str) -> bool:
+        if is_loopback(host) or (self._insecure and same_host(host, self._address)):
+            return True
+        return not self._settings.tls_verify and self._settings.plain(host)
 
     # --- how it is spoken to -----------------------------------------------------------------------------------
 
@@ -234,7 +248,7 @@ class Session:
         with self._transport.request(method, url, headers, body) as answer:
             if answer.status in BUSY:
                 raise busy(answer, "a token")
-            return answer.status, answer.read(limit)
+            return answer.status, answer.read(limit, what="a token")
 
 
 @dataclass(frozen=True)
@@ -248,12 +262,21 @@ class Place:
 def busy(answer: Answer, what: str) -> Busy:
     """The error for one of the statuses :data:`BUSY`."""
     wait = _seconds(answer.header("retry-after") or "")
-    return Busy(f"the registry {answer.asked} answers with {answer.status} to a request for {what}", wait)
+    asks = "" if not wait else f", and asks to wait {wait:.0f} s"
+    return Busy(f"{answer.who} answers with {answer.status} to a request for {what}{asks}", wait)
+
+
+def refused_elsewhere(answer: Answer, what: str, said: str = "") -> RegistryDenied:
+    """The error for a 401 or 403 of a host that the registry sent us to: no login at the registry helps."""
+    return RegistryDenied(
+        f"{answer.who} refuses access to {what} ({answer.status})" + (f": {said}" if said else ""),
+        hint="that host is given no credentials, so a login does not help: try again, else ask the registry's owner",
+    )
 
 
 def _seconds(after: str) -> float | None:
     """What a Retry-After says: seconds, or a date."""
-    if after.isdigit() and len(after) < 6:
+    if after.isascii() and after.isdigit() and len(after) < 13:
         return float(after)
     try:
         return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final
@@ -21,7 +20,7 @@ from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import REPAIR, BlobWriter, Layout
 from ovms.oci.platform import CONTAINER_HINT, Platform, fitting, is_artifact
 from ovms.oci.reference import Reference
-from ovms.oci.registry import ATTEMPTS_MAX, Busy, RegistryClient
+from ovms.oci.registry import Busy, RegistryClient
 from ovms.oci.whole import to_fetch
 from ovms.progress import NULL, Progress, Task
 from ovms.spec import limits, mediatypes
@@ -165,7 +164,7 @@ class _Download:
             def job(blob: Descriptor) -> workers.Job:
                 def fetch(stopped: Callable[[], bool]) -> None:
                     with self._progress.task(label(blob), blob.size) as task:
-                        data = self._read_small(blob)
+                        data = self._read_small(blob, task)
                         with self._lock:
                             if stopped():
                                 return
@@ -211,14 +210,14 @@ class _Download:
 
         return fetch
 
-    def _read_small(self, blob: Descriptor) -> bytes:
+    def _read_small(self, blob: Descriptor, task: Task) -> bytes:
         def attempt() -> bytes:
             return b"".join(bytes(piece) for piece in self._client.read_blob(self._repository, blob))
 
-        return self._client.retrying(attempt)
+        return self._client.retrying(attempt, tell=task.waiting)
 
     def _fetch(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
-        failures = 0
+        patience = self._client.patience(task.waiting, stopped)
         while True:
             began = receiver.size
             try:
@@ -227,10 +226,9 @@ class _Download:
                 receiver.commit()
                 return
             except (Broken, Refused, Busy) as exc:
-                failures = 1 if receiver.size - began >= _PROGRESS else failures + 1
-                if failures == ATTEMPTS_MAX or stopped():
-                    raise
-                time.sleep(self._client.pause(exc, failures))
+                if receiver.size - began >= _PROGRESS:
+                    patience.progressed()
+                patience.bear(exc)
             except DigestMismatch:
                 # Bytes of an earlier pull may be what is wrong: after a power failure, or of another registry's doing.
                 if not receiver.resumed and not began:
@@ -258,20 +256,22 @@ class _Download:
         else:
             return
         try:
-            for segment in self._ranges(blob, receiver.size, judge.rate, stopped):
+            for segment in self._ranges(blob, receiver.size, judge.rate, task, stopped):
                 take(segment)
         except (ranges.NoRanges, ranges.NoGain):
             self._several = False
             self._receive(blob, receiver, task, stopped)
 
-    def _ranges(self, blob: Descriptor, start: int, rate: float, stopped: Callable[[], bool]) -> Iterator[bytes]:
+    def _ranges(
+        self, blob: Descriptor, start: int, rate: float, task: Task, stopped: Callable[[], bool]
+    ) -> Iterator[bytes]:
         def fetch_range(offset: int, size: int) -> bytes:
             def attempt() -> bytes:
                 if stopped():
                     raise _Stopped("the transfer was broken off")
                 return self._client.read_range(self._repository, blob, offset, size)
 
-            return self._client.retrying(attempt)
+            return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
 
         return ranges.fetch(start, blob.size, 1 + self._spare(), fetch_range, rate=rate)
 
@@ -377,13 +377,13 @@ class _Upload:
                     path = self._files.get(blob.digest) or self._layout.path(blob.digest)
                     body = _Body(path, task, stopped)
                     with contextlib.closing(body):
-                        self._push(blob, body)
+                        self._push(blob, body, task)
 
         return send
 
-    def _push(self, blob: Descriptor, body: _Body) -> None:
+    def _push(self, blob: Descriptor, body: _Body, task: Task) -> None:
         try:
-            self._client.push_blob(self._repository, blob, body.open)
+            self._client.push_blob(self._repository, blob, body.open, tell=task.waiting)
         except RegistryProtocol:
             from ovms.oci.fsck import damage
 

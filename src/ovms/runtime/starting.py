@@ -287,3 +287,7 @@ class _WatchedTask:
 
     def note(self, text: str) -> None:
         self._task.note(text)
+
+    def waiting(self, text: str) -> None:
+        self._look()
+        self._task.waiting(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 from functools import partial
@@ -11,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import faulty
 from support.artifacts import small
+from support.faulty import Server
 from support.proxy import Proxy
 from support.registry import HTPASSWD, Registry
 from support.tls import Authority, server_context
 from support.tokens import TokenService
 
-from ovms.errors import RegistryDenied, RegistryUnreachable
+from ovms.errors import RegistryDenied, RegistryProtocol, RegistryUnreachable
 from ovms.oci import transfer
 from ovms.oci.connect import Connector
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
+from ovms.spec.digest import of_bytes
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +195,41 @@ def test_a_token_does_not_follow_a_redirect(authority: Authority, tmp_path: Path
             registry.close()
             storage.shutdown()
             storage.server_close()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("what", ["redirect", "upload"])
+def test_plain_text_goes_to_strangers_only_where_that_is_allowed(
+    what: str, allowed: bool, tmp_path: Path, layout: Layout
+) -> None:
+    """A registry on loopback may be spoken to in plain text. What it leads to may not, for that."""
+    conf = tmp_path / "registries.conf"
+    with Proxy() as proxy, Server() as server, Server() as stranger:
+        away = f"blobs.example:{stranger.server_address[1]}"
+        conf.write_text(f'[[registry]]\nlocation = "{away}"\ninsecure = true\n' if allowed else "")
+        environ = {"HOME": str(tmp_path), "HTTP_PROXY": proxy.url, "CONTAINERS_REGISTRIES_CONF": str(conf)}
+        data = b"a blob"
+        blob = Descriptor("a/b", of_bytes(data), len(data))
+        stranger.blobs[blob.digest] = data
+        stranger.uploads["u"] = b""
+        server.faults = [
+            ("GET", "/blobs/", faulty.redirect(f"http://{away}/v2/x/blobs/{blob.digest}")),
+            ("POST", "/uploads/", faulty.status(202, Location=f"http://{away}/v2/x/blobs/uploads/u")),
+        ]
+        with Connector.from_environment(environ)(server.host) as client:
+
+            def transport() -> None:
+                if what == "redirect":
+                    assert b"".join(bytes(piece) for piece in client.read_blob("x", blob)) == data
+                else:
+                    client.push_blob("x", blob, lambda _offset, _size: io.BytesIO(data))
+
+            if allowed:
+                transport()
+                assert len(stranger.seen) == 1
+            else:
+                with pytest.raises(RegistryProtocol, match=f"{away} in plain HTTP") as caught:
+                    transport()
+                assert server.host in caught.value.message
+                assert "insecure" in str(caught.value.hint)
+                assert (proxy.heads, stranger.seen) == ([], [])

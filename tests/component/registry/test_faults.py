@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support import faulty
 
 from ovms.errors import DigestMismatch, OvmsError, RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
-from ovms.oci import transfer
+from ovms.oci import http, patience, transfer
 from ovms.oci.credentials import Credential
+from ovms.oci.descriptor import Descriptor
+from ovms.oci.http import Answer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -150,6 +156,78 @@ def test_silence_is_bounded(layout: Layout) -> None:
         pull(f"127.0.0.1:{silent.getsockname()[1]}", layout)
 
 
+def drip(handler: faulty.Handler, body: bytes, status: int = 200) -> bool:
+    """A body that does not end, and never pauses for long."""
+    handler.send_response(status)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    try:
+        for _ in range(200):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+    except OSError:
+        pass
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize(("what", "why"), [("/manifests/", "takes more than"), ("/blobs/", "bytes a second")])
+def test_a_drip_is_no_answer(monkeypatch: pytest.MonkeyPatch, what: str, why: str) -> None:
+    monkeypatch.setattr(http, "RATE_WINDOW", 0.3 if what == "/blobs/" else 30.0)
+    monkeypatch.setattr(patience, "ATTEMPTS_MAX", 2)
+    monkeypatch.setattr(Answer.read, "__defaults__", (0.3,))
+    with faulty.Server() as server, RegistryClient(server.host, backoff=0.001) as client:
+        server.serve_artifact({"kernel": ("a/b", bytes(100_000))}, (mediatypes.MANIFEST, b"config"))
+        server.faults = [("GET", what, drip)] * 3
+        blob = Descriptor("a/b", of_bytes(bytes(100_000)), 100_000)
+        began = time.monotonic()
+        with pytest.raises(RegistryUnreachable, match=why) as caught:
+            if what == "/manifests/":
+                client.get_manifest(Reference.parse(f"{server.host}/x:1"))
+            else:
+                client.retrying(lambda: list(client.read_blob("x", blob)))
+        assert time.monotonic() - began < 5
+    assert "cannot be reached" not in caught.value.message
+
+
+def test_what_nobody_reads_of_an_answer_keeps_nobody() -> None:
+    with faulty.Server() as server, RegistryClient(server.host, backoff=0.001) as client:
+        server.faults = [("GET", "/referrers/", partial(drip, status=404))]
+        began = time.monotonic()
+        assert client.referrers_page("x", of_bytes(b"")) is None
+        assert time.monotonic() - began < 3
+
+
+@pytest.mark.spec("OCI-1")
+def test_a_page_is_no_manifest(server: Server, layout: Layout) -> None:
+    """What a network that wants a login first answers for everybody."""
+    server.answers["/v2/x/manifests/1"] = [(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>")]
+    with pytest.raises(
+        RegistryProtocol, match=f"HTML page to a request for the manifest of {server.host}/x:1"
+    ) as caught:
+        pull(server.host, layout)
+    assert "network" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (OK + b"X: y\r\n" * 500 + b"\r\n", "answers with what is not HTTP"),
+        (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "answers with what is not HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "answers with what is not HTTP"),
+        (OK + b"Content-Length: 1000\r\n\r\nshort", "does not get to the end"),
+        (OK + b"Content-Length: 5000000\r\n\r\n" + bytes(5_000_000), "4194304 bytes to a request for the manifest of"),
+    ],
+)
+def test_what_is_wrong_with_an_answer_is_said(
+    raw_server: Callable[[bytes], str], layout: Layout, data: bytes, why: str
+) -> None:
+    with pytest.raises(RegistryError, match=why) as caught:
+        pull(raw_server(data), layout)
+    assert "cannot be reached" not in caught.value.message
+    assert caught.value.hint is not None
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers from a table of path → list of answers, the last of which repeats; notes what it is sent."""
 
@@ -224,7 +302,7 @@ def test_a_registry_that_stays_busy_is_given_up(server: Server, layout: Layout) 
     server.answers[BLOB] = [(503, {}, b"")]
     with pytest.raises(RegistryError, match="503"):
         pull(server.host, layout)
-    assert 2 <= len([p for p, _ in server.seen if p == BLOB]) <= 6
+    assert len([p for p, _ in server.seen if p == BLOB]) == patience.ATTEMPTS_MAX
 
 
 @pytest.mark.spec("OCI-21", "OCI-22")
@@ -245,6 +323,43 @@ def test_credentials_do_not_follow_a_redirect(server: Server, elsewhere: Server,
     pull(server.host, layout, Credential("me", "secret"))
     assert [header is not None for _, header in server.seen] == [False, True, True]
     assert elsewhere.seen == [("/data", None)]
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_who_refuses_is_named(server: Server, elsewhere: Server, layout: Layout, status: int) -> None:
+    """A host that the registry sends us to, whose challenge is nobody's business, and where no login helps."""
+    server.answers[BLOB] = [(307, {"Location": f"http://{elsewhere.host}/data"}, b"")]
+    elsewhere.answers["/data"] = [(status, {"WWW-Authenticate": 'Basic realm="x"'}, b"")]
+    with pytest.raises(RegistryError, match=f"^{elsewhere.host}, where the registry {server.host} sends us") as caught:
+        pull(server.host, layout, Credential("me", "secret"))
+    assert isinstance(caught.value, RegistryDenied) == (status < 500)
+    assert "ovm login" not in str(caught.value.hint)
+    assert {header for _, header in server.seen + elsewhere.seen} == {None}
+
+
+def test_an_upload_that_another_host_refuses() -> None:
+    with (
+        faulty.Server() as server,
+        faulty.Server() as other,
+        RegistryClient(server.host, backoff=0.001) as client,
+    ):
+        away = f"http://{other.host}/v2/x/blobs/uploads/u"
+        server.faults = [("POST", "/uploads/", faulty.status(202, Location=away))]
+        other.faults = [("PUT", "/uploads/", faulty.status(403))]
+        with pytest.raises(RegistryDenied, match=f"^{other.host}, where the registry {server.host} sends us"):
+            client.push_blob("x", Descriptor("a/b", of_bytes(b"x"), 1), lambda _offset, _size: io.BytesIO(b"x"))
+
+
+@pytest.mark.parametrize(("after", "seconds"), [("99999999", 99999999), ("7", 7)])
+def test_how_long_the_registry_asks_to_wait_is_said(
+    server: Server, monkeypatch: pytest.MonkeyPatch, layout: Layout, after: str, seconds: int
+) -> None:
+    monkeypatch.setattr(patience, "WAIT_MAX", 0.001)
+    server.answers[BLOB] = [(429, {"Retry-After": after}, b"")]
+    with pytest.raises(RegistryError, match=f"asks to wait {seconds} s") as caught:
+        pull(server.host, layout)
+    assert caught.value.to_json()["retry_after_s"] == seconds
+    assert str(seconds) in str(caught.value.hint)
 
 
 def test_credentials_follow_a_redirect_at_home(server: Server, layout: Layout) -> None:
@@ -276,6 +391,4 @@ def test_wrong_credentials_are_not_tried_again(server: Server, layout: Layout) -
 def test_an_upload_is_not_sent_where_no_address_is(server: Server, layout: Layout) -> None:
     digest = layout.add_bytes(b"blob")
     with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(RegistryProtocol):
-        from ovms.oci.descriptor import Descriptor
-
         client.push_blob("x", Descriptor("a/b", digest, 4), lambda _offset, _size: layout.path(digest).open("rb"))

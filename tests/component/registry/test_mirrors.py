@@ -109,7 +109,7 @@ def test_a_mirror_serves_what_the_registry_does_not_have(
     digest = push(registry.host, "cache/t/x", layout)
     connected.configure(NOBODY, f"{registry.host}/cache")
     assert pull(connected, other) == digest
-    assert connected.said == [f"t/x is served by the mirror {registry.host}"]
+    assert connected.said == [f"{REFERENCE} is served by the mirror {registry.host}"]
     # the name that the user knows it by
     assert [entry.name for entry in other.entries()] == [str(REFERENCE)]
 
@@ -122,7 +122,7 @@ def test_mirrors_that_cannot_be_used_are_passed_over(
     connected.configure(registry.host, NOBODY, mirror.host, f"{registry.host}/nothing-there")
     assert pull(connected, other) == digest
     assert [line.partition(": ")[0] for line in connected.said] == [
-        f"the mirror {host} is passed over for t/x" for host in (NOBODY, mirror.host, registry.host)
+        f"the mirror {host} is passed over for {REFERENCE}" for host in (NOBODY, mirror.host, registry.host)
     ]
     assert "refused" in connected.said[0]
     assert "503" in connected.said[1]

@@ -33,7 +33,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[RegistryClient]:
-    with RegistryClient(server.host, backoff=0.01, read_timeout=2) as client:
+    with RegistryClient(server.host, backoff=0.002, read_timeout=2) as client:
         yield client
 
 

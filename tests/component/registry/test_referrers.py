@@ -20,7 +20,7 @@ from support.tools import find as find_tool
 from ovms.artifact import attach, model
 from ovms.artifact.attach import Attachment
 from ovms.errors import ReferenceNotFound, RegistryError, RegistryProtocol, UsageError
-from ovms.oci import collector, referrers, transfer
+from ovms.oci import collector, patience, referrers, transfer
 from ovms.oci.collector import Needs
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
@@ -512,7 +512,7 @@ def test_a_registry_that_fails_ends_in_its_error(server: Server, weak: RegistryC
     server.faults = [("PUT", TAG, faulty.status(503))] * 1000
     with pytest.raises(RegistryError, match="503"):
         referrers.add(weak, "x", mine(), SUBJECT)
-    assert len(server.asked("PUT", TAG)) == 5
+    assert len(server.asked("PUT", TAG)) == patience.ATTEMPTS_MAX
 
 
 def test_an_index_that_is_full(server: Server, weak: RegistryClient) -> None:

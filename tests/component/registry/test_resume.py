@@ -20,7 +20,7 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import registry, transfer
+from ovms.oci import patience, registry, transfer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -83,11 +83,17 @@ def test_many_cuts_are_no_failure_while_there_is_progress(
     is_whole(layout, server)
 
 
+def test_a_registry_that_is_restarted_is_waited_for(layout: Layout, server: Server, client: RegistryClient) -> None:
+    server.faults = [("GET", blob(BIG), faulty.hang_up if n % 2 else faulty.status(503)) for n in range(8)]
+    transfer.pull(layout, client, ref(server))
+    is_whole(layout, server)
+
+
 def test_a_registry_that_never_gets_on_is_given_up_and_the_rest_kept(
     layout: Layout, server: Server, client: RegistryClient
 ) -> None:
     server.faults = [("GET", blob(BIG), faulty.cut(2_000_000))]
-    server.faults += [("GET", blob(BIG), faulty.hang_up) for _ in range(registry.ATTEMPTS_MAX)]
+    server.faults += [("GET", blob(BIG), faulty.hang_up) for _ in range(patience.ATTEMPTS_MAX)]
     with pytest.raises(RegistryError):
         transfer.pull(layout, client, ref(server))
     assert layout.entries() == []

@@ -243,6 +243,8 @@ def test_progress_is_told_up_to_the_end(runtime: Runtime, echo: Found, tmp_path:
         def note(self, text: str, /) -> None:
             return None
 
+        waiting = note
+
     class Tasks:
         def task(self, label: str, total: int | None = None) -> Task:
             assert (label, total) == ("out.img", DISK)

@@ -236,6 +236,21 @@ def test_news_stands_above_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "ovm: news\n"
 
 
+def test_who_is_waited_for_shows_while_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    with progress._Bars(stream).task("disk", 10) as task:
+        task.waiting("waiting for r.example, try 4")
+        assert stream.getvalue().splitlines()[-1].endswith("waiting for r.example, try 4 (0 B done)")
+        task.waiting("")
+        assert stream.getvalue().splitlines()[-1].endswith("0 B / 10 B")
+    assert "done" in stream.getvalue().splitlines()[-1]
+    with progress.make("json").task("disk", 10) as task:
+        task.waiting("waiting for r.example, try 4")
+        task.waiting("")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.get("waiting") for line in lines] == [None, "waiting for r.example, try 4", None, None]
+
+
 def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="x"), progress.make("json").task("disk", 10) as task:
         task.advance(4)

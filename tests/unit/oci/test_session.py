@@ -22,6 +22,8 @@ SCOPE = "repository:x:pull,push"
 
 
 class Answer:
+    elsewhere = False
+
     def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.status, self.body = status, body
         self._headers = {key.replace("_", "-").lower(): value for key, value in headers.items()}
@@ -39,7 +41,7 @@ class Answer:
     def headers(self, name: str) -> list[str]:
         return [self._headers[name]] if name in self._headers else []
 
-    def read(self, limit: int) -> bytes:
+    def read(self, limit: int, *, what: str = "") -> bytes:
         return self.body
 
 

@@ -254,6 +254,9 @@ class _ReportedTask:
     def note(self, text: str) -> None:
         return None
 
+    def waiting(self, text: str) -> None:
+        return None
+
     def _report(self) -> None:
         self._last = time.monotonic()
         progress = {"label": self._label, "done": self._done, "total": self._total}
