@@ -166,12 +166,11 @@ class Answer:
             # not readinto, which comes back when the buffer is full, however long that takes
             while filled < len(buffer) and pace.waited - began < _HAND_ON:
                 with pace:
-                    data = inner.read1(len(buffer) - filled)
-                if not data:
+                    count = _read_once(inner, buffer[filled:])
+                if not count:
                     break
-                buffer[filled : filled + len(data)] = data
-                filled += len(data)
-                pace.received(len(data))
+                filled += count
+                pace.received(count)
             # which closes the answer where it has been read to its end
             return filled or inner.readinto(buffer)
         data = self._raw.read(len(buffer), decode_content=False)
@@ -225,6 +224,17 @@ class _Pace:
             if self._bytes < RATE_MIN * RATE_WINDOW:
                 raise _broken_off(self._url, f"less than {RATE_MIN} bytes a second come")
             self._window, self._bytes = self.waited, 0
+
+
+def _read_once(answer: http.client.HTTPResponse, buffer: memoryview) -> int:
+    # What one read of the socket gives; nothing is allocated or copied where the length is known.
+    if answer.length is None or answer.chunked or not hasattr(answer.fp, "readinto1"):
+        data = answer.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+    count: int = answer.fp.readinto1(buffer[: answer.length])
+    answer.length -= count
+    return count
 
 
 class Transport:
