@@ -139,7 +139,11 @@ class Context:
         from ovms.cli.progress import say_beside
         from ovms.oci.connect import Connector
 
-        return Connector.from_environment(tls_verify=self._tls_verify, say=lambda text: say_beside(self.progress, text))
+        def say(text: str) -> None:
+            if not self._quiet:  # stderr is for one JSON object then
+                say_beside(self.progress, text)
+
+        return Connector.from_environment(tls_verify=self._tls_verify, say=say)
 
     def connect(self, host: str) -> RegistryClient:
         """The command's client for a registry: it knows which mirrors it has passed over, and what it has written."""

@@ -259,6 +259,8 @@ def test_from_the_command_line(registry: Registry, tmp_path: Path, layout: Layou
     ovm = Ovm(tmp_path / "root", home)
     done = ovm("pull", str(REFERENCE), "--json")
     assert done.code in (0, 3), done.err  # its kernel is none, which is looked at when it is run
+    assert "mirror" not in done.err, "with --json, stderr is for one JSON object"
+    done = ovm("pull", str(REFERENCE))
     assert f"served by the mirror {registry.host}" in done.err
     blocked = ovm("pull", "blocked.example/x:1", "--json")
     assert (blocked.code, blocked.error["code"]) == (7, "registry-denied")
