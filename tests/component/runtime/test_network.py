@@ -130,6 +130,7 @@ def test_passt_ends_with_its_vm(runtime: Runtime, echo: Found, how: str) -> None
     if how == "kill":
         assert record.process is not None
         os.kill(record.process.pid, signal.SIGKILL)
+        assert record.process.wait(20)
     elif how == "stop":
         runtime.stop(record, grace=0)
     else:
@@ -433,6 +434,7 @@ def test_the_traffic_of_an_interface_is_led_to_the_guest(runtime: Runtime, echo:
     assert soon(lambda: " 0 packets" not in stats(namespace, tap)), "duplicate address detection, say"
     assert record.process is not None
     os.kill(record.process.pid, signal.SIGKILL)
+    assert record.process.wait(20), "a process closes its files, and so its tap, before it has ended"
     assert soon(lambda: tap not in links(namespace))
     assert "mirred" in filters(namespace, "eth0")
     runtime.instances.recover()
