@@ -313,7 +313,10 @@ def test_the_processes_hold_little(tmp_path: Path, jail: Jail) -> None:
             while len(opened := list(Path(f"/proc/{watcher}/fd").iterdir())) > 1 and time.monotonic() < deadline:
                 time.sleep(0.005)  # it lets go of the pipe that it answered on
             assert len(opened) == 1, "the directory, and nothing else"
-            assert sorted(int(fd.name) for fd in Path(f"/proc/{vm.watched.vmm.pid}/fd").iterdir()) == [0, 1, 2]
+            vmm = Path(f"/proc/{vm.watched.vmm.pid}/fd")
+            while len(held := sorted(int(fd.name) for fd in vmm.iterdir())) > 3 and time.monotonic() < deadline:
+                time.sleep(0.005)  # its loader may be reading the C library
+            assert held == [0, 1, 2]
             rss = int(Path(f"/proc/{watcher}/statm").read_text().split()[1]) * 4096
             assert rss < 256 * 1024
     finally:
