@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovms.artifact import model
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.spec import mediatypes, ramsnap
 from ovms.spec.digest import of_bytes
@@ -52,7 +53,11 @@ def write_manifest(directory: Path, *, name: str = "ovms.json", **changes: Any) 
 
 def small(layout: Layout, name: str) -> model.Artifact:
     """An artifact whose blobs are like no other's, without a real kernel: transfers do not look into blobs."""
-    kernel, disk = f"kernel of {name}".encode() * 100, f"disk of {name}".encode() * 40_000
+    return of(layout, name, f"kernel of {name}".encode() * 100, f"disk of {name}".encode() * 40_000)
+
+
+def of(layout: Layout, name: str, kernel: bytes, disk: bytes, *, subject: Descriptor | None = None) -> model.Artifact:
+    """An artifact of these blobs, which are checked by nobody here."""
     parts = model.Parts(
         kernel=model.part_descriptor(PartKind.KERNEL, layout.add_bytes(kernel), len(kernel)),
         disks=(model.part_descriptor(PartKind.DISK, layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
@@ -65,6 +70,6 @@ def small(layout: Layout, name: str) -> model.Artifact:
         "kernel": {"ref": of_bytes(kernel)},
         "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
     }
-    artifact = model.compose(layout, document, parts)
+    artifact = model.compose(layout, document, parts, subject=subject)
     layout.set_name(name, artifact.image.descriptor())
     return artifact

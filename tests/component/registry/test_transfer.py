@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import artifacts
 from support.registry import Registry
 from support.stores import damage
 
@@ -39,7 +40,6 @@ from ovms.oci.registry import RegistryClient
 from ovms.oci.repair import repair
 from ovms.spec import mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of, of_bytes
-from ovms.spec.manifest import DiskFormat, PartKind
 
 # user "ovms", password "secret"
 HTPASSWD = "ovms:$2b$05$uwDRgmYX/c2utnTNTYEi0eUV4XvBC8y3JWDrQkQ.n5xI0H0ZNunAS\n"
@@ -65,21 +65,7 @@ def client(registry: Registry) -> Iterator[RegistryClient]:
 
 def make(layout: Layout, name: str, disk: bytes = DISK, *, subject: Descriptor | None = None) -> model.Artifact:
     """An artifact without a real kernel: transfer does not look into blobs."""
-    parts = model.Parts(
-        kernel=model.part_descriptor(PartKind.KERNEL, layout.add_bytes(KERNEL), len(KERNEL)),
-        disks=(model.part_descriptor(PartKind.DISK, layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
-    )
-    document = {
-        "schemaVersion": 1,
-        "mediaType": mediatypes.MANIFEST,
-        "name": "test",
-        "version": "1",
-        "kernel": {"ref": of_bytes(KERNEL)},
-        "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
-    }
-    artifact = model.compose(layout, document, parts, subject=subject)
-    layout.set_name(name, artifact.image.descriptor())
-    return artifact
+    return artifacts.of(layout, name, KERNEL, disk, subject=subject)
 
 
 def reference(registry: Registry, request: pytest.FixtureRequest, tag: str = "1") -> Reference:

@@ -127,6 +127,8 @@ def test_groups_of_a_killed_start_are_swept(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(directory.exists() for directory in made.directories), "known, or too young"
     cgroups.sweep(set(), age=0)
     assert not any(directory.exists() for directory in made.directories)
+    for parent in {directory.parent for directory in made.directories}:
+        parent.rmdir()  # fails where something else is left
 
 
 # --- started again ---------------------------------------------------------------------------------------------------
