@@ -407,6 +407,8 @@ def staging_dir(parent: Path) -> Iterator[Path]:
         path.mkdir(mode=0o700)
         try:
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # a sweeper took it for one whose owner was killed right here
+            continue
         except OSError:  # the file system is full
             path.rmdir()
             raise
@@ -417,8 +419,31 @@ def staging_dir(parent: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        remove_tree(path)
-        os.close(lock)
+        try:
+            _remove_staging(path)
+        finally:
+            os.close(lock)
+
+
+def _remove_staging(path: Path) -> None:
+    # The lock goes last: who is killed half-way leaves what the next sweep knows to be abandoned.
+    for entry in _entries(path):
+        if entry.name == ".lock":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(Path(entry.path))
+        else:
+            with contextlib.suppress(OSError):
+                Path(entry.path).unlink()
+    remove_tree(path)
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def sweep_staging(parent: Path) -> int:
@@ -432,24 +457,35 @@ def sweep_staging(parent: Path) -> int:
 
 def is_abandoned(path: Path) -> bool:
     """Whether *path* is a :func:`staging_dir` whose owner was killed."""
-    return _if_abandoned(path, lambda _: None)
+    return _if_abandoned(path, lambda _: None, _check_empty)
 
 
 def remove_abandoned(path: Path) -> bool:
     """Removes *path* if it is a :func:`staging_dir` whose owner was killed. Whether it was."""
-    return _if_abandoned(path, remove_tree)
+    return _if_abandoned(path, _remove_staging, os.rmdir)
 
 
-def _if_abandoned(path: Path, action: Callable[[Path], None]) -> bool:
+def _check_empty(path: Path) -> None:
+    with os.scandir(path) as entries:
+        if next(entries, None) is not None:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+
+def _if_abandoned(path: Path, action: Callable[[Path], None], if_empty: Callable[[Path], None]) -> bool:
+    if path.is_symlink():
+        return False
     try:
         lock = os.open(path / ".lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        # mkdir happened, the lock file not yet: leave a fresh one to its owner
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 60:
-                action(path)
-                return True
-        return False
+        # No lock file yet, or no more. An owner that lives makes another directory when this one is taken from it:
+        # rmdir takes none that has the lock file by now.
+        try:
+            if_empty(path)
+        except NotADirectoryError:
+            return False
+        except OSError as exc:
+            return exc.errno == errno.ENOTEMPTY and _if_old(path, action)
+        return True
     except OSError:
         return False
     try:
@@ -460,6 +496,15 @@ def _if_abandoned(path: Path, action: Callable[[Path], None]) -> bool:
         return False
     finally:
         os.close(lock)
+
+
+def _if_old(path: Path, action: Callable[[Path], None]) -> bool:
+    # with files in it and without a lock: of nobody's that we know, and perhaps at work
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime > 60:
+            action(path)
+            return True
+    return False
 
 
 def listen_unix(path: Path, *, backlog: int = 8) -> socket.socket:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -506,14 +509,80 @@ def test_the_sweep_takes_what_a_killed_process_left_and_nothing_else(tmp_path: P
         kill(child)
 
 
-def test_the_sweep_gives_a_directory_without_a_lock_a_minute(tmp_path: Path) -> None:
-    (tmp_path / "fresh").mkdir()
-    (tmp_path / "stale").mkdir()
+def test_the_sweep_gives_what_holds_files_but_no_lock_a_minute(tmp_path: Path) -> None:
+    for name in ("fresh", "stale"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "blob").touch()
     os.utime(tmp_path / "stale", (0, 0))
     (tmp_path / "file").touch()
     assert fsutil.sweep_staging(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "fresh"]
     assert fsutil.sweep_staging(tmp_path / "nowhere") == 0
+
+
+def test_the_sweep_takes_what_was_made_but_not_yet_locked(tmp_path: Path) -> None:
+    (tmp_path / "killed").mkdir()
+    assert fsutil.is_abandoned(tmp_path / "killed")
+    assert fsutil.sweep_staging(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["mkdir", "open"])
+def test_a_stager_whose_directory_is_swept_before_it_is_locked_makes_another(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[int] = []
+
+    def sweep_once() -> None:
+        if not swept:
+            swept.append(0)
+            swept[0] = fsutil.sweep_staging(tmp_path)
+
+    flock, opens = fcntl.flock, os.open
+
+    def open_late(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT and which == "mkdir":
+            sweep_once()
+        return opens(path, flags, mode)
+
+    def flock_late(fd: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and which == "open":
+            sweep_once()
+        flock(fd, operation)
+
+    monkeypatch.setattr(os, "open", open_late)
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with fsutil.staging_dir(tmp_path) as path:
+        assert swept == [1]
+        assert list(tmp_path.iterdir()) == [path]
+        assert not fsutil.is_abandoned(path)
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_a_removal_that_is_killed_leaves_what_the_next_sweep_takes(
+    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [calls]
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object, **kwargs: object) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt  # as good as a kill: nothing after it is done
+            left[0] -= 1
+            real(*args, **kwargs)
+
+        return call
+
+    with contextlib.suppress(KeyboardInterrupt), monkeypatch.context() as patch, fsutil.staging_dir(tmp_path) as path:
+        (path / "a").touch()
+        (path / "tree").mkdir()
+        (path / "tree" / "leaf").touch()
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+    for path in tmp_path.iterdir():
+        os.utime(path)
+    fsutil.sweep_staging(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sweep_does_not_follow_links(tmp_path: Path) -> None:
