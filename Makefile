@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 export OVMS_CACHE ?= $(CURDIR)/.cache
 # the user's own settings must not change what the tests see
 unexport OVMS_ROOT OVMS_DEBUG
+# without byte code every command compiles its modules anew, as nothing that pip installed does
+unexport PYTHONDONTWRITEBYTECODE
 
 TESTS ?=
 WORKERS ?= 2

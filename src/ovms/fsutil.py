@@ -7,7 +7,6 @@ import errno
 import fcntl
 import glob
 import os
-import secrets
 import socket
 import stat
 import time
@@ -58,7 +57,7 @@ def atomic_write(
     *spare* is a file beside *path*, of the same mode, that is given up where the file system is full: *data* goes into the
     blocks that it has already. It is gone then, whether they were enough or not.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{unique(6)}.tmp")
     try:
         _write_and_rename(path, temporary, data, os.O_CREAT | os.O_EXCL, mode, durable)
     except OSError as exc:
@@ -351,6 +350,11 @@ def hash_file(fd: int, hasher: Hasher, *, advance: Callable[[int], None] | None 
     return size
 
 
+def unique(size: int) -> str:
+    """A name that nobody has, of *size* random bytes in hexadecimal (``secrets`` has it, and imports OpenSSL for it)."""
+    return os.urandom(size).hex()
+
+
 def remove_tree(path: Path) -> None:
     """Removes a directory tree (never following links out of it); fine when it is gone already."""
     import shutil
@@ -403,7 +407,7 @@ def staging_dir(parent: Path) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        path = parent / secrets.token_hex(8)
+        path = parent / unique(8)
         path.mkdir(mode=0o700)
         try:
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

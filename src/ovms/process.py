@@ -11,11 +11,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ovms.errors import HostError, ToolMissing
+from ovms.lazy import dataclass
 
 #: Nothing of the caller's environment reaches a program but this: no credentials, no library paths.
 CLEAN_ENV: Mapping[str, str] = {

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "ovms"
 LEVELS = {
     "errors": 0,
     "fsutil": 0,
+    "lazy": 0,
     "process": 0,
     "progress": 0,
     "spec": 1,
@@ -28,7 +29,13 @@ LEVELS = {
     "cli": 6,
 }
 #: Level 0 among itself: errors is the lowest, all others may use it.
-GROUND = {"fsutil": {"errors"}, "process": {"errors"}, "progress": {"errors"}, "errors": set[str]()}
+GROUND = {
+    "fsutil": {"errors"},
+    "process": {"errors", "lazy"},
+    "progress": {"errors"},
+    "errors": set[str](),
+    "lazy": set[str](),
+}
 #: The conformance kit tests any runtime, so it may know nothing of ours.
 ONLY = {"conformance": {"errors", "spec"}}
 ASYNC = {"vmm", "runtime"}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -27,6 +26,7 @@ from ovms.errors import (
     RegistryProtocol,
     UsageError,
 )
+from ovms.lazy import dataclass, regex
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, parse_manifest, with_subject
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -37,7 +37,7 @@ from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, from_hasher, is_digest
 
 #: RFC 6838, section 4.2.
-_MEDIA_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+_MEDIA_TYPE: Final = regex(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 _EMPTY: Final = b"{}"
 #: What the referrers of one artifact that are fetched with it may have, all together.
 PULLED_BYTES_MAX: Final = 1 * limits.GIB

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ from ovms.errors import (
     Problem,
     RegistryError,
 )
+from ovms.lazy import dataclass
 from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout

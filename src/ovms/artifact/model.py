@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ovms.errors import DigestMismatch, ManifestInvalid, Problem, ReferenceNotFound, RegistryProtocol, Unsupported
+from ovms.lazy import dataclass
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, HOST, Platform, check_guest, fitting, is_artifact

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ovms.artifact.model import Artifact, check_documents, load
 from ovms.errors import InputError, ReferenceInvalid, ReferenceNotFound
+from ovms.lazy import dataclass
 from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout

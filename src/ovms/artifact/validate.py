@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -32,6 +32,7 @@ from ovms.errors import (
     SnapshotInvalid,
     UsageError,
 )
+from ovms.lazy import dataclass
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
@@ -72,7 +73,7 @@ class Problem:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-@dataclass
+@dataclass()
 class Report:
     """What was looked at (``kind`` is one of :class:`Kind`, ``unpacked``, ``artifact`` or ``file``: it can't be told what),
     and what is wrong.

@@ -11,6 +11,8 @@ import codecs
 import re
 from typing import Final, TextIO
 
+from ovms.lazy import regex
+
 # Of bounded length, so that none has to be waited for without end; what is longer is no sequence, but text with a strange
 # character before it. No string begins within another, or looking for their ends would cost the square of their number.
 _CSI: Final = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,4}"
@@ -21,8 +23,8 @@ _WHOLE: Final = (
     r"|\x1b(?:[0-OQ-WYZ\\`-~]|[ -/]{1,4}[0-~])"
     r"|(?P<end>\r{1,2}\n)|(?P<control>[^\n\t\x20-\x7e\xa0-\U0010ffff])"
 )
-_LAST: Final = re.compile(_WHOLE)
-_PIECE: Final = re.compile(f"{_BEGUN}|{_WHOLE}")
+_LAST: Final = regex(_WHOLE)
+_PIECE: Final = regex(f"{_BEGUN}|{_WHOLE}")
 _STRANGE: Final = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.disk import qcow2
 from ovms.errors import DiskInvalid, Unsupported
+from ovms.lazy import dataclass
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
 

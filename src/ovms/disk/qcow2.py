@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms.errors import DiskInvalid
+from ovms.lazy import dataclass
 from ovms.spec import limits
 
 MAGIC: Final = b"QFI\xfb"

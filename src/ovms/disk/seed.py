@@ -14,12 +14,12 @@ Protocol 1.10 with SUSP 1.10, and the Joliet specification of 1995. The same fil
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 from typing import Final
 
 from ovms.errors import InputError
+from ovms.lazy import regex
 from ovms.spec import limits
 
 SECTOR: Final = 2048
@@ -31,7 +31,7 @@ FILE_MAX: Final = 4 * limits.MIB
 #: Images have a multiple of this size, so that what the user wrote is not told by the size of the disk.
 STEP: Final = 64 * limits.KIB
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,29}")
+_NAME: Final = regex(r"[a-z0-9][a-z0-9-]{0,29}")
 _PRIMARY, _JOLIET, _END = 16, 17, 18
 _PATHS: Final = {_PRIMARY: (19, 20), _JOLIET: (21, 22)}
 _ROOTS: Final = {_PRIMARY: 23, _JOLIET: 24}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
-import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import HostError
+from ovms.lazy import dataclass, regex
 from ovms.vmm.model import GuestRam
 
 PAGE: Final = 4096
@@ -33,7 +31,7 @@ _PRESENT_OR_SWAPPED: Final = 3 << 62
 _ENTRIES: Final = 32 * 1024
 
 #: A mapping in ``/proc/PID/maps``: address range, permissions, offset, device, inode, path.
-_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ ([0-9]+)\s*(.*)")
+_MAPPING: Final = regex(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ ([0-9]+)\s*(.*)")
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,8 @@ def written_pages(pid: int, address: int, size: int) -> Iterator[Run]:
 
 def scan_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
     """:func:`written_pages` by ``PAGEMAP_SCAN`` on an open ``/proc/PID/pagemap``: fast. OSError where there is none."""
+    import ctypes
+
     regions = (ctypes.c_uint64 * (3 * _REGIONS))()
     found: list[Run] = []
     start, end = address, address + size

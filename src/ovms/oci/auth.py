@@ -12,11 +12,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlencode, urlsplit
 
 from ovms.errors import JsonInvalid, RegistryDenied, RegistryProtocol
+from ovms.lazy import dataclass, regex
 from ovms.oci.credentials import Credential
 from ovms.oci.http import shown
 from ovms.oci.realm import VARIABLE, TokenServices, is_host, is_loopback, same_host
@@ -30,8 +30,8 @@ _LIFETIME_MAX: Final = 24 * 3600
 _TOKEN_ANSWER_MAX: Final = 1 * limits.MIB
 _HEADER_MAX: Final = 8192
 _WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_SCHEME: Final = re.compile(rf"\s*,*\s*({_WORD})(?=\s|,|$)(?!\s*=)")
-_PARAMETER: Final = re.compile(rf'\s*,*\s*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
+_SCHEME: Final = regex(rf"\s*,*\s*({_WORD})(?=\s|,|$)(?!\s*=)")
+_PARAMETER: Final = regex(rf'\s*,*\s*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
 
 #: Sends a request: method, URL, headers, body → status, body (at most the given bytes).
 Fetch = Callable[[str, str, Mapping[str, str], bytes | None, int], tuple[int, bytes]]

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Locked, OvmsError
+from ovms.lazy import dataclass, regex
 from ovms.oci import partial
 from ovms.oci.descriptor import ImageIndex, ImageManifest
 from ovms.oci.layout import Entry, Layout
@@ -33,9 +33,9 @@ from ovms.spec.digest import Digest, hex_of
 #: Seconds to wait for those who add or use blobs. A transfer may take an hour: nobody waits for that.
 WAIT: Final = 3.0
 
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_HEX: Final = regex(r"[0-9a-f]{64}")
 #: ``memory/snapshot.py`` names what it unpacks after the boot that it was unpacked in.
-_RAM: Final = re.compile(r"[0-9a-f]{64}\.([0-9a-f]{8})\.ram")
+_RAM: Final = regex(r"[0-9a-f]{64}\.([0-9a-f]{8})\.ram")
 
 
 class Kind(StrEnum):
@@ -107,7 +107,7 @@ class Plan:
         return {kind: (len(sizes), sum(sizes)) for kind, sizes in found.items()}
 
 
-@dataclass
+@dataclass()
 class Reach:
     """What some manifests need: digests of blobs and manifests, whether they are here or not."""
 
@@ -147,8 +147,9 @@ def reach(layout: Layout, roots: Iterable[Digest]) -> Reach:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def plan(layout: Layout, needs: Needs, options: Options = Options()) -> Plan:
+def plan(layout: Layout, needs: Needs, options: Options | None = None) -> Plan:
     """What can go now. Exact under the collector's lock; without it, a good guess."""
+    options = options or Options()
     entries = layout.entries()
     going = _unused(layout, entries, needs, options) if options.unused else ()
     named = [entry for entry in entries if entry not in going]
@@ -372,7 +373,7 @@ def alone(layout: Layout, *, wait: float) -> Iterator[None]:
 def collect(
     layout: Layout,
     needs: Callable[[], Needs],
-    options: Options = Options(),
+    options: Options | None = None,
     *,
     dry_run: bool = False,
     wait: float = WAIT,

@@ -13,19 +13,19 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, JsonInvalid, OvmsError
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits, strictjson
 
 _FILE_MAX: Final = 1 * limits.MIB
-_HELPER: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HELPER: Final = regex(r"[A-Za-z0-9_.-]{1,64}")
 _HELPER_TIMEOUT: Final = 30.0
 #: What a helper may need to find its own store; the rest of the environment stays with us.
 _HELPER_ENV: Final = (

@@ -9,16 +9,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Conflict, FileProblem, InputError, StoreCorrupt
+from ovms.lazy import dataclass
 from ovms.oci import source, tar
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import REPAIR, Layout
@@ -154,7 +154,7 @@ def _write_archive(parts: _Parts, entry: Descriptor, path: Path, progress: Progr
     with _full(path):
         _sweep_beside(path)
         fsutil.require_space(path.parent, parts.allocated(parts.blobs), f"writing {path}")
-        temporary = path.with_name(f"{_TEMPORARY}{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+        temporary = path.with_name(f"{_TEMPORARY}{path.name[:200]}.{fsutil.unique(6)}.tmp")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -311,7 +311,7 @@ class _Target:
     @contextlib.contextmanager
     def new(self, directory: int, name: str) -> Iterator[int]:
         """A file that appears as *name* when it is complete."""
-        temporary = f"{_TEMPORARY}{secrets.token_hex(8)}.tmp"
+        temporary = f"{_TEMPORARY}{fsutil.unique(8)}.tmp"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
         try:
             yield fd

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import Locked, OvmsError, StoreCorrupt
+from ovms.lazy import dataclass, regex
 from ovms.oci import collector, workers
 from ovms.oci.collector import Item, Needs
 from ovms.oci.descriptor import ImageManifest
@@ -28,7 +28,7 @@ from ovms.progress import NULL, Progress
 from ovms.spec import ramsnap, strictjson
 from ovms.spec.digest import Digest, from_hasher
 
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_HEX: Final = regex(r"[0-9a-f]{64}")
 #: Missing blobs that a message names; JSON has all of them.
 _NAMED_MAX: Final = 3
 
@@ -108,7 +108,7 @@ class Uses:
     damaged: tuple[OvmsError, ...] = ()
 
 
-@dataclass
+@dataclass()
 class Report:
     """What was looked at, and what is wrong. ``busy``: others worked, so stale work was not looked for."""
 

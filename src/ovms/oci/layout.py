@@ -27,11 +27,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +43,7 @@ from ovms.errors import (
     RegistryProtocol,
     StoreCorrupt,
 )
+from ovms.lazy import dataclass, regex
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, annotations_of, parse_manifest
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, from_hasher, hex_of, of_bytes
@@ -59,7 +58,7 @@ REPAIR: Final = "'ovm fsck --repair' takes it out of the way, and tells how to g
 #: The "size" of what is no file but has a blob's name: a link, a directory. No blob has it.
 NO_FILE: Final = -1
 #: What ``fsutil.atomic_write`` leaves when it is killed.
-_TEMPORARY: Final = re.compile(r"\.(index\.json|ovms\.index\.json|oci-layout)\.[0-9a-f]+\.tmp")
+_TEMPORARY: Final = regex(r"\.(index\.json|ovms\.index\.json|oci-layout)\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ class Layout:
     @contextlib.contextmanager
     def loose(self, digest: Digest) -> Iterator[BlobWriter]:
         """Like :meth:`writer`, for a small blob: one file, which the collector sweeps where its writer is killed."""
-        path = self.partial_dir / f"{hex_of(digest)}.{secrets.token_hex(4)}"
+        path = self.partial_dir / f"{hex_of(digest)}.{fsutil.unique(4)}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             yield BlobWriter(self, fd, path)

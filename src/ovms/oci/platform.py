@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from ovms.errors import InputError, Unsupported
+from ovms.lazy import dataclass, regex
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
 from ovms.spec import mediatypes
 
@@ -14,7 +13,7 @@ from ovms.spec import mediatypes
 _ALIASES: Final = {"x86_64": "amd64", "aarch64": "arm64", "armhf": "arm", "i386": "386", "i686": "386"}
 #: The variant that is meant where none is written.
 _DEFAULT_VARIANTS: Final = {"arm64": "v8", "arm": "v7"}
-_FORM: Final = re.compile(r"([a-z0-9]{1,32})/([a-z0-9_]{1,32})(?:/([a-z0-9.]{1,32}))?")
+_FORM: Final = regex(r"([a-z0-9]{1,32})/([a-z0-9_]{1,32})(?:/([a-z0-9.]{1,32}))?")
 #: So many platforms of an index are named in an error.
 _LISTED_MAX: Final = 20
 

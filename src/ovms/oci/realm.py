@@ -15,11 +15,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from ovms.errors import InputError
+from ovms.lazy import regex
 
 VARIABLE: Final = "OVMS_TOKEN_SERVICES"
 _SHARED_MIN: Final = 2
 #: Strict, so that whoever parses the URL for the connection finds the same host in it.
-_HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::([0-9]{1,5}))?")
+_HOST_PORT: Final = regex(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::([0-9]{1,5}))?")
 
 
 def is_loopback(host: str) -> bool:

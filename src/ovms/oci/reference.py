@@ -8,22 +8,22 @@ that comes from a public registry by a typing error is not what we want.)
 from __future__ import annotations
 
 import ipaddress
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, Self
 
 from ovms.errors import ReferenceInvalid
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits
 from ovms.spec.digest import Digest, is_digest
 
 DEFAULT_TAG: Final = "latest"
 
-_HOST: Final = re.compile(
+_HOST: Final = regex(
     r"(?:\[[0-9a-fA-F:]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
     r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)(?::(?P<port>[0-9]{1,5}))?"
 )
-_REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-_TAG: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{limits.TAG_MAX - 1}}}")
+_REPOSITORY: Final = regex(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG: Final = regex(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{limits.TAG_MAX - 1}}}")
 
 
 def _is_address(host: str) -> bool:

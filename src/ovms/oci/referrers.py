@@ -23,10 +23,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Final
 
 from ovms.errors import IntegrityError, JsonInvalid, OvmsError, ReferenceNotFound, RegistryProtocol
+from ovms.lazy import dataclass
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
@@ -334,7 +335,7 @@ def local_lister(layout: Layout) -> Lister:
 # --- as a tree -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass()
 class Node:
     """A referrer of *subject*, and its own referrers. *repeated*: it stands in the tree already, with its referrers."""
 

@@ -15,12 +15,12 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import FileProblem, InputError, Problem, RegistryDenied, Unsupported
+from ovms.lazy import dataclass, regex
 from ovms.oci.http import shown
 from ovms.spec import limits
 from ovms.spec.document import Reader
@@ -35,9 +35,9 @@ _PORT: Final = r"(?::[0-9]{1,5})?"
 _HOST: Final = rf"(?:\[[0-9A-Fa-f:]{{2,45}}\]|{_NAME}){_PORT}"
 _COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH: Final = rf"{_COMPONENT}(?:/{_COMPONENT})*"
-_HOST_PORT: Final = re.compile(_HOST)
-_LOCATION: Final = re.compile(rf"{_HOST}(?:/{_PATH})?")
-_PREFIX: Final = re.compile(
+_HOST_PORT: Final = regex(_HOST)
+_LOCATION: Final = regex(rf"{_HOST}(?:/{_PATH})?")
+_PREFIX: Final = regex(
     rf"\*\.{_NAME}|(?P<host>{_HOST})(?:/(?P<path>{_PATH})(?P<pin>(?::[\w.-]+)?(?:@[\w:.+-]+)?))?", re.ASCII
 )
 _USES: Final = ("", "all", "digest-only", "tag-only")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Final, Self, TypeVar
 from urllib.parse import quote, urlencode
@@ -21,6 +20,7 @@ from ovms.errors import (
     RegistryError,
     RegistryProtocol,
 )
+from ovms.lazy import dataclass, regex
 from ovms.oci import auth
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import (
@@ -67,7 +67,7 @@ _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
 #: Answers by registries without the referrers API.
 _NO_REFERRERS: Final = frozenset({400, 404, 405, 501})
 #: ``Link: <url>; rel="next"``: which parameters stand before ``rel`` does not matter.
-_NEXT: Final = re.compile(r'<([^<>]{1,4096})>\s*(?:;[^<>,;]{1,300}){0,4};\s*rel="?next"?')
+_NEXT: Final = regex(r'<([^<>]{1,4096})>\s*(?:;[^<>,;]{1,300}){0,4};\s*rel="?next"?')
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import email.utils
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from typing import IO, Final, Protocol
 
 from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
+from ovms.lazy import dataclass
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
 from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin

@@ -11,12 +11,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, DigestMismatch, FileProblem, InputError, ReferenceNotFound
+from ovms.lazy import dataclass, regex
 from ovms.oci import tar
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, annotations_of, parse_manifest
 from ovms.oci.transport import Kind, Place, name_in
@@ -32,7 +32,7 @@ INDEX_MAX: Final = 16 * limits.MIB
 _MARKER_MAX: Final = 4096
 #: So many artifacts of a layout are named in an error.
 _LISTED_MAX: Final = 20
-_COUNTS: Final = re.compile(rf"{MARKER}|{re.escape(INDEX)}|{BLOBS}/[0-9a-f]{{64}}")
+_COUNTS: Final = regex(rf"{MARKER}|{re.escape(INDEX)}|{BLOBS}/[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from ovms.errors import InputError
+from ovms.lazy import dataclass, regex
 
 BLOCK: Final = 512
 #: Members of an archive, of any kind.
@@ -33,7 +33,7 @@ _REGULAR: Final = b"0\07"
 #: Links, devices, directories, FIFOs: they have no content.
 _EMPTY: Final = b"123456"
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
-_PAX_RECORD: Final = re.compile(rb"([1-9][0-9]{0,8}) ")
+_PAX_RECORD: Final = regex(rb"([1-9][0-9]{0,8}) ")
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ chooses by digest. What begins like this is always a place on disk, never an art
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from ovms.errors import InputError, ReferenceInvalid
+from ovms.lazy import dataclass, regex
 from ovms.oci.reference import Reference
 from ovms.spec.digest import Digest, is_digest
 
 #: Printable ASCII without spaces: what the image layout allows, and what ``skopeo`` writes, is less.
-_TAG: Final = re.compile(r"[!-~]{1,512}")
+_TAG: Final = regex(r"[!-~]{1,512}")
 
 
 class Kind(StrEnum):

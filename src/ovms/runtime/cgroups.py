@@ -12,9 +12,10 @@ import os
 import re
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from ovms.lazy import dataclass, regex
 
 #: What the groups are called that hold ours.
 PARENT: Final = "ovms"
@@ -23,7 +24,7 @@ _PROCS: Final = "cgroup.procs"
 CONTROLLERS: Final = ("memory", "pids")
 #: Tries to remove a group, 10 ms apart.
 _TRIES: Final = 20
-_OOM: Final = re.compile(r"^oom_kill ([0-9]+)$", re.MULTILINE)
+_OOM: Final = regex(r"^oom_kill ([0-9]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ovms import fsutil
 from ovms.artifact import model
 from ovms.disk import qcow2
 from ovms.errors import Unsupported
+from ovms.lazy import dataclass
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, Final
 import ovms
 from ovms import fsutil, process
 from ovms.errors import OvmsError, RegistryDenied, ToolMissing
+from ovms.lazy import dataclass
 from ovms.oci.credentials import Credentials
 from ovms.oci.session import Session
 from ovms.runtime import cgroups, hostkernel

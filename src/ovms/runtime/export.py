@@ -10,14 +10,12 @@ import contextlib
 import errno
 import json
 import os
-import re
-import secrets
 import select
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +24,7 @@ from ovms.artifact.model import Artifact
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer
 from ovms.errors import DiskInvalid, FileProblem, HostError, OvmsError, Unsupported
+from ovms.lazy import dataclass, regex
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks
@@ -41,7 +40,7 @@ STALL: Final = 3600.0
 _NAMELESS: Final = os.O_TMPFILE
 _MEASURE_TIMEOUT: Final = 600.0
 _OUTPUT_MAX: Final = 64 * limits.KIB
-_PERCENT: Final = re.compile(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)")
+_PERCENT: Final = regex(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)")
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ def _nameless(target: Target, size: int, held: contextlib.ExitStack) -> int:
 
 def _named(directory: Path, held: contextlib.ExitStack) -> int:
     # a file system that knows no other files, such as NFS
-    path = directory / f".{secrets.token_hex(8)}.tmp"
+    path = directory / f".{fsutil.unique(8)}.tmp"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as exc:
@@ -287,7 +286,7 @@ def _publish(fd: int, target: Target) -> None:
     try:
         if target.replace:
             # a name can't be given over another file's: for a moment it has one of its own
-            name = f".{secrets.token_hex(8)}.tmp"
+            name = f".{fsutil.unique(8)}.tmp"
             _link(fd, name, directory)
             os.rename(name, target.path.name, src_dir_fd=directory, dst_dir_fd=directory)
         else:

@@ -14,11 +14,9 @@ import base64
 import contextlib
 import os
 import re
-import secrets
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +32,7 @@ from ovms.errors import (
     StateConflict,
     Unsupported,
 )
+from ovms.lazy import dataclass, regex
 from ovms.runtime.agent import ANSWER_MAX, HOLD, Agent, AgentRefused, data, field, printable
 from ovms.runtime.instances import Instances
 from ovms.runtime.record import Record
@@ -264,7 +263,7 @@ def put(
     """
     target = _target(agent, path, name)
     parent, _, base = target.rpartition("/")
-    temporary = f"{parent}/.{base[:100]}.{secrets.token_hex(6)}.tmp"
+    temporary = f"{parent}/.{base[:100]}.{fsutil.unique(6)}.tmp"
     handle = _handle(agent.execute("guest-file-open", {"path": temporary, "mode": "w"}))
     try:
         try:
@@ -326,7 +325,7 @@ def get(agent: Agent, path: str, target: Path, *, advance: Callable[[int], None]
         )
     if found is Kind.OTHER:
         raise Unsupported(f"{printable(path)} in the guest is no regular file")
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name[:100]}.{fsutil.unique(6)}.tmp")
     with contextlib.ExitStack() as undo, fsutil.noticing_full_disk("the copy", target.parent):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         undo.callback(temporary.unlink, missing_ok=True)
@@ -391,7 +390,7 @@ def shut_down(agent: Agent) -> None:
 
 
 #: ``INSTANCE:PATH``, as docker and scp have it; what has a slash before the colon is a path of the host.
-_PLACE: Final = re.compile(r"(?P<instance>[^/:]+):(?P<path>.*)", re.DOTALL)
+_PLACE: Final = regex(r"(?P<instance>[^/:]+):(?P<path>.*)", re.DOTALL)
 
 
 def place(text: str) -> tuple[str | None, str]:

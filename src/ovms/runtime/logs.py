@@ -19,12 +19,12 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
+from ovms.lazy import dataclass
 from ovms.spec import limits
 from ovms.vmm import watch
 from ovms.vmm.model import VmFiles

@@ -7,8 +7,9 @@ from collections.abc import Container
 from typing import Final
 
 from ovms.errors import UsageError
+from ovms.lazy import regex
 
-_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+_NAME: Final = regex(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 
 
 def check(name: str) -> str:

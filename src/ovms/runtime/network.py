@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, SnapshotIncompatible, Unsupported, UsageError
+from ovms.lazy import dataclass, regex
 from ovms.process import ProcessId
 from ovms.spec import limits, strictjson
 from ovms.vmm.jail import User
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FILE: Final = "network.json"
 _NOBODY: Final = 65534
-_INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
+_INTERFACE: Final = regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _HINT: Final = "write none, user, user:passt, user:slirp, tap, tap:NAME, bridge:NAME or netns:PATH[,redirect=NAME]"
 
 
@@ -190,7 +190,7 @@ def why_not(wanted: Wanted, state: str | None) -> str | None:
 # --- a start ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass()
 class Link:
     """The outside of a VM's network, made before the VMM starts: what the VMM gets, and what still has to come up."""
 

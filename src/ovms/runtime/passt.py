@@ -19,12 +19,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import HostError, PortInUse
+from ovms.lazy import dataclass, regex
 from ovms.process import ProcessId
 from ovms.vmm.jail import User
 from ovms.vmm.model import PortForward
@@ -41,8 +41,8 @@ _RESOLVER_6: Final = "fec0::3"
 _RESOLVER: Final = "10.0.2.3"
 _ROUTER: Final = "52:55:0a:00:02:02"
 _MTU: Final = 1500
-_FILTERS: Final = re.compile(r"^Seccomp_filters:\s+([0-9]+)$", re.MULTILINE)
-_PORT: Final = re.compile(r"'-([tu]) ([0-9a-f.:]+)/([0-9]+):")
+_FILTERS: Final = regex(r"^Seccomp_filters:\s+([0-9]+)$", re.MULTILINE)
+_PORT: Final = regex(r"'-([tu]) ([0-9a-f.:]+)/([0-9]+):")
 
 
 def installed() -> bool:
@@ -188,7 +188,7 @@ def _said(fence: subprocess.Popen[bytes]) -> str:
     return process.tail(fence.stderr.read(_SAID_MAX) or b"")
 
 
-@dataclass
+@dataclass()
 class Passt:
     """A passt that was started, and its fence."""
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from ovms.errors import HostError, PortInUse, UsageError
+from ovms.lazy import regex
 from ovms.vmm.model import PortForward
 
 #: Where ports are bound when nothing else is said: reaching a VM from outside this machine is a decision.
 DEFAULT_IP: Final = "127.0.0.1"
-_FORM: Final = re.compile(
+_FORM: Final = regex(
     r"(?:(?:(?P<ip>[0-9.]+|\[[0-9A-Fa-f:.]+\]):)?(?P<host>[0-9]{0,5}):)?(?P<guest>[0-9]{1,5})(?:/(?P<proto>tcp|udp))?"
 )
 _HINT: Final = "write [[IP:]HOST:]GUEST[/udp], such as 8080:80 or 0.0.0.0:8080:80 or [::1]:8080:80; without HOST a free port is taken"

@@ -18,12 +18,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
+from ovms.lazy import dataclass
 from ovms.process import ProcessId
 from ovms.runtime.network import Attachment, Kind
 from ovms.runtime.volumes import Volume

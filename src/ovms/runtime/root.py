@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import HostError
+from ovms.lazy import dataclass
 from ovms.oci.layout import Layout
 
 VARIABLE: Final = "OVMS_ROOT"

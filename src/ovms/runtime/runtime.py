@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,6 +28,7 @@ from ovms.errors import (
     UsageError,
     VmmError,
 )
+from ovms.lazy import dataclass
 from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
@@ -529,7 +530,7 @@ def _check_supported(artifact: Artifact) -> None:
 
 def _new_mac() -> str:
     # 52:54:00 is what QEMU and KVM use by custom: locally administered, unicast
-    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in secrets.token_bytes(3))))
+    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in os.urandom(3))))
 
 
 def ms_since(began: float) -> float:

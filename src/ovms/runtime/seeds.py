@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.disk import seed
 from ovms.errors import FileProblem, InputError
+from ovms.lazy import dataclass, regex
 from ovms.spec import bootstrap, limits
 
 FILE: Final = "seed.img"
@@ -26,12 +26,12 @@ KEY_FILE_MAX: Final = 64 * limits.KIB
 KEYS_MAX: Final = 64
 
 _NOTHING: Final = b"#cloud-config\n{}\n"
-_KEY: Final = re.compile(r"([a-z0-9@.-]{3,64}) +([A-Za-z0-9+/]{40,16384}={0,2})(?: +([^\x00-\x1f\x7f]*))?")
-_KEY_TYPE: Final = re.compile(
+_KEY: Final = regex(r"([a-z0-9@.-]{3,64}) +([A-Za-z0-9+/]{40,16384}={0,2})(?: +([^\x00-\x1f\x7f]*))?")
+_KEY_TYPE: Final = regex(
     r"ssh-(rsa|ed25519)|ecdsa-sha2-nistp(256|384|521)|sk-(ssh-ed25519|ecdsa-sha2-nistp256)@openssh\.com"
 )
 #: What private keys of OpenSSH, OpenSSL and PuTTY begin with.
-_PRIVATE: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File|SSH PRIVATE KEY FILE")
+_PRIVATE: Final = regex(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File|SSH PRIVATE KEY FILE")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
+from ovms.lazy import dataclass
 from ovms.memory import capture, compat, snapshot
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from ovms.lazy import dataclass
 from ovms.oci.collector import allocated
 from ovms.oci.usage import Row
 from ovms.runtime.instances import Instances

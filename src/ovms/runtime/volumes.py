@@ -11,22 +11,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import stat
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from ovms import fsutil
 from ovms.disk.layers import check_layer
 from ovms.errors import DiskInvalid, FileProblem, InputError, Locked, Unsupported, UsageError
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.extras import SHARES_MAX, VOLUMES_MAX, ExtraDisk, Share
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
+_NAME: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
 #: Seconds to wait for a lock: a watcher has the descriptors of its VM for some moments after it was started.
 LOCK_WAIT: Final = 0.5
 #: Where no files of the host are, but what the kernel makes up.

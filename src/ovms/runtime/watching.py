@@ -15,10 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ovms.errors import HostError, OvmsError
+from ovms.lazy import dataclass
 from ovms.runtime.document import instance
 from ovms.runtime.instances import STOP, Instances
 from ovms.runtime.record import FILE
@@ -94,7 +94,7 @@ class EventLog:
             self._listeners.pop(key, None)
 
 
-@dataclass
+@dataclass()
 class _Seen:
     state: State
     pidfd: int | None = None

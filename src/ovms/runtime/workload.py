@@ -7,12 +7,12 @@ the instance's seed disk.
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Final
 
 from ovms import fsutil
 from ovms.artifact.model import Artifact
 from ovms.errors import InputError, Unsupported
+from ovms.lazy import regex
 from ovms.oci.layout import Layout
 from ovms.spec import limits
 from ovms.spec.digest import Digest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: What of the console is looked at for the last words of a bootstrap, in bytes from its end.
 _TAIL: Final = 64 * limits.KIB
-_EXIT: Final = re.compile(rb"(?:^|\n)ovms-exit: ([0-9]{1,9})\r*(?=\n)")
+_EXIT: Final = regex(rb"(?:^|\n)ovms-exit: ([0-9]{1,9})\r*(?=\n)")
 
 
 def seed_for(layout: Layout, artifact: Artifact, told: Seed | None) -> Seed | None:

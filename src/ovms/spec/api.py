@@ -10,13 +10,13 @@ import base64
 import binascii
 import contextlib
 import ipaddress
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits, sizes, strictjson
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.document import Reader, kind_of, shown
@@ -155,8 +155,8 @@ def problem(error: OvmsError, *, status: int | None = None) -> dict[str, Any]:
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
-_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_ID: Final = regex(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME: Final = regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _OFFSET_MAX: Final = 2**63 - 1
 #: Characters of a size that is a text, and of an IP address.
 SIZE_TEXT_MAX: Final = 64

@@ -18,10 +18,11 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from ovms.errors import InputError, ManifestInvalid, Problem, Unsupported
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits, strictjson
 from ovms.spec.document import Reader, invalid, kind_of, shown
 
@@ -40,17 +41,17 @@ _SIGNAL_NAMES: Final = (
 #: Signals by name, with their numbers on Linux x86_64.
 SIGNALS: Final[Mapping[str, int]] = {f"SIG{name}": number for number, name in enumerate(_SIGNAL_NAMES, start=1)}
 
-_ENV: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
-_PORT: Final = re.compile(r"([1-9][0-9]{0,4})/(tcp|udp)")
+_ENV: Final = regex(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+_PORT: Final = regex(r"([1-9][0-9]{0,4})/(tcp|udp)")
 _ID: Final = r"0|[1-9][0-9]{0,9}"
 _ACCOUNT: Final = rf"({_ID}|[A-Za-z_][A-Za-z0-9_.-]*)"
-_USER: Final = re.compile(rf"{_ACCOUNT}(?::{_ACCOUNT})?")
-_REALTIME: Final = re.compile(r"SIGRTM(IN\+|AX-)([0-9]|[12][0-9]|30)")
-_PROFILE: Final = re.compile(r"[a-z0-9][a-z0-9-]*")
+_USER: Final = regex(rf"{_ACCOUNT}(?::{_ACCOUNT})?")
+_REALTIME: Final = regex(r"SIGRTM(IN\+|AX-)([0-9]|[12][0-9]|30)")
+_PROFILE: Final = regex(r"[a-z0-9][a-z0-9-]*")
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-_HOSTNAME: Final = re.compile(rf"(?=.{{1,64}}\Z){_LABEL}(\.{_LABEL})*")
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_DISK_LINE: Final = re.compile(rb"ovms-bootstrap 1 ([1-9][0-9]{0,6})\n")
+_HOSTNAME: Final = regex(rf"(?=.{{1,64}}\Z){_LABEL}(\.{_LABEL})*")
+_UUID: Final = regex(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_DISK_LINE: Final = regex(rb"ovms-bootstrap 1 ([1-9][0-9]{0,6})\n")
 _SECTOR: Final = 512
 
 #: What a config says; all else are unknown fields.

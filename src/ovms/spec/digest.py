@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Final, NewType
 
 from ovms.errors import ReferenceInvalid
+from ovms.lazy import regex
 
 #: A checked digest, ``sha256:<64 hex>``.
 Digest = NewType("Digest", str)
 
-_PATTERN: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_PATTERN: Final = regex(r"sha256:[0-9a-f]{64}")
 
 
 def is_digest(text: str) -> bool:

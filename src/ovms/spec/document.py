@@ -6,19 +6,19 @@ Rules are the numbers of the requirements in ``spec/rfc/``, such as MAN-4.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
 from ovms.errors import ManifestInvalid, Problem
+from ovms.lazy import regex
 from ovms.spec import limits
 
 #: Says what is wrong with a value; None when nothing is.
 Check = Callable[[Any], str | None]
 
-_TIME: Final = re.compile(
+_TIME: Final = regex(
     r"[0-9]{4}(-[0-9]{2}){2}[Tt][0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 )
 _KINDS: Final = {

@@ -6,22 +6,22 @@ breaks; unknown fields are kept (they live on in ``document``), because what is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Final
 
 from ovms.errors import Problem
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import is_digest
 from ovms.spec.document import Reader, check_time, invalid, shown
 
 SCHEMA_VERSION: Final = 1
 
-_HEX_ADDRESS: Final = re.compile(r"0x[0-9a-fA-F]{1,16}")
-_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NAME: Final = re.compile(rf"{_WORD.pattern}(/{_WORD.pattern})*")
+_HEX_ADDRESS: Final = regex(r"0x[0-9a-fA-F]{1,16}")
+_WORD: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME: Final = regex(rf"{_WORD.pattern}(/{_WORD.pattern})*")
 
 
 class DiskFormat(StrEnum):

@@ -5,12 +5,11 @@ Source: ``spec/rfc/ramsnap-v1.md``, sections 3 and 6.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ovms.errors import Problem, SnapshotInvalid
+from ovms.lazy import dataclass, regex
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import is_digest
 from ovms.spec.document import Reader, check_time, shown
@@ -26,7 +25,7 @@ _SIZES: Final = {
 #: The device types of version 1.
 DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "virtio-serial", "ivshmem")
 
-_MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_MAC: Final = regex(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
 @dataclass(frozen=True)

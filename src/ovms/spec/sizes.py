@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
+from ovms.lazy import regex
 from ovms.spec import limits
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
-_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([KMGTkmgt]?)(?:[Ii]?[Bb])?")
+_SIZE: Final = regex(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([KMGTkmgt]?)(?:[Ii]?[Bb])?")
 _FACTORS: Final = {"": 1, "k": limits.KIB, "m": limits.MIB, "g": limits.GIB, "t": limits.TIB}
 
 
-def parse(text: str) -> Decimal | None:
+def parse(text: str) -> Decimal | int | None:
     """The number of bytes; None when *text* is no size."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    if "." not in match[1]:
+        return int(match[1]) * _FACTORS[match[2].lower()]
     from decimal import Decimal
 
-    match = _SIZE.fullmatch(text)
-    return None if match is None else Decimal(match[1]) * _FACTORS[match[2].lower()]
+    return Decimal(match[1]) * _FACTORS[match[2].lower()]
 
 
 def memory_problem(size: Decimal | int) -> str | None:

@@ -8,11 +8,12 @@ import re
 from typing import Any, Final, NoReturn
 
 from ovms.errors import JsonInvalid
+from ovms.lazy import regex
 from ovms.spec import limits
 
 # Strings are skipped as a whole, so that brackets inside them do not count. One without an end is skipped too: looked
 # through again from every quotation mark in it, it would cost the square of its length.
-_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_TOKENS: Final = regex(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def parse(data: bytes, what: str, *, max_size: int, max_depth: int = limits.JSON_DEPTH_MAX) -> Any:

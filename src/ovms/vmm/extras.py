@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ovms.lazy import dataclass
 from ovms.spec.manifest import DiskFormat
 
 #: How many volumes and shared directories the machine has room for.

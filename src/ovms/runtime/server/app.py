@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 import time
 import urllib.parse
@@ -15,6 +14,7 @@ from typing import Any, Final
 from ovms import __version__
 from ovms.artifact.resolve import push
 from ovms.errors import InputError, NotFound, OvmsError, Unsupported, UsageError
+from ovms.lazy import regex
 from ovms.oci import transport
 from ovms.runtime import logrecords, snapshots
 from ovms.runtime.document import instance
@@ -51,8 +51,8 @@ QUERIES: Final[Mapping[str, frozenset[str]]] = {
     "instances": frozenset({"state"}),
     "events": frozenset({"follow", "since"}),
 }
-_NUMBER: Final = re.compile(r"[0-9]{1,18}")
-_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
+_NUMBER: Final = regex(r"[0-9]{1,18}")
+_ID: Final = regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
 Query = Mapping[str, list[str]]
 

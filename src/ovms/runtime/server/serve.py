@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import Conflict, HostError, Locked, OvmsError, PortInUse, UsageError
+from ovms.lazy import dataclass
 from ovms.runtime.runtime import Runtime
 from ovms.runtime.server.app import App
 from ovms.runtime.server.gate import Gate, Peers, TlsFiles

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil, process
 from ovms.errors import HostError, JsonInvalid, OvmsError
+from ovms.lazy import dataclass, regex
 from ovms.spec import strictjson
 
 BINARY: Final = "qemu-system-x86_64"
 _CACHE_MAX: Final = 256 * 1024
 #: Machine types are tied to a version for ever, so the newest ``pc`` is what new VMs get.
-_MACHINE: Final = re.compile(r"^(pc-i440fx-[0-9]+\.[0-9]+)\s", re.MULTILINE)
-_VERSION: Final = re.compile(r"version ([0-9]+\.[0-9]+\.[0-9]+)")
+_MACHINE: Final = regex(r"^(pc-i440fx-[0-9]+\.[0-9]+)\s", re.MULTILINE)
+_VERSION: Final = regex(r"version ([0-9]+\.[0-9]+\.[0-9]+)")
 
 
 @dataclass(frozen=True)

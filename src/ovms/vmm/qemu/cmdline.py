@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ovms.lazy import dataclass
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.extras import ExtraDisk, Share
 from ovms.vmm.model import AGENT_PORT, Machine, Network, PortForward, Region, Uplink, VmConfig

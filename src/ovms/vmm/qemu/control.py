@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
 from pathlib import Path
 from typing import Any, Final
 
+from ovms import fsutil
 from ovms.errors import PortInUse, VmmError
+from ovms.lazy import regex
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
 from ovms.vmm.model import TEMPLATE, GuestRam, Machine, PortForward, RunState
@@ -21,7 +21,7 @@ _RUNNING: Final = frozenset({"running"})
 _PAUSED: Final = frozenset(
     {"paused", "prelaunch", "postmigrate", "finish-migrate", "inmigrate", "save-vm", "restore-vm"}
 )
-_STREAM: Final = re.compile(rf"\b{cmdline.stream_id(0)[:-1]}([0-9]+): index=")
+_STREAM: Final = regex(rf"\b{cmdline.stream_id(0)[:-1]}([0-9]+): index=")
 #: Flushing a large disk cache can take its time.
 _DISK_TIMEOUT: Final = 120.0
 
@@ -165,7 +165,7 @@ class QemuControl:
 
     def _bios(self) -> bytes:
         # pmemsave takes a path alone: one in QEMU's own /tmp, which is nobody else's where it has a root of its own
-        name = f"/tmp/ovms-{secrets.token_hex(8)}"  # noqa: S108
+        name = f"/tmp/ovms-{fsutil.unique(8)}"  # noqa: S108
         arguments = {"val": state.BIOS_ADDRESS, "size": state.BIOS_SIZE, "filename": name}
         path = Path(f"/proc/{self._vmm.vmm.pid}/root{name}")
         self._qmp.execute("pmemsave", arguments)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms import process
+from ovms.lazy import dataclass
 
 _TIMEOUT: Final = 20.0
 

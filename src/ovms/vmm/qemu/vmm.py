@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
+from ovms.lazy import regex
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
@@ -38,8 +38,8 @@ _ENDINGS: Final = {
     "subsystem-reset": Ending.STOPPED,
 }
 #: What QEMU says of an image that another QEMU, or a qemu-img, has open; the device is one of ours.
-_FILE_TAKEN: Final = re.compile(r'-device \w[\w-]*,id=(\w+),.*Failed to get (?:shared )?"[\w ]+" lock')
-_PORT_TAKEN: Final = re.compile(r"Could not set up host forwarding rule '(\w+):([0-9.]*):([0-9]+)-")
+_FILE_TAKEN: Final = regex(r'-device \w[\w-]*,id=(\w+),.*Failed to get (?:shared )?"[\w ]+" lock')
+_PORT_TAKEN: Final = regex(r"Could not set up host forwarding rule '(\w+):([0-9.]*):([0-9]+)-")
 
 
 class QemuVmm:

@@ -21,12 +21,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from ovms import process
 from ovms.errors import HostError, VmmError, VmmTimeout
+from ovms.lazy import dataclass
 from ovms.process import ProcessId
 from ovms.spec import limits
 from ovms.vmm.jail import Jail, Namespace
