@@ -274,3 +274,12 @@ def terminate(process: subprocess.Popen[bytes], *, grace: float = 2.0) -> int:
         if process.poll() is None:
             process.kill()
     return process.wait()
+
+
+def memory_available() -> int:
+    """The bytes of memory that the host can give without swapping; 0 where it does not say."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return 0

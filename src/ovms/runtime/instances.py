@@ -403,7 +403,7 @@ class Instances:
         watched = record.watched
         assert watched is not None
         vmm = self._vmms(record.vmm)
-        return vmm.connect(self.files(record), record.machine, watched, restored=record.restored)
+        return vmm.connect(self.files(record), record.machine, watched)
 
     # --- recovery ----------------------------------------------------------------------------------------------
 

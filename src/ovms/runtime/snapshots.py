@@ -6,14 +6,14 @@ import contextlib
 import tempfile
 from typing import Any
 
-from ovms import fsutil
+from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.lazy import dataclass
 from ovms.memory import capture, compat, snapshot
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, disks
+from ovms.runtime import attachments, disks, jail
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec.manifest import Compression, PartKind
@@ -61,9 +61,16 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
         with instances.control(newest) as control:
+            # a guest that writes to all of its memory has it twice then
+            freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
+            if freezes:
+                jail.allow_frozen(newest.jail, newest.machine)
 
             def look() -> tuple[bytes, capture.Capture]:
-                return control.save_state(), capture.take(control.ram(), memory.fileno())
+                state = control.save_state()
+                if freezes and control.freeze_ram():
+                    return state, scratch.enter_context(contextlib.closing(capture.frozen(control.ram())))
+                return state, capture.take(control.ram(), memory.fileno())
 
             frozen: _Frozen = disks.freeze(instances, newest, control, look)
         frozen.seen[1].finish()
