@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "df": "Show what takes room: artifacts, memories, downloads, instances",
     "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
+    "warm": "Let clones of a RAM snapshot wait for the next starts",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
     "console": "Put the terminal on an instance's serial console",

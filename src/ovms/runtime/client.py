@@ -50,6 +50,12 @@ class Client(Protocol):
     def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
         """Makes an artifact of a running instance; where *tag* has a registry, it is pushed there."""
 
+    def warm(self, reference: str, size: int) -> Document:
+        """Lets *size* clones of an artifact's RAM snapshot wait for starts. Returns the pool."""
+
+    def pools(self) -> list[Document]:
+        """The warm pools."""
+
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """What an instance's VM printed, as records."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ovms.artifact.resolve import Connect, push, resolve
-from ovms.errors import OvmsError
+from ovms.errors import HostError, OvmsError
 from ovms.oci.transport import new_name
 from ovms.progress import NULL, Progress
 from ovms.runtime.client import Document
@@ -80,6 +80,19 @@ class Local:
             "downtime_ms": taken.downtime_ms,
             "pushed": name.registry is not None,
         }
+
+    def warm(self, reference: str, size: int) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        raise self._no_pools()
+
+    def pools(self) -> list[Document]:
+        """See :class:`~ovms.runtime.client.Client`."""
+        raise self._no_pools()
+
+    def _no_pools(self) -> HostError:
+        return HostError(
+            "warm pools are held by a server, and none runs here", hint="start one: 'ovm serve', or a systemd unit"
+        )
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """See :class:`~ovms.runtime.client.Client`."""

@@ -147,6 +147,14 @@ class Remote:
                 task.__exit__(None, None, None)
         raise HostError("the server ended while the instance was starting", hint="'ovm ps -a' tells what became of it")
 
+    def warm(self, reference: str, size: int) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return dict(self.call("POST", "/warm", {"manifest": reference, "size": size}, timeout=_LONG))
+
+    def pools(self) -> list[Document]:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return list(self.call("GET", "/warm")["pools"])
+
     def instances(self) -> list[Document]:
         """See :class:`~ovms.runtime.client.Client`."""
         return list(self.call("GET", "/instances")["instances"])

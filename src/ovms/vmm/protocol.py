@@ -115,7 +115,9 @@ class Vmm(Protocol):
         """Why a snapshot of *machine*, taken by this VMM in *version*, can't be restored here; None when it can."""
 
     def start(self, config: VmConfig, files: VmFiles) -> Watched:
-        """Starts a VM, running, and detached from us, with its watcher. Nothing is left of it when this fails.
+        """Starts a VM, running (or loaded and paused, where it is to be *parked*), and detached from us, with its watcher.
+
+        Nothing is left of it when this fails.
 
         Raises:
             VmmError, VmmTimeout: the VMM refused, died or hung; its own words are in the message.

@@ -296,9 +296,11 @@ def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:
             qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": linked})
         if restored:
             loaded = time.monotonic()
-            qmp.execute("cont")
+            if not config.parked:
+                qmp.execute("cont")
         answer = qmp.execute("query-status")
-        if not isinstance(answer, dict) or answer.get("status") not in ("running", "shutdown"):
+        expected = ("paused", "prelaunch") if config.parked else ("running", "shutdown")
+        if not isinstance(answer, dict) or answer.get("status") not in expected:
             raise VmmError(f"the VM does not run: its status is {answer!r:.200}")
     return loaded
 
