@@ -73,6 +73,10 @@ class _Parked:
     held: contextlib.ExitStack
     born: float
 
+    @property
+    def lives(self) -> bool:
+        return self.record.process is not None and self.record.process.alive()
+
 
 @dataclass()
 class _Pool:
@@ -224,23 +228,26 @@ class Pools:
         pool = None if known is None else self._pools.get(known[1])
         if pool is None:
             return None
+        options = replace(options, ports=port_forwards.settle(options.ports))
         while True:
             try:
                 parked = pool.ready.popleft()
             except IndexError:
                 return None
-            process_ = parked.record.process
-            if process_ is not None and process_.alive():
+            if parked.lives:
                 break
             self._end(parked)
         self._last = time.monotonic()
-        return self._hand_out(pool, parked, reference, options, key)
+        try:
+            return self._hand_out(pool, parked, options, key)
+        except BaseException:
+            # what was moved already is an instance, and is found as one
+            if parked not in pool.ready and self._parked.instances.directory(parked.record.id).exists():
+                self._end(parked)
+            raise
 
-    def _hand_out(
-        self, pool: _Pool, parked: _Parked, reference: str, options: RunOptions, key: StartKey | None
-    ) -> Handed | None:
+    def _hand_out(self, pool: _Pool, parked: _Parked, options: RunOptions, key: StartKey | None) -> Handed | None:
         instances, began = self._runtime.instances, time.monotonic()
-        ports = port_forwards.settle(options.ports)
         instance_id = parked.record.id
         source, target = self._parked.instances.directory(instance_id), instances.directory(instance_id)
         with contextlib.ExitStack() as held:
@@ -259,11 +266,11 @@ class Pools:
                         instance=taken[options.name].id,
                     )
                 when = now()
-                if ports:
-                    self._forward(parked, ports)
+                if options.ports:
+                    self._forward(parked, options.ports)
                 record = replace(
                     parked.record,
-                    ports=ports,
+                    ports=options.ports,
                     name=options.name or names.make(pool.found.artifact.manifest.name, instance_id, taken),
                     created=when,
                     started=when,
@@ -271,6 +278,7 @@ class Pools:
                     remove_on_exit=options.remove_on_exit,
                     start_key=key,
                     warm=True,
+                    pausing=True,  # should we be killed, the next command lets it go on
                 )
                 save(source, record, durable=False)
                 source.rename(target)
@@ -285,21 +293,17 @@ class Pools:
                 return None
             ready_ms = round((time.monotonic() - began) * 1000, 2)
             pool.handed_out += 1
-            record = replace(record, start_ms=ready_ms, timings={"resume": ready_ms})
+            record = replace(record, pausing=False, start_ms=ready_ms, timings={"resume": ready_ms})
             return Handed(self._runtime, record, held.pop_all())
 
     def _forward(self, parked: _Parked, ports: tuple[PortForward, ...]) -> None:
         record = parked.record
-        try:
-            if record.network.kind is network.Kind.SLIRP:
-                for port in ports:
-                    parked.control.add_forward(port)
-            else:
-                directory = self._parked.instances.directory(record.id)
-                network.rewire(parked.control, ports, directory, mac=record.machine.mac, user=record.jail.user)
-        except OvmsError:
-            self._end(parked)
-            raise
+        if record.network.kind is network.Kind.SLIRP:
+            for port in ports:
+                parked.control.add_forward(port)
+        else:
+            directory = self._parked.instances.directory(record.id)
+            network.rewire(parked.control, ports, directory, mac=record.machine.mac, user=record.jail.user)
 
     # --- filling -----------------------------------------------------------------------------------------------
 
@@ -361,9 +365,8 @@ class Pools:
                     parked = pool.ready.popleft()
                 except IndexError:
                     break
-                lives = parked.record.process is not None and parked.record.process.alive()
                 old = time.monotonic() - parked.born > AGE_MAX
-                if short or old or not lives or len(pool.ready) >= pool.size:
+                if short or old or not parked.lives or len(pool.ready) >= pool.size:
                     self._end(parked)
                 else:
                     pool.ready.append(parked)

@@ -11,6 +11,7 @@ from ovms.cli import output
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
+from ovms.spec import limits
 
 _HEAD = ("ARTIFACT", "DIGEST", "SIZE", "READY", "HANDED OUT", "PROBLEM")
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         return Exit.OK
     if args.size is None:
         raise UsageError("how many are to wait?", hint="'ovm warm REF --size N'; 0 ends the pool")
+    if not 0 <= args.size <= limits.WARM_MAX:
+        raise UsageError(f"a pool of {args.size} is out of range", hint=f"0 to {limits.WARM_MAX}; 0 ends the pool")
     pool = context.client.warm(args.artifact, args.size)
     if args.json:
         output.answer_json(pool)

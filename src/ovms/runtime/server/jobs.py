@@ -36,6 +36,8 @@ LOCK_TIMEOUT: Final = 10.0
 _BREAK_OFF: Final = 3.0
 #: Seconds between two looks at the warm pools.
 _WARM_LOOK: Final = 0.05
+#: Seconds between two looks at whether what waits is still good.
+_WARM_TIDY: Final = 1.0
 #: Seconds between two reports of one piece of long work.
 _REPORT: Final = 0.5
 
@@ -152,10 +154,13 @@ class Jobs:
 
     async def keep_warm(self, pools: Pools) -> None:
         """Fills the pools, until it is cancelled."""
+        tidied = 0.0
         while True:
             with contextlib.suppress(OvmsError, OSError, HttpError):
-                await self.changers.run(pools.tidy)
-                while await self.changers.run(pools.work):
+                if pools.any and time.monotonic() - tidied > _WARM_TIDY:
+                    await self.changers.run(pools.tidy)
+                    tidied = time.monotonic()
+                while pools.any and await self.changers.run(pools.work):
                     pass
             await asyncio.sleep(_WARM_LOOK)
 
