@@ -50,6 +50,7 @@ COMMANDS: Final = {
     "rm": "Remove instances",
     "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
+    "fork": "Start clones of a running instance, or of a snapshot",
     "commit": "Make an artifact of what an instance wrote to its disk",
     "export": "Write a disk as one image",
     "login": "Log in to a registry",

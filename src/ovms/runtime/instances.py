@@ -78,6 +78,8 @@ class Instances:
         self.root = root
         #: Where their directories are, and those of the others, which use the same store and the same host.
         self.place, self._beside = (root.parked, root.instances) if parked else (root.instances, root.parked)
+        #: Held while an instance is added: no two get the same name, or run as the same user.
+        self.lock_path = root.instances / ".lock"
         self._vmms = vmms
         self.lock_timeout = LOCK_TIMEOUT
         #: What was read of records, by directory: a file that is replaced whole is known by its inode and times.
@@ -287,7 +289,7 @@ class Instances:
         instance_id = _new_id()
         directory = self.directory(instance_id)
         with contextlib.ExitStack() as lock:
-            with fsutil.file_lock(self.place / ".lock"):
+            with fsutil.file_lock(self.lock_path):
                 taken = {r.name: r for r in self.records()}
                 if known is not None and (there := next(filter(known, taken.values()), None)) is not None:
                     return there, None
@@ -311,7 +313,7 @@ class Instances:
     @contextlib.contextmanager
     def settle(self, pending: Record, make: Callable[[str, str], Record]) -> Iterator[Record]:
         """Gives an instance that was added before its artifact was known (under its lock) its whole record."""
-        with fsutil.file_lock(self.place / ".lock"):
+        with fsutil.file_lock(self.lock_path):
             if load(self.directory(pending.id)) is None:
                 raise self._gone(pending)
             record = make(pending.id, pending.name)
@@ -383,7 +385,7 @@ class Instances:
 
         That start can't come further: :meth:`settle` finds no record. False where the artifact has been found.
         """
-        with fsutil.file_lock(self.place / ".lock"):
+        with fsutil.file_lock(self.lock_path):
             newest = load(self.directory(record.id))
             if newest is None or newest.resolved:
                 return False
@@ -429,7 +431,7 @@ class Instances:
             return
         # A directory without a record is just being made or removed: both happen under this lock.
         with (
-            fsutil.file_lock(self.place / ".lock", timeout=0 if record is None else None),
+            fsutil.file_lock(self.lock_path, timeout=0 if record is None else None),
             fsutil.file_lock(directory / LOCK, timeout=0),
         ):
             record = load(directory)

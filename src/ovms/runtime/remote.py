@@ -191,9 +191,13 @@ class Remote:
         self.call("POST", "/resume", {"instance_id": text})
         return self.instance(text)
 
-    def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
+    def snapshot(self, text: str, tag: str | None, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        return dict(self.call("POST", "/snapshot", {"instance_id": text, "tag": tag}, timeout=_LONG))
+        return dict(
+            self.call(
+                "POST", "/snapshot", {"instance_id": text, **({} if tag is None else {"tag": tag})}, timeout=_LONG
+            )
+        )
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """See :class:`~ovms.runtime.client.Client`."""

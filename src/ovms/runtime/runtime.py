@@ -305,7 +305,8 @@ class Runtime:
                 )
         elif ram is None and options.restore is RestorePolicy.REQUIRE:
             raise SnapshotIncompatible(
-                f"{artifact.manifest.name} has no RAM snapshot to restore", hint="leave out --restore=require"
+                f"{artifact.manifest.name} has no RAM snapshot to restore",
+                hint="leave out --restore=require; 'ovm snapshot' makes one of a running instance",
             )
         machine = vmm.machine(
             choice.accel,

@@ -252,7 +252,7 @@ class Pools:
         source, target = self._parked.instances.directory(instance_id), instances.directory(instance_id)
         with contextlib.ExitStack() as held:
             held.enter_context(fsutil.file_lock(source / LOCK))
-            with fsutil.file_lock(instances.place / ".lock"):
+            with fsutil.file_lock(instances.lock_path):
                 taken = {record.name: record for record in instances.records()}
                 twice = key is not None and any(r.start_key and r.start_key.key == key.key for r in taken.values())
                 if twice or (options.name is not None and names.check(options.name) in taken):
