@@ -256,7 +256,7 @@ def test_what_was_prepared_and_not_used_is_taken_back(maker: Maker) -> None:
     vm = maker.start()
     assert vm.config.overlay is not None
     new = vm.config.overlay.with_name("overlay-1.qcow2")
-    qcow2.create_overlay(new, DISK)
+    qcow2.create_overlay(new, vm.config.machine.disk_size or 0)
     with vm.control() as control:
         for _ in range(2):
             with control.prepare(new):
