@@ -198,6 +198,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
                 policy=args.pull,
                 progress=context.progress,
                 platform=args.platform,
+                gate=runtime.gate(options),
             )
         started = runtime.start(found, options, context.progress)
     record = started.record
