@@ -10,12 +10,14 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from ovms import fsutil
 from ovms.errors import (
     BlobNotFound,
     DigestMismatch,
+    InputError,
+    IntegrityError,
     OvmsError,
     RegistryProtocol,
     StoreCorrupt,
@@ -34,6 +36,9 @@ from ovms.progress import NULL, Progress, Task
 from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
+if TYPE_CHECKING:
+    from ovms.oci import reuse
+
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
@@ -44,6 +49,10 @@ class _Stopped(OvmsError):
     """Another transfer of the same artifact has failed; its error is the one to show."""
 
 
+class _NoReuse(Exception):
+    """What is here of other blobs is of no use; the rest is fetched plainly."""
+
+
 #: Reads the control part of a RAM snapshot where it is pulled from. Raises as :func:`ovms.oci.control.fetch`.
 ReadControl = Callable[[Descriptor], bytes]
 #: Says which of an artifact's blobs are to be left out, by their digests; asked when both manifests are in the store.
@@ -52,9 +61,10 @@ Leave = Callable[[ImageManifest, ReadControl], Collection[Digest]]
 
 @dataclass()
 class Tally:
-    """Bytes of blobs that a transfer has fetched."""
+    """Bytes of blobs that a transfer has fetched, and those that it took from other blobs here instead."""
 
     fetched: int = 0
+    reused: int = 0
 
 
 def pull(
@@ -250,9 +260,10 @@ class _Download:
             with self._progress.task(label(blob), blob.size) as task:
                 task.note("left out")
 
-    def _count(self, fetched: int) -> None:
+    def _count(self, fetched: int, reused: int = 0) -> None:
         with self._lock:
             self._tally.fetched += fetched
+            self._tally.reused += reused
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
         """Fetches those of *blobs* that are *missing*, several at once: the small ones, then the others, largest first."""
@@ -329,25 +340,87 @@ class _Download:
 
     def _fetch(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         patience = self._client.patience(task.waiting, stopped)
+        plan = self._reusable(blob, receiver.size)
+        reused = Tally()
         while True:
             began, reached = receiver.size, 0
             try:
+                if receiver.size < blob.size and plan is not None:
+                    self._put_together(plan, blob, receiver, task, stopped, reused)
                 if receiver.size < blob.size:
                     self._receive(blob, receiver, task, stopped)
                 reached = receiver.size
                 receiver.commit()
+                self._count(0, reused.reused)
                 return
             except (Broken, Refused, Busy) as exc:
                 if receiver.size - began >= _PROGRESS:
                     patience.progressed()
                 patience.bear(exc)
             except DigestMismatch:
-                # Bytes of an earlier pull may be what is wrong: after a power failure, or of another registry's doing.
-                if not receiver.resumed and not began:
+                # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing),
+                # or those that were taken from other blobs.
+                if not receiver.resumed and not began and plan is None:
                     receiver.reset()
                     raise
                 task.advance(-(receiver.size or reached))
                 receiver.reset()
+                if plan is not None:
+                    task.note("chunks of other snapshots did not fit")
+                    plan, reused = None, Tally()
+
+    def _reusable(self, blob: Descriptor, have: int) -> reuse.Plan | None:
+        # What of the blob need not be fetched. Whatever is wrong with its control part shows when all of it is here.
+        if blob.media_type not in absent.RAM_TYPES or not self._several:
+            return None
+        from ovms.oci import reuse
+
+        if blob.size - have < reuse.SAVED_MIN or not (candidates := reuse.others(self._layout, blob.digest)):
+            return None
+        try:
+            return reuse.plan(self.control(blob), candidates)
+        except (IntegrityError, InputError, RegistryProtocol):
+            return None
+
+    def _put_together(
+        self,
+        plan: reuse.Plan,
+        blob: Descriptor,
+        receiver: partial.Partial,
+        task: Task,
+        stopped: Callable[[], bool],
+        reused: Tally,
+    ) -> None:
+        """Writes what *receiver* lacks, in order and as far as the plan goes: what is here, and ranges of what is not."""
+
+        def take(data: bytes | memoryview) -> None:
+            receiver.write(data)
+            task.advance(len(data))
+            if stopped():
+                raise _Stopped("the transfer was broken off")
+
+        if receiver.size < len(plan.control):
+            head = plan.control[receiver.size :]
+            receiver.write(head)
+            task.advance(len(head))
+        rest = plan.rest(receiver.size)
+        task.note(f"{plan.reused / limits.MIB:.1f} MiB from other snapshots here")
+        spans = [(piece.offset, piece.size) for piece in rest if piece.source is None]
+        lanes = min(1 + self._spare(), len(spans))
+        with contextlib.closing(ranges.fetch_spans(spans, lanes, self._fetcher(blob, task, stopped))) as fetched:
+            try:
+                for piece in rest:
+                    if piece.source is None:
+                        take(next(fetched))
+                        self._count(piece.size)
+                    else:
+                        for data in _copied(self._layout.path(piece.source), piece.at, piece.size):
+                            take(data)
+                            reused.reused += len(data)
+            except ranges.NoRanges:
+                self._several = False  # and the rest comes plainly
+            except _NoReuse:
+                pass
 
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         judge = ranges.Judge(spare=self._spare)
@@ -390,6 +463,23 @@ class _Download:
             return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
 
         return fetch_range
+
+
+def _copied(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    # a part of another blob here
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            while size:
+                data = os.pread(fd, min(size, fsutil.COPY_BUFFER), offset)
+                if not data:
+                    raise _NoReuse
+                yield data
+                offset, size = offset + len(data), size - len(data)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise _NoReuse from exc
 
 
 # --- upload ----------------------------------------------------------------------------------------------------------

@@ -358,5 +358,5 @@ def test_the_command_line_says_so(tmp_path: Path, source: Layout, server: Server
     assert refused.error["hint"] == f"'ovm pull {ref}' fetches it"
     assert ovm.ok("fsck").out.endswith("sound\n")
     whole = ovm.ok("pull", "--json", ref).json
-    assert whole["left_out"] == []
+    assert (whole["left_out"], whole["reused"]) == ([], 0)
     assert ovm.ok("inspect", ref).json["ram_snapshot"]["chunks"] == PAGES // 16

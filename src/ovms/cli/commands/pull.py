@@ -62,6 +62,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         "digest": artifact.digest,
         "size": artifact.size,
         "fetched": tally.fetched,
+        "reused": tally.reused,
         "left_out": [blob.digest for blob in ram.left_out(context.layout, artifact)],
     }
     if args.referrers:
