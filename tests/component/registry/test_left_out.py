@@ -19,6 +19,7 @@ from ovms.artifact import model, resolve
 from ovms.artifact import ram as choosing
 from ovms.artifact.ram import unwanted
 from ovms.artifact.resolve import Found, find
+from ovms.artifact.validate import validate_artifact
 from ovms.errors import BlobNotFound, DigestMismatch, SnapshotIncompatible, SnapshotInvalid
 from ovms.oci import absent, control, transfer
 from ovms.oci.collector import Needs, Options, collect
@@ -199,6 +200,15 @@ def test_a_lost_one_was_not_left_out(layout: Layout, client: RegistryClient, ref
     assert is_sound(layout)
 
 
+def test_only_ram_snapshots_are_left_out(layout: Layout, client: RegistryClient, ref: str) -> None:
+    pull(layout, client, ref, unwanted)
+    layout.path(of_bytes(DISK)).unlink()
+    (layout.absent_dir / hex_of(of_bytes(DISK))).touch()
+    assert [finding.missing for finding in check(layout, Uses).findings] == [(of_bytes(DISK),)]
+    with pytest.raises(BlobNotFound):
+        require_whole(layout, ref, find(layout, ref).artifact.image.blobs)
+
+
 def test_a_note_that_nobody_needs_is_swept(
     layout: Layout, client: RegistryClient, ref: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,3 +370,13 @@ def test_the_command_line_says_so(tmp_path: Path, source: Layout, server: Server
     whole = ovm.ok("pull", "--json", ref).json
     assert (whole["left_out"], whole["reused"]) == ([], 0)
     assert ovm.ok("inspect", ref).json["ram_snapshot"]["chunks"] == PAGES // 16
+
+
+def test_what_is_not_here_is_not_called_valid(layout: Layout, source: Layout, server: Server) -> None:
+    ref = serve(server, source, artifacts.with_ram(source, "test:1", RAM, disk=DISK))
+    with RegistryClient(server.host) as client:
+        digest = pull(layout, client, ref, unwanted).artifact.digest
+    report = validate_artifact(layout, ref, digest)
+    assert [(p.part, p.code, p.hint) for p in report.problems if p.part == "the RAM snapshot"] == [
+        ("the RAM snapshot", "blob-not-found", f"'ovm pull {ref}' fetches it")
+    ]
