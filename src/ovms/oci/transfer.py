@@ -342,6 +342,9 @@ class _Download:
         patience = self._client.patience(task.waiting, stopped)
         plan = self._reusable(blob, receiver.size)
         reused = Tally()
+        if receiver.size == 0 and (head := self._controls.get(blob.digest)) is not None:
+            receiver.write(head)  # was fetched to decide by
+            task.advance(len(head))
         while True:
             began, reached = receiver.size, 0
             try:
@@ -358,8 +361,8 @@ class _Download:
                     patience.progressed()
                 patience.bear(exc)
             except DigestMismatch:
-                # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing),
-                # or those that were taken from other blobs.
+                # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing), a
+                # control part that nothing vouched for, or what was taken from other blobs.
                 if not receiver.resumed and not began and plan is None:
                     receiver.reset()
                     raise

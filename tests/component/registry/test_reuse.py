@@ -49,6 +49,7 @@ def snapshot(content: dict[int, bytes], **more: Any) -> bytes:
 
 BASE = {number: pages(number) for number in range(CHUNKS)}
 OLD = snapshot(BASE)
+OTHER = {number: pages(f"other {number}") for number in range(CHUNKS)}
 #: A quarter of it is another, in places all over it.
 CHANGED = {number: pages(f"new {number}") for number in (0, 1, 2, 3, 20, 21, 22, 30, 31, 40, 41, 42, 60, 61, 62, 63)}
 NEW = snapshot({**BASE, **CHANGED}, header={"created": "2026-11-25T10:00:00Z"})
@@ -127,10 +128,11 @@ def test_ranges_that_lie_near_are_one(
 def test_what_saves_too_little_is_fetched_plainly(
     shared: int, layout: Layout, source: Layout, server: Server, client: RegistryClient
 ) -> None:
-    layout.add_bytes(snapshot({number: pages(number) for number in range(shared)} | {63: pages("other")}))
+    layout.add_bytes(snapshot({**OTHER, **{number: pages(number) for number in range(4, 4 + shared)}}))
     tally = pull(layout, client, serve(server, source, NEW))
     assert is_there(layout, NEW)
-    assert server.asked("GET", hex_of(of_bytes(NEW)))[-1] is None
+    asked = server.asked("GET", hex_of(of_bytes(NEW)))
+    assert asked == [f"bytes=0-{CONTROL - 1}", f"bytes={CONTROL}-{len(NEW) - 1}"], "nothing twice"
     assert tally.reused == 0
 
 
@@ -156,9 +158,6 @@ def lying(index_of: dict[int, bytes], data_of: dict[int, bytes]) -> bytes:
     said, there = snapshot(index_of), snapshot(data_of)
     at = ramsnap.parse_prefix(said).data_offset
     return (said[:at] + there[at:]).ljust(len(said), b"\1")[: len(said)]
-
-
-OTHER = {number: pages(f"other {number}") for number in range(CHUNKS)}
 
 
 @pytest.mark.spec("RAM-56", "OCI-21", "OCI-22")
@@ -231,6 +230,27 @@ def test_a_registry_that_lies_in_its_ranges(
 
 def passing(handler: faulty.Handler, body: bytes) -> bool:
     return False
+
+
+def test_a_registry_that_sends_another_control_part(
+    layout: Layout, source: Layout, server: Server, client: RegistryClient
+) -> None:
+    """Without an annotation nothing vouches for it; what was begun with it is thrown away."""
+    layout.add_bytes(OLD)
+    artifact = artifacts.with_ram(source, "test:1", NEW, annotated=False)
+    serve(server, source, NEW)
+    server.manifests["1"] = artifact.image.raw
+    server.blobs[artifact.image.config.digest] = source.path(artifact.image.config.digest).read_bytes()
+    other = snapshot({**BASE, **CHANGED}, header={"created": "2026-11-26T10:00:00Z"})
+    assert len(other) == len(NEW)
+
+    def wrong(handler: faulty.Handler, body: bytes) -> bool:
+        handler.send_range(other)
+        return True
+
+    server.faults = [("GET", hex_of(of_bytes(NEW)), wrong)] * 2
+    pull(layout, client, Reference(server.host, "x", "1"))
+    assert is_there(layout, NEW)
 
 
 def test_a_registry_without_ranges(layout: Layout, source: Layout, server: Server, client: RegistryClient) -> None:
