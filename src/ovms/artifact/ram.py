@@ -129,6 +129,8 @@ def complete(
                 return work(connect(source.registry or ""), source.repository)
             except (BlobNotFound, RegistryError) as exc:
                 first = exc if number == 0 else first
+        if isinstance(first, RegistryError):
+            first.hint = (first.hint or "try again") + _COLD
         raise first
 
     def control() -> Control:

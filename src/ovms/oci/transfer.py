@@ -19,6 +19,7 @@ from ovms.errors import (
     InputError,
     IntegrityError,
     OvmsError,
+    RegistryError,
     RegistryProtocol,
     StoreCorrupt,
     Unsupported,
@@ -47,6 +48,14 @@ _SMALL: Final = 256 * limits.KIB
 
 class _Stopped(OvmsError):
     """Another transfer of the same artifact has failed; its error is the one to show."""
+
+
+class _Borne(Exception):
+    """A range did not come however often it was asked for: *error* is the user's."""
+
+    def __init__(self, error: RegistryError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class _NoReuse(Exception):
@@ -360,6 +369,10 @@ class _Download:
                 if receiver.size - began >= _PROGRESS:
                     patience.progressed()
                 patience.bear(exc)
+            except _Borne as exc:
+                if receiver.size - began < _PROGRESS:
+                    raise exc.error from None
+                patience.progressed()
             except DigestMismatch:
                 # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing), a
                 # control part that nothing vouched for, or what was taken from other blobs.
@@ -463,7 +476,10 @@ class _Download:
                     raise _Stopped("the transfer was broken off")
                 return self._client.read_range(self._repository, blob, offset, size)
 
-            return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
+            try:
+                return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
+            except (Broken, Refused, Busy) as exc:
+                raise _Borne(exc) from exc
 
         return fetch_range
 

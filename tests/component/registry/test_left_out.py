@@ -20,7 +20,7 @@ from ovms.artifact import ram as choosing
 from ovms.artifact.ram import unwanted
 from ovms.artifact.resolve import Found, find
 from ovms.artifact.validate import validate_artifact
-from ovms.errors import BlobNotFound, DigestMismatch, SnapshotIncompatible, SnapshotInvalid
+from ovms.errors import BlobNotFound, DigestMismatch, RegistryUnreachable, SnapshotIncompatible, SnapshotInvalid
 from ovms.oci import absent, control, transfer
 from ovms.oci.collector import Needs, Options, collect
 from ovms.oci.descriptor import Descriptor
@@ -166,6 +166,9 @@ def test_it_is_fetched_when_it_is_needed_and_nothing_else(
     layout.set_name(ref, image)
     with pytest.raises(BlobNotFound):
         resolve.resolve(layout, no_registry, "mine:1", gate=fit, policy="never")
+    with pytest.raises(RegistryUnreachable) as unreachable:
+        resolve.resolve(layout, lambda _host: RegistryClient("127.0.0.1:1", backoff=0.001), "mine:1", gate=fit)
+    assert "--cold" in str(unreachable.value.hint)
     assert resolve.resolve(layout, no_registry, "mine:1").left_out is None, "who does not ask, does not need it"
     resolve.resolve(layout, lambda _host: client, "mine:1", gate=fit)
     assert layout.path(of_bytes(RAM)).read_bytes() == RAM
