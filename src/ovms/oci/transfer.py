@@ -376,7 +376,7 @@ class _Download:
             except DigestMismatch:
                 # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing), a
                 # control part that nothing vouched for, or what was taken from other blobs.
-                if not receiver.resumed and not began and plan is None:
+                if not receiver.resumed and not began:
                     receiver.reset()
                     raise
                 task.advance(-(receiver.size or reached))

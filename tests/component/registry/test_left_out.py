@@ -15,12 +15,20 @@ from support.faulty import Server
 from support.registry import Registry
 from support.stores import damage
 
+from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact import ram as choosing
 from ovms.artifact.ram import unwanted
 from ovms.artifact.resolve import Found, find
 from ovms.artifact.validate import validate_artifact
-from ovms.errors import BlobNotFound, DigestMismatch, RegistryUnreachable, SnapshotIncompatible, SnapshotInvalid
+from ovms.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    DiskFull,
+    RegistryUnreachable,
+    SnapshotIncompatible,
+    SnapshotInvalid,
+)
 from ovms.oci import absent, control, transfer
 from ovms.oci.collector import Needs, Options, collect
 from ovms.oci.descriptor import Descriptor
@@ -149,6 +157,18 @@ def test_one_that_is_needed_comes_with_the_rest(layout: Layout, client: Registry
     assert found.left_out is None
     assert layout.path(of_bytes(RAM)).read_bytes() == RAM
     assert not layout.absent_dir.exists()
+
+
+def test_room_is_needed_for_what_is_fetched(
+    layout: Layout, client: RegistryClient, counter: Counter, ref: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": fsutil.SPACE_RESERVE + len(DISK) + len(RAM) // 2})
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
+    for gate in (None, fit):
+        with pytest.raises(DiskFull):
+            pull(layout, client, ref, gate)
+    assert counter.since() < CONTROL + SLACK, "said before the bulk comes"
+    pull(layout, client, ref, unwanted)
 
 
 def test_it_is_fetched_when_it_is_needed_and_nothing_else(
@@ -328,6 +348,13 @@ def test_annotations_that_lie(annotation: str, value: str) -> None:
     with pytest.raises(DigestMismatch) as error:
         control.fetch(blob, lambda offset, size: RAM[offset : offset + size])
     assert error.value.context["rule"] == "RAM-46"
+
+
+def test_a_control_part_of_a_blob_of_another_size() -> None:
+    blob = Descriptor(mediatypes.RAM_SNAPSHOT_LZ4, of_bytes(RAM), len(RAM) - 1)
+    with pytest.raises(SnapshotInvalid) as error:
+        control.fetch(blob, lambda offset, size: RAM[offset : offset + size])
+    assert error.value.context["rule"] == "RAM-1"
 
 
 def test_a_registry_that_sends_another_control_part(layout: Layout, source: Layout, server: Server) -> None:

@@ -357,6 +357,12 @@ def _old_file(tmp_path_factory: pytest.TempPathFactory) -> None:
     _OLD_FILE.write_bytes(OLD)
 
 
+def test_a_snapshot_that_was_cut_off_has_no_chunks(tmp_path: Path) -> None:
+    path = tmp_path / hex_of(of_bytes(OLD))
+    path.write_bytes(OLD[:-1])
+    assert reuse.plan(NEW[:CONTROL], [path]) is None
+
+
 def test_which_blobs_are_searched(layout: Layout) -> None:
     layout.add_bytes(OLD)
     layout.add_bytes(b"\x89OVMR\r\n\x1a")
