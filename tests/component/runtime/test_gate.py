@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import guests
+from support.cli import Ovm
 from support.faulty import Server
 from support.guests import MEMORY, Console
 
@@ -19,6 +20,7 @@ from ovms.oci.fsck import Uses, check
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.runtime import snapshots, starting
+from ovms.runtime.local import Local
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime, Started
 from ovms.spec import ramsnap
@@ -228,3 +230,23 @@ def test_require_needs_one(
     with pytest.raises(SnapshotIncompatible, match="no RAM snapshot"):
         start(away, client, ref, REQUIRE)
     assert len(server.seen) == 2, "both manifests, and no more"
+
+
+@pytest.mark.spec("RAM-52", "RAM-55")
+def test_the_command_line_and_the_client_ask_too(
+    runtime: Runtime, away: Runtime, taken: model.Artifact, server: Server, client: RegistryClient, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    ovm = Ovm(away.root.path, tmp_path / "home")
+    artifact = changed(runtime, taken, newer)
+    ref = serve(server, runtime, artifact)
+    refused = ovm("run", "-d", "--accel", "tcg", "--restore", "require", ref, "--json")
+    assert (refused.code, refused.error["code"]) == (11, "snapshot-incompatible")
+    assert ovm.ok("ls", "-q").out == ""
+    started = ovm.ok("run", "-d", "-m", "32m", "--accel", "tcg", "--cold", ref, "--json").json
+    assert started["not_restored"] is None
+    assert "left out" in ovm.ok("ls").out
+    booted = Local(away, lambda _host: client).start(ref, TCG)
+    assert "99.0" in booted["not_restored"]
+    size = ramsnap.parse_prefix(server.blobs[ram_of(artifact)]).data_offset
+    assert {int(str(found).rpartition("-")[2]) for found in asked(server, artifact)} == {127, size - 1}
