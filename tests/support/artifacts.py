@@ -73,3 +73,34 @@ def of(layout: Layout, name: str, kernel: bytes, disk: bytes, *, subject: Descri
     artifact = model.compose(layout, document, parts, subject=subject)
     layout.set_name(name, artifact.image.descriptor())
     return artifact
+
+
+def with_ram(
+    layout: Layout, name: str, ram_snapshot: bytes, *, disk: bytes = b"disk" * 100_000, annotated: bool = True
+) -> model.Artifact:
+    """An artifact of a disk and a RAM snapshot, which are checked by nobody here. Not *annotated*: see OCI-14."""
+    digest = layout.add_bytes(ram_snapshot)
+    size = ramsnap.parse_prefix(ram_snapshot).data_offset
+    annotations = {
+        mediatypes.RAM_CONTROL_ANNOTATION: of_bytes(ram_snapshot[:size]),
+        mediatypes.RAM_CONTROL_SIZE_ANNOTATION: str(size),
+    }
+    parts = model.Parts(
+        disks=(model.part_descriptor(PartKind.DISK, layout.add_bytes(disk), len(disk), format=DiskFormat.RAW),),
+        ram_snapshots=(
+            model.part_descriptor(
+                PartKind.RAM, digest, len(ram_snapshot), annotations=annotations if annotated else {}
+            ),
+        ),
+    )
+    document = {
+        "schemaVersion": 1,
+        "mediaType": mediatypes.MANIFEST,
+        "name": "test",
+        "version": "1",
+        "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
+        "ramSnapshot": {"ref": digest},
+    }
+    artifact = model.compose(layout, document, parts)
+    layout.set_name(name, artifact.image.descriptor())
+    return artifact

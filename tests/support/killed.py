@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ovms.artifact.build import Builder
+from ovms.artifact.ram import Choice, unwanted
 from ovms.errors import OvmsError
 from ovms.oci import registry, transfer
 from ovms.oci.collector import Needs, Options, collect
@@ -31,11 +32,13 @@ TESTS = Path(__file__).parents[1]
 TIMEOUT = 60
 
 
-def pull(root: str, reference: str, name: str) -> None:
+def pull(root: str, reference: str, name: str, *, ram: bool = True) -> None:
     where = Reference.parse(reference)
     assert where.registry is not None
+    layout = Layout(Path(root))
+    leave = None if ram else Choice(layout, unwanted)
     with RegistryClient(where.registry) as client:
-        transfer.pull(Layout(Path(root)), client, where, name=name)
+        transfer.pull(layout, client, where, name=name, leave=leave)
 
 
 def push(root: str, reference: str, digest: str) -> None:

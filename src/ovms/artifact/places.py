@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ovms.artifact import ram
 from ovms.artifact.model import check_documents, load
 from ovms.artifact.resolve import Found, find, lookup, top
 from ovms.errors import Conflict, InputError, ReferenceNotFound
@@ -25,6 +26,7 @@ def pull(
     *,
     name: str | None = None,
     platform: Platform | None = None,
+    leave: ram.Choice | None = None,
 ) -> Found:
     """Copies an artifact into the store as *name*, else as what it is called at *place*.
 
@@ -55,12 +57,18 @@ def pull(
         given.append(chosen(entry))
         return given[-1]
 
-    _fetch(layout, place, progress, noted, platform)
-    return find(layout, given[-1], platform)
+    _fetch(layout, place, progress, noted, platform, leave)
+    return ram.marked(find(layout, given[-1], platform), leave)
 
 
 def resolve(
-    layout: Layout, place: Place, progress: Progress = NULL, *, copy: bool = True, platform: Platform | None = None
+    layout: Layout,
+    place: Place,
+    progress: Progress = NULL,
+    *,
+    copy: bool = True,
+    platform: Platform | None = None,
+    leave: ram.Choice | None = None,
 ) -> Found:
     """The artifact at *place*, copied into the store where it is not yet (and *copy* allows).
 
@@ -73,7 +81,7 @@ def resolve(
         return own if own is not None and layout.find(own) is None else None
 
     if copy:
-        digest = _fetch(layout, place, progress, chosen, platform).digest
+        digest = _fetch(layout, place, progress, chosen, platform, leave).digest
     else:
         with source.opened(place) as files:
             digest = files.select(place).descriptor.digest
@@ -83,7 +91,7 @@ def resolve(
             )
     artifact = load(layout, digest, platform)
     names = [entry.name for entry in layout.entries() if entry.name and entry.descriptor.digest == digest]
-    return Found(next(iter(names), digest), artifact)
+    return ram.marked(Found(next(iter(names), digest), artifact), leave)
 
 
 def push(layout: Layout, text: str, place: Place, progress: Progress = NULL) -> Descriptor:
@@ -104,6 +112,7 @@ def _fetch(
     progress: Progress,
     name: importing.Naming,
     platform: Platform | None,
+    leave: ram.Choice | None,
 ) -> Descriptor:
     return importing.fetch(
         layout,
@@ -111,5 +120,6 @@ def _fetch(
         progress,
         name=name,
         check=lambda image: check_documents(layout, image, platform),
+        leave=leave,
         platform=platform,
     )

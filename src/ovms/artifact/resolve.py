@@ -18,7 +18,9 @@ from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, is_digest
 
 if TYPE_CHECKING:
+    from ovms.artifact.ram import Gate
     from ovms.oci.registry import RegistryClient
+    from ovms.oci.transfer import Tally
 
 #: Opens a client for a registry's ``host[:port]``.
 Connect = Callable[[str], "RegistryClient"]
@@ -28,10 +30,14 @@ PullPolicy = Literal["missing", "always", "never"]
 
 @dataclass(frozen=True)
 class Found:
-    """An artifact in the store, and the name that it was found by (a digest where it has none)."""
+    """An artifact in the store, and the name that it was found by (a digest where it has none).
+
+    *left_out*: why its RAM snapshot was not fetched, where somebody was asked just now whether it is needed.
+    """
 
     name: str
     artifact: Artifact
+    left_out: str | None = None
 
 
 def find(layout: Layout, text: str, platform: Platform | None = None) -> Found:
@@ -124,10 +130,13 @@ def pull(
     *,
     name: str | None = None,
     platform: Platform | None = None,
+    gate: Gate | None = None,
+    tally: Tally | None = None,
 ) -> Found:
     """Fetches an artifact from its registry or a place on disk, checks it, and names it in the store.
 
-    *name* is what it is called there, else what it is called where it comes from.
+    *name* is what it is called there, else what it is called where it comes from. *gate* is asked before the bulk whether
+    its RAM snapshot is needed (None: it is). *tally* is counted up.
 
     Raises:
         InputError: the reference names no registry, or what is on disk has no whole name.
@@ -135,13 +144,14 @@ def pull(
         RegistryError, ReferenceNotFound, DigestMismatch, DiskFull: as the transfer met them.
         Unsupported, ManifestInvalid: what came is no OVMS artifact, or none for the platform.
     """
-    from ovms.artifact import places
+    from ovms.artifact import places, ram
     from ovms.oci import transfer
 
     source = transport.parse(text)
+    leave = None if gate is None else ram.Choice(layout, gate, platform)
     named = None if name is None else str(transport.new_name(name))
     if isinstance(source, transport.Place):
-        return places.pull(layout, source, progress, name=named, platform=platform)
+        return places.pull(layout, source, progress, name=named, platform=platform, leave=leave)
     if source.registry is None:
         raise InputError(
             f"{source} names no registry",
@@ -153,10 +163,12 @@ def pull(
         source,
         progress,
         check=lambda image: check_documents(layout, image, platform),
+        leave=leave,
         name=named,
         platform=platform,
+        tally=tally,
     )
-    return find(layout, named or str(source), platform)
+    return ram.marked(find(layout, named or str(source), platform), leave)
 
 
 def push(
@@ -220,25 +232,35 @@ def resolve(
     policy: PullPolicy = "missing",
     progress: Progress = NULL,
     platform: Platform | None = None,
+    gate: Gate | None = None,
 ) -> Found:
     """The artifact that *text* names, pulled from its registry, or copied from its place on disk, as *policy* says.
+
+    *gate* says whether its RAM snapshot is needed (None: it is fetched with the rest). One that was left out of what is
+    here is fetched when *gate* says so.
 
     What comes from disk gets its name only where that is free: nobody said that another artifact should lose it. It may
     have none, and stays then as long as the caller is :meth:`~ovms.oci.layout.Layout.using` the store.
 
     Raises:
         ReferenceNotFound: neither here nor there (or not here, and not to be pulled).
+        BlobNotFound: the RAM snapshot is needed, was left out, and nobody knows where it is (or it is not to be pulled).
     """
+    from ovms.artifact import ram
+
     place = text if isinstance(text, transport.Place) else transport.parse_place(text)
     if place is not None:
         from ovms.artifact import places
 
-        return places.resolve(layout, place, progress, copy=policy != "never", platform=platform)
+        leave = None if gate is None else ram.Choice(layout, gate, platform)
+        return places.resolve(layout, place, progress, copy=policy != "never", platform=platform, leave=leave)
     text = str(text)
     if policy != "always":
         try:
-            return find(layout, text, platform)
+            found = find(layout, text, platform)
         except ReferenceNotFound:
             if policy == "never" or Reference.parse(text).registry is None:
                 raise
-    return pull(layout, connect, text, progress, platform=platform)
+        else:
+            return ram.complete(layout, connect, found, gate, fetch=policy != "never", progress=progress)
+    return pull(layout, connect, text, progress, platform=platform, gate=gate)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ovms import fsutil
-from ovms.artifact import model
+from ovms.artifact import model, ram
 from ovms.artifact.document import read_bytes, read_document
 from ovms.artifact.parts import SIZE_LIMITS, check_content, label, read_control
 from ovms.disk.layers import check_layer
@@ -33,6 +33,7 @@ from ovms.errors import (
     UsageError,
 )
 from ovms.lazy import dataclass
+from ovms.oci import absent
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
@@ -225,10 +226,13 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
                 if mediatypes.RAM_CONTROL_ANNOTATION in layer.annotations:
                     with report.noting("the RAM snapshot"):
                         _check_annotations(layer, layout.path(layer.digest))
-            sizes = {layer.digest: layer.size for layer in image.layers}
+            left_out = {blob.digest for blob in ram.left_out(layout, model.Artifact(image, checked))}
+            for missing in sorted(left_out):
+                report.note(absent.missing(layout, digest, missing, "it can't be validated"), "the RAM snapshot")
+            here = {layer.digest for layer in image.layers} - left_out
             _check_parts(
                 checked,
-                {part.ref: layout.path(Digest(part.ref)) for part in checked.parts() if part.ref in sizes},
+                {part.ref: layout.path(Digest(part.ref)) for part in checked.parts() if part.ref in here},
                 report,
                 progress,
             )

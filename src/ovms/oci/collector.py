@@ -171,6 +171,7 @@ def plan(layout: Layout, needs: Needs, options: Options | None = None) -> Plan:
         items += _blobs(layout, names)
         items += _derived(layout, names, needs.files, unused=options.unused)
     items += _partial(layout, 0.0 if options.unused else partial.KEPT)
+    items += _absent(layout, None if broken else names)
     items += _staging(layout)
     if options.quarantine:
         items += [Item(Kind.QUARANTINE, path, allocated(path)) for path in _list(layout.quarantine_dir)]
@@ -179,7 +180,12 @@ def plan(layout: Layout, needs: Needs, options: Options | None = None) -> Plan:
 
 def stale(layout: Layout, needs: Needs) -> list[Item]:
     """What killed commands left, and derived files that are of no use: what every clean-up takes. Exact under the lock."""
-    return [*_derived(layout, None, needs.files, unused=False), *_partial(layout, partial.KEPT), *_staging(layout)]
+    return [
+        *_derived(layout, None, needs.files, unused=False),
+        *_partial(layout, partial.KEPT),
+        *_absent(layout, None),
+        *_staging(layout),
+    ]
 
 
 def remove(items: Iterable[Item]) -> None:
@@ -303,6 +309,14 @@ def _partial(layout: Layout, age: float) -> Iterator[Item]:
         else:  # one with a number of its own belonged to a writer that is no more
             stale = bool(dot) or now - info.st_mtime >= age or (layout.blob_dir / digits).exists()
         if stale:
+            yield Item(Kind.PARTIAL, path, info.st_blocks * 512)
+
+
+def _absent(layout: Layout, names: set[str] | None) -> Iterator[Item]:
+    # What says that a blob was left out: of no use when it has come, or when no artifact names it any more.
+    for path, info in _files(layout.absent_dir):
+        gone = names is not None and path.name not in names
+        if gone or not _HEX.fullmatch(path.name) or (layout.blob_dir / path.name).exists():
             yield Item(Kind.PARTIAL, path, info.st_blocks * 512)
 
 

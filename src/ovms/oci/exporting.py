@@ -19,7 +19,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Conflict, FileProblem, InputError, StoreCorrupt
 from ovms.lazy import dataclass
-from ovms.oci import source, tar
+from ovms.oci import absent, source, tar
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import REPAIR, Layout
 from ovms.oci.transfer import label
@@ -87,6 +87,7 @@ class _Parts:
             if not isinstance(image, ImageIndex):
                 blobs[child] = image.descriptor()
                 blobs |= {blob.digest: blob for blob in image.blobs}
+        absent.require_here(layout, digest, blobs.values(), "only whole artifacts are written")
         for blob in blobs.values():
             if not layout.has(blob):
                 raise BlobNotFound(

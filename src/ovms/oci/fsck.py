@@ -19,7 +19,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import Locked, OvmsError, StoreCorrupt
 from ovms.lazy import dataclass, regex
-from ovms.oci import collector, workers
+from ovms.oci import absent, collector, workers
 from ovms.oci.collector import Item, Needs
 from ovms.oci.descriptor import ImageManifest
 from ovms.oci.layout import Entry, Layout
@@ -368,7 +368,8 @@ def _missing(
     for blob in image.blobs:
         size = None if blob.digest in corrupt else layout.size(blob.digest)
         if size is None:
-            yield blob.digest
+            if not absent.left_out(layout, [blob]):
+                yield blob.digest
         elif size != blob.size:
             if (why := damage(layout, blob.digest)) is not None:
                 report.add(Fault.BLOB, why, path=layout.path(blob.digest), digest=blob.digest)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from ovms import fsutil
 from ovms.errors import RegistryProtocol
-from ovms.oci import source, workers
+from ovms.oci import absent, source, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
 from ovms.oci.layout import Layout
 from ovms.oci.platform import Platform, fitting
 from ovms.oci.source import Entry, Source
-from ovms.oci.transfer import check_image, label
+from ovms.oci.transfer import Leave, check_image, label
 from ovms.oci.transport import Place
 from ovms.oci.whole import to_fetch
 from ovms.progress import NULL, Progress
 from ovms.spec import mediatypes
+from ovms.spec.digest import Digest
 
 #: From what a layout holds to its name in the store; None: it gets none.
 Naming = Callable[[Entry], str | None]
@@ -28,18 +30,19 @@ def fetch(
     *,
     name: Naming,
     check: Callable[[ImageManifest], object] | None = None,
+    leave: Leave | None = None,
     platform: Platform | None = None,
 ) -> Descriptor:
     """Copies the artifact at *place* into the store, and returns the descriptor of its manifest or index.
 
-    *name* says what shall stand for it there; it is asked before the bulk is copied, and once more after. *check* and
+    *name* says what shall stand for it there; it is asked before the bulk is copied, and once more after. *check*, *leave* and
     *platform* are those of :func:`ovms.oci.transfer.pull`. The bytes that are kept are the bytes that were hashed.
 
     Raises:
         FileProblem, InputError, ReferenceNotFound: there is no layout, or not that artifact in it.
         BlobNotFound, DigestMismatch: it is not complete, or not what its manifests promise.
         Unsupported: it is no OVMS artifact, or none for the platform.
-        DiskFull: said before the first blob is copied.
+        DiskFull: said before the bulk is copied.
     """
     with layout.using(), source.opened(place) as files:
         entry = files.select(place)
@@ -55,18 +58,38 @@ def fetch(
         check_image(manifest, place)
         name(entry)
         missing = to_fetch(layout, manifest.blobs, place)
-        fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
+        if leave is None:
+            fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
         _copy(layout, files, documents, missing, progress)
         if check is not None:
             check(manifest)
-        _copy(layout, files, [blob for blob in manifest.blobs if blob not in documents], missing, progress)
+        left_out: list[Descriptor] = []
+        controls: dict[Digest, bytes] = {}
+        if leave is not None:
+            leaving = leave(manifest, lambda blob: controls.setdefault(blob.digest, _control(files, blob)))
+            left_out = [blob for blob in missing if blob.digest in leaving]
+            missing = [blob for blob in missing if blob.digest not in leaving]
+            fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
+        _copy(
+            layout, files, [blob for blob in manifest.blobs if blob not in [*documents, *left_out]], missing, progress
+        )
+        for blob in left_out:
+            absent.note(layout, blob, controls.get(blob.digest))
         layout.sync()
+        absent.forget(layout, missing)
         for raw in raws:
             layout.add_bytes(raw)
         if (chosen := name(entry)) is not None:
             layout.set_name(chosen, top)
         return top
+
+
+def _control(files: Source, blob: Descriptor) -> bytes:
+    from ovms.oci import control
+
+    with files.blob(blob) as content:
+        return control.fetch(blob, lambda offset, size: os.pread(content.fd, size, content.offset + offset))
 
 
 def _choose(files: Source, index: ImageIndex, platform: Platform | None) -> ImageManifest:

@@ -11,6 +11,7 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── blobs/sha256/<hex>       complete and checked, mode 0444; named last, by rename
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
+    ├── ovms.absent/<hex>        RAM snapshots that were left out (``absent.py``)
     ├── ovms.quarantine/         what a repair took out of the way (``quarantine.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
@@ -145,6 +146,7 @@ class Layout:
         self.derived_dir = root / "ovms.blobs"
         self.staging_root = root / "ovms.tmp"
         self.partial_dir = root / "ovms.partial"
+        self.absent_dir = root / "ovms.absent"
         self.quarantine_dir = root / "ovms.quarantine"
         self.marker = root / "oci-layout"
         self.index = root / "index.json"

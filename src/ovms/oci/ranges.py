@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Final
 
 from ovms.spec import limits
@@ -77,7 +77,8 @@ def fetch(start: int, end: int, lanes: int, fetch_range: FetchRange, *, rate: fl
         NoGain: several are not faster; what had been asked for by then was handed on.
         whatever *fetch_range* raises.
     """
-    segments = _Segments(start, end, lanes, fetch_range)
+    spans = [(offset, min(SEGMENT, end - offset)) for offset in range(start, end, SEGMENT)]
+    segments = _Segments(spans, lanes, fetch_range)
     began, measured = time.monotonic(), 0
     gain = True
     try:
@@ -97,42 +98,56 @@ def fetch(start: int, end: int, lanes: int, fetch_range: FetchRange, *, rate: fl
         raise NoGain
 
 
+def fetch_spans(spans: Sequence[tuple[int, int]], lanes: int, fetch_range: FetchRange) -> Generator[bytes, None, None]:
+    """The bytes of each span (offset, size of at most :data:`SEGMENT`), one after the other, over *lanes* connections.
+
+    Raises:
+        whatever *fetch_range* raises.
+    """
+    segments = _Segments(spans, lanes, fetch_range)
+    try:
+        yield from segments.in_order()
+    finally:
+        segments.stop()
+
+
 class _Segments:
-    def __init__(self, start: int, end: int, lanes: int, fetch_range: FetchRange) -> None:
-        self._end = end
+    def __init__(self, spans: Sequence[tuple[int, int]], lanes: int, fetch_range: FetchRange) -> None:
+        self._spans = spans
+        self._end = len(spans)
         self._fetch_range = fetch_range
-        self._next = self._wanted = start
+        # spans are counted: the next to be asked for, and the next to be handed on
+        self._next = self._wanted = 0
         self._ready: dict[int, bytes] = {}
         self._error: BaseException | None = None
         self._stopped = False
-        self._ahead = lanes * WINDOW * SEGMENT
+        self._ahead = lanes * WINDOW
         self._changed = threading.Condition()
         # daemons: one that hangs in a read must not keep a process that was interrupted
         for number in range(lanes):
             threading.Thread(target=self._work, name=f"range-{number}", daemon=True).start()
 
     def _work(self) -> None:
-        while (offset := self._take()) is not None:
-            size = min(SEGMENT, self._end - offset)
+        while (number := self._take()) is not None:
             try:
-                data = self._fetch_range(offset, size)
+                data = self._fetch_range(*self._spans[number])
             except BaseException as exc:  # noqa: BLE001 - raised again where the bytes are wanted
                 with self._changed:
                     self._error = self._error or exc
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._ready[offset] = data
+                self._ready[number] = data
                 self._changed.notify_all()
 
     def _take(self) -> int | None:
-        """The offset of the next segment to fetch; waits while enough is in memory."""
+        """The number of the next segment to fetch; waits while enough is in memory."""
         with self._changed:
             self._changed.wait_for(lambda: self._over() or self._next < self._wanted + self._ahead)
             if self._over():
                 return None
-            offset, self._next = self._next, self._next + SEGMENT
-            return offset
+            number, self._next = self._next, self._next + 1
+            return number
 
     def _over(self) -> bool:
         return self._stopped or self._error is not None or self._next >= self._end
@@ -148,7 +163,7 @@ class _Segments:
                     raise self._error
             yield data
             with self._changed:
-                self._wanted += len(data)
+                self._wanted += 1
                 self._changed.notify_all()
 
     def no_more(self) -> None:

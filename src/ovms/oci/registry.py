@@ -205,12 +205,7 @@ class RegistryClient:
         # with its end: go-containerregistry refuses a range without one
         headers = {"Range": f"bytes={offset}-{descriptor.size - 1}"} if offset else {}
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
-            if answer.status == 404:
-                raise BlobNotFound(
-                    f"{answer.who} has lost the blob {descriptor.digest} of {repository}",
-                    hint="push the artifact again",
-                    digest=descriptor.digest,
-                )
+            _refuse_lost(answer, repository, descriptor)
             if offset and answer.status == 416:
                 # some announce the whole blob's length with it: the body can't be read
                 raise _wrong_size(answer, descriptor, offset)
@@ -244,12 +239,14 @@ class RegistryClient:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.
 
         Raises:
+            BlobNotFound: the registry does not have it.
             NoRanges: the registry sends whole blobs only, or another part than was asked for.
             Broken, Busy: another try may go better.
             RegistryError: and its kinds: as the registry met us.
         """
         headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
         with self._request("GET", f"{repository}/blobs/{descriptor.digest}", repository, "pull", headers) as answer:
+            _refuse_lost(answer, repository, descriptor)
             if answer.status != 206:
                 self._expect(answer, 200, f"the blob {descriptor.digest}", repository)
                 raise NoRanges
@@ -462,6 +459,15 @@ def _refuse_page(answer: Answer, media_type: str, what: str) -> None:
             hint="it may be no registry, or what lies between (a proxy, a network that asks for a login) answers for it: "
             "look at the host in a browser",
             rule="OCI-1",
+        )
+
+
+def _refuse_lost(answer: Answer, repository: str, descriptor: Descriptor) -> None:
+    if answer.status == 404:
+        raise BlobNotFound(
+            f"{answer.who} has lost the blob {descriptor.digest} of {repository}",
+            hint="push the artifact again",
+            digest=descriptor.digest,
         )
 
 

@@ -70,6 +70,7 @@ def _repair(layout: Layout, finding: Finding, needs: Needs) -> Finding:
             for derived in layout.derived_dir.glob(f"{path.name}.*"):
                 if derived.suffix != ".lock" and derived.name not in needs.files:
                     derived.unlink(missing_ok=True)
+            (layout.absent_dir / path.name).unlink(missing_ok=True)  # what is lost was not left out
             return replace(finding, repaired=f"moved to {kept}")
         case Fault.MODE if path is not None:
             path.chmod(0o444)

@@ -8,13 +8,24 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from ovms import fsutil
-from ovms.errors import BlobNotFound, DigestMismatch, OvmsError, RegistryProtocol, StoreCorrupt, Unsupported
-from ovms.oci import partial, ranges, workers
+from ovms.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    InputError,
+    IntegrityError,
+    OvmsError,
+    RegistryError,
+    RegistryProtocol,
+    StoreCorrupt,
+    Unsupported,
+)
+from ovms.lazy import dataclass
+from ovms.oci import absent, partial, ranges, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import REPAIR, BlobWriter, Layout
@@ -26,6 +37,9 @@ from ovms.progress import NULL, Progress, Task
 from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
+if TYPE_CHECKING:
+    from ovms.oci import reuse
+
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
@@ -36,6 +50,32 @@ class _Stopped(OvmsError):
     """Another transfer of the same artifact has failed; its error is the one to show."""
 
 
+class _Borne(Exception):
+    """A range did not come however often it was asked for: *error* is the user's."""
+
+    def __init__(self, error: RegistryError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _NoReuse(Exception):
+    """What is here of other blobs is of no use; the rest is fetched plainly."""
+
+
+#: Reads the control part of a RAM snapshot where it is pulled from. Raises as :func:`ovms.oci.control.fetch`.
+ReadControl = Callable[[Descriptor], bytes]
+#: Says which of an artifact's blobs are to be left out, by their digests; asked when both manifests are in the store.
+Leave = Callable[[ImageManifest, ReadControl], Collection[Digest]]
+
+
+@dataclass()
+class Tally:
+    """Bytes of blobs that a transfer has fetched, and those that it took from other blobs here instead."""
+
+    fetched: int = 0
+    reused: int = 0
+
+
 def pull(
     layout: Layout,
     client: RegistryClient,
@@ -43,19 +83,22 @@ def pull(
     progress: Progress = NULL,
     *,
     check: Callable[[ImageManifest], object] | None = None,
+    leave: Leave | None = None,
     name: str | None = None,
     platform: Platform | None = None,
+    tally: Tally | None = None,
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
     *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
-    bulk is fetched. *platform* is the one to take of an index; None: this host's.
+    bulk is fetched; then *leave* says which RAM snapshots are not fetched at all. *platform* is the one to take of an
+    index; None: this host's. *tally* is counted up.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
         Unsupported: it is no OVMS artifact, or none for this machine.
         DigestMismatch: what came is not what was promised.
-        DiskFull: said before the first blob is fetched.
+        DiskFull: said before the bulk is fetched.
         RegistryError: and its kinds: as the registry met us.
     """
     with fsutil.noticing_full_disk(f"pulling {reference}", layout.root), layout.using():
@@ -70,15 +113,23 @@ def pull(
             top = manifest.descriptor()
         check_image(manifest, reference)
         missing = to_fetch(layout, manifest.blobs, reference)
-        needed = sum(blob.size - partial.have(layout, blob) for blob in missing)
-        fsutil.require_space(layout.root, needed, f"pulling {reference}")
-        download = _Download(layout, client, reference.repository, progress)
+        download = _Download(layout, client, reference.repository, progress, tally)
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
+        if leave is None:
+            _require_space(layout, missing, reference)
         download.blobs(documents, missing)
         if check is not None:
             check(manifest)
-        download.blobs([blob for blob in manifest.blobs if blob not in documents], missing)
+        left_out: list[Descriptor] = []
+        if leave is not None:
+            leaving = leave(manifest, download.control)
+            left_out = [blob for blob in missing if blob.digest in leaving]
+            missing = [blob for blob in missing if blob.digest not in leaving]
+            _require_space(layout, missing, reference)
+        download.blobs([blob for blob in manifest.blobs if blob not in [*documents, *left_out]], missing)
+        download.note_absent(left_out)
         layout.sync()
+        absent.forget(layout, missing)
         for raw in raws:
             layout.add_bytes(raw)
         layout.set_name(name or str(reference), top)
@@ -93,7 +144,61 @@ def fetch(
     fsutil.require_space(layout.root, sum(blob.size for blob in missing), f"pulling {image.digest}")
     _Download(layout, client, repository, progress).blobs(list(image.blobs), missing)
     layout.sync()
+    absent.forget(layout, missing)
     layout.add_bytes(image.raw)
+
+
+def complete(
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    blobs: list[Descriptor],
+    progress: Progress = NULL,
+    tally: Tally | None = None,
+) -> None:
+    """Fetches blobs that were left out of an artifact in the store. Raises like :func:`pull`."""
+    with fsutil.noticing_full_disk("pulling a RAM snapshot", layout.root), layout.using():
+        missing = to_fetch(layout, blobs, repository)
+        _require_space(layout, missing, repository)
+        _Download(layout, client, repository, progress, tally).blobs(blobs, missing)
+        layout.sync()
+        absent.forget(layout, blobs)
+
+
+def read_control(client: RegistryClient, repository: str, blob: Descriptor, progress: Progress = NULL) -> bytes:
+    """The control part of a RAM snapshot in a registry, by ranges; from the beginning of the blob where it knows none.
+
+    Raises:
+        DigestMismatch, SnapshotInvalid: see :func:`ovms.oci.control.fetch`.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    from ovms.oci import control
+
+    with progress.task(f"what {label(blob)} needs") as task:
+
+        def read(offset: int, size: int) -> bytes:
+            try:
+                data = client.retrying(lambda: client.read_range(repository, blob, offset, size), tell=task.waiting)
+            except ranges.NoRanges:
+                data = client.retrying(lambda: begin(offset + size), tell=task.waiting)[offset:]
+            task.advance(len(data))
+            return data
+
+        def begin(size: int) -> bytes:
+            data = bytearray()
+            with contextlib.closing(client.read_blob(repository, blob)) as stream:
+                for piece in stream:
+                    data += piece[: size - len(data)]
+                    if len(data) == size:
+                        break
+            return bytes(data)
+
+        return control.fetch(blob, read)
+
+
+def _require_space(layout: Layout, missing: list[Descriptor], what: object) -> None:
+    needed = sum(blob.size - partial.have(layout, blob) for blob in missing)
+    fsutil.require_space(layout.root, needed, f"pulling {what}")
 
 
 def _choose(
@@ -135,14 +240,39 @@ def label(blob: Descriptor) -> str:
 
 
 class _Download:
-    def __init__(self, layout: Layout, client: RegistryClient, repository: str, progress: Progress) -> None:
+    def __init__(
+        self, layout: Layout, client: RegistryClient, repository: str, progress: Progress, tally: Tally | None = None
+    ) -> None:
         self._layout = layout
         self._client = client
         self._repository = repository
         self._progress = progress
+        self._tally = tally or Tally()
         self._unfinished = 0
         self._several = True
         self._lock = threading.Lock()
+        self._controls: dict[Digest, bytes] = {}
+
+    def control(self, blob: Descriptor) -> bytes:
+        """The control part of a RAM snapshot: of the blob, or of what was left out, where that is here; else fetched."""
+        known = self._controls.get(blob.digest) or absent.control_part(self._layout, blob)
+        if known is None:
+            known = read_control(self._client, self._repository, blob, self._progress)
+            self._count(len(known))
+        self._controls[blob.digest] = known
+        return known
+
+    def note_absent(self, blobs: list[Descriptor]) -> None:
+        """Notes that *blobs* were left out, with what is known of them."""
+        for blob in blobs:
+            absent.note(self._layout, blob, self._controls.get(blob.digest))
+            with self._progress.task(label(blob), blob.size) as task:
+                task.note("left out")
+
+    def _count(self, fetched: int, reused: int = 0) -> None:
+        with self._lock:
+            self._tally.fetched += fetched
+            self._tally.reused += reused
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
         """Fetches those of *blobs* that are *missing*, several at once: the small ones, then the others, largest first."""
@@ -174,6 +304,7 @@ class _Download:
                         writer.flush()
                         writers.append(writer)
                         task.advance(len(data))
+                    self._count(len(data))
 
                 return fetch
 
@@ -218,24 +349,94 @@ class _Download:
 
     def _fetch(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         patience = self._client.patience(task.waiting, stopped)
+        plan = self._reusable(blob, receiver.size)
+        reused = Tally()
+        if receiver.size == 0 and (head := self._controls.get(blob.digest)) is not None:
+            receiver.write(head)  # was fetched to decide by
+            task.advance(len(head))
         while True:
-            began = receiver.size
+            began, reached = receiver.size, 0
             try:
+                if receiver.size < blob.size and plan is not None:
+                    self._put_together(plan, blob, receiver, task, stopped, reused)
                 if receiver.size < blob.size:
                     self._receive(blob, receiver, task, stopped)
+                reached = receiver.size
                 receiver.commit()
+                self._count(0, reused.reused)
                 return
             except (Broken, Refused, Busy) as exc:
                 if receiver.size - began >= _PROGRESS:
                     patience.progressed()
                 patience.bear(exc)
+            except _Borne as exc:
+                if receiver.size - began < _PROGRESS:
+                    raise exc.error from None
+                patience.progressed()
             except DigestMismatch:
-                # Bytes of an earlier pull may be what is wrong: after a power failure, or of another registry's doing.
+                # Bytes of an earlier pull may be what is wrong (after a power failure, or of another registry's doing), a
+                # control part that nothing vouched for, or what was taken from other blobs.
                 if not receiver.resumed and not began:
                     receiver.reset()
                     raise
+                task.advance(-(receiver.size or reached))
                 receiver.reset()
-                task.advance(-began)
+                if plan is not None:
+                    task.note("chunks of other snapshots did not fit")
+                    plan, reused = None, Tally()
+
+    def _reusable(self, blob: Descriptor, have: int) -> reuse.Plan | None:
+        # What of the blob need not be fetched. Whatever is wrong with its control part shows when all of it is here.
+        if blob.media_type not in absent.RAM_TYPES or not self._several:
+            return None
+        from ovms.oci import reuse
+
+        if blob.size - have < reuse.SAVED_MIN or not (candidates := reuse.others(self._layout, blob.digest)):
+            return None
+        try:
+            return reuse.plan(self.control(blob), candidates)
+        except (IntegrityError, InputError, RegistryProtocol):
+            return None
+
+    def _put_together(
+        self,
+        plan: reuse.Plan,
+        blob: Descriptor,
+        receiver: partial.Partial,
+        task: Task,
+        stopped: Callable[[], bool],
+        reused: Tally,
+    ) -> None:
+        """Writes what *receiver* lacks, in order and as far as the plan goes: what is here, and ranges of what is not."""
+
+        def take(data: bytes | memoryview) -> None:
+            receiver.write(data)
+            task.advance(len(data))
+            if stopped():
+                raise _Stopped("the transfer was broken off")
+
+        if receiver.size < len(plan.control):
+            head = plan.control[receiver.size :]
+            receiver.write(head)
+            task.advance(len(head))
+        rest = plan.rest(receiver.size)
+        task.note(f"{plan.reused / limits.MIB:.1f} MiB from other snapshots here")
+        spans = [(piece.offset, piece.size) for piece in rest if piece.source is None]
+        lanes = min(1 + self._spare(), len(spans))
+        with contextlib.closing(ranges.fetch_spans(spans, lanes, self._fetcher(blob, task, stopped))) as fetched:
+            try:
+                for piece in rest:
+                    if piece.source is None:
+                        take(next(fetched))
+                        self._count(piece.size)
+                    else:
+                        for data in _copied(self._layout.path(piece.source), piece.at, piece.size):
+                            take(data)
+                            reused.reused += len(data)
+            except ranges.NoRanges:
+                self._several = False  # and the rest comes plainly
+            except _NoReuse:
+                pass
 
     def _receive(self, blob: Descriptor, receiver: partial.Partial, task: Task, stopped: Callable[[], bool]) -> None:
         judge = ranges.Judge(spare=self._spare)
@@ -243,6 +444,7 @@ class _Download:
         def take(data: bytes | memoryview) -> None:
             receiver.write(data)
             task.advance(len(data))
+            self._count(len(data))
             if stopped():
                 raise _Stopped("the transfer was broken off")
 
@@ -265,15 +467,38 @@ class _Download:
     def _ranges(
         self, blob: Descriptor, start: int, rate: float, task: Task, stopped: Callable[[], bool]
     ) -> Iterator[bytes]:
+        return ranges.fetch(start, blob.size, 1 + self._spare(), self._fetcher(blob, task, stopped), rate=rate)
+
+    def _fetcher(self, blob: Descriptor, task: Task, stopped: Callable[[], bool]) -> ranges.FetchRange:
         def fetch_range(offset: int, size: int) -> bytes:
             def attempt() -> bytes:
                 if stopped():
                     raise _Stopped("the transfer was broken off")
                 return self._client.read_range(self._repository, blob, offset, size)
 
-            return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
+            try:
+                return self._client.retrying(attempt, tell=task.waiting, stopped=stopped)
+            except (Broken, Refused, Busy) as exc:
+                raise _Borne(exc) from exc
 
-        return ranges.fetch(start, blob.size, 1 + self._spare(), fetch_range, rate=rate)
+        return fetch_range
+
+
+def _copied(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    # a part of another blob here
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            while size:
+                data = os.pread(fd, min(size, fsutil.COPY_BUFFER), offset)
+                if not data:
+                    raise _NoReuse
+                yield data
+                offset, size = offset + len(data), size - len(data)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise _NoReuse from exc
 
 
 # --- upload ----------------------------------------------------------------------------------------------------------
@@ -346,7 +571,13 @@ class _Upload:
 
     def blobs(self, image: ImageManifest) -> None:
         """Every blob, several at once."""
+        left_out = [] if self._files else absent.left_out(self._layout, image.blobs)
+        for blob in left_out:
+            if not self._client.has_blob(self._repository, blob.digest):
+                raise absent.missing(self._layout, image.digest, blob.digest, "the artifact is not whole here")
         for blob in image.blobs:
+            if blob in left_out:
+                continue
             if blob.digest not in self._files and not self._layout.has(blob):
                 raise BlobNotFound(
                     f"the store has lost the blob {blob.digest}",

@@ -83,7 +83,7 @@ def usage(layout: Layout, needs: Needs) -> Usage:
         Row("artifacts", len(artifacts), active, *_sizes(layout.blob_dir, reached, room, going)),
         Row("unnamed blobs", len(others), len(others & held), *_sizes(layout.blob_dir, others, room, going)),
         _row("memories", _list(layout.derived_dir), going, needs.files),
-        _row("partial downloads", _list(layout.partial_dir), going),
+        _row("partial downloads", [*_list(layout.partial_dir), *_list(layout.absent_dir)], going),
         _row("work in progress", [*_list(layout.staging_root), *_temporaries(layout)], going),
         _row("quarantine", _list(layout.quarantine_dir), going),
     )

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable
 
 from ovms.errors import BlobNotFound, DigestMismatch, StoreCorrupt
+from ovms.oci import absent
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import REPAIR, Layout
 from ovms.oci.quarantine import set_aside
@@ -15,12 +16,14 @@ from ovms.spec.digest import Digest
 
 
 def lacks(layout: Layout, blobs: Iterable[Descriptor]) -> list[Digest]:
-    """Those of *blobs* that are not here, or of another size."""
-    return [blob.digest for blob in blobs if layout.size(blob.digest) != blob.size]
+    """Those of *blobs* that are not here, or of another size. RAM snapshots that were left out on purpose don't count."""
+    wrong = [blob for blob in blobs if layout.size(blob.digest) != blob.size]
+    left_out = absent.left_out(layout, wrong)
+    return [blob.digest for blob in wrong if blob not in left_out]
 
 
 def require_whole(layout: Layout, what: str, blobs: Iterable[Descriptor]) -> None:
-    """Refuses an artifact that is not whole, before it is used.
+    """Refuses an artifact that is not whole, before it is used. Whoever needs a RAM snapshot asks :mod:`ovms.oci.absent`, too.
 
     Raises:
         BlobNotFound: one is missing.

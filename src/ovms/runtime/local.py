@@ -30,7 +30,8 @@ class Local:
     def start(self, reference: str, options: RunOptions, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
         with self._runtime.layout.using():
-            found = resolve(self._runtime.layout, self._connect, reference, progress=progress)
+            gate = self._runtime.gate(options)
+            found = resolve(self._runtime.layout, self._connect, reference, progress=progress, gate=gate)
             started = self._runtime.start(found, options, progress)
         return self._document(started.record.id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ovms import fsutil
 from ovms.artifact.kernels import check_kernel
 from ovms.artifact.model import Artifact, load
+from ovms.artifact.ram import Gate, blobs_of
 from ovms.artifact.resolve import Found
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
@@ -30,6 +31,7 @@ from ovms.errors import (
 )
 from ovms.lazy import dataclass
 from ovms.memory import compat, snapshot, template
+from ovms.oci import absent
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
@@ -43,7 +45,7 @@ from ovms.runtime.volumes import Volume
 from ovms.spec import limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
-from ovms.spec.manifest import DiskFormat
+from ovms.spec.manifest import DiskFormat, Manifest
 from ovms.spec.states import Call, State, after
 from ovms.vmm import watch
 from ovms.vmm.capabilities import Asked, require
@@ -158,7 +160,7 @@ class Runtime:
         artifact = found.artifact
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
-        plan = self._plan(vmm, artifact, options, told, progress)
+        plan = self._plan(vmm, found, options, told, progress)
         ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 
         def make(instance_id: str, name: str) -> Record:
@@ -247,7 +249,41 @@ class Runtime:
                 left.watcher.wait(5.0)
             raise
 
-    def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, told: Seed | None, progress: Progress) -> _Plan:
+    def gate(self, options: RunOptions) -> Gate:
+        """What a pull for a start asks before the bulk comes: why the RAM snapshot is left aside; None: it is needed.
+
+        It raises what :meth:`start` would raise because of the snapshot: with nothing but the control part at hand.
+        """
+
+        def ask(manifest: Manifest, read: Callable[[], ramsnap.Control]) -> str | None:
+            _require_snapshot(manifest, options)
+            if manifest.ram_snapshot is None or options.restore is RestorePolicy.NEVER:
+                return "it is not to be restored"
+            control = read()
+            vmm = self.vmm(options.runtime)
+            # what the disk's size is shows in its layers, which are not here yet
+            disk = control.header.device("virtio-blk") if manifest.disk_layers else None
+            size = None if disk is None else disk.size
+            return _why_cold(vmm, manifest, control, options, vmm.choose_accel(options.accel).accel, size)
+
+        return ask
+
+    def _control(self, found: Found) -> tuple[ramsnap.Control | None, str | None]:
+        # The control part of the artifact's RAM snapshot; or why that was left out, where it tells nothing by itself.
+        artifact = found.artifact
+        ram_blobs = blobs_of(artifact.image, artifact.manifest)
+        missing = absent.left_out(self.layout, ram_blobs[-1:])
+        if not missing:
+            assert artifact.manifest.ram_snapshot is not None
+            return snapshot.read_control(self.layout, Digest(artifact.manifest.ram_snapshot.ref)), None
+        if (raw := absent.control_part(self.layout, missing[0])) is not None:
+            return ramsnap.parse_control(raw), None
+        if found.left_out is None:
+            absent.require_here(self.layout, artifact.digest, missing, f"{found.name} can't be restored")
+        return None, found.left_out
+
+    def _plan(self, vmm: Vmm, found: Found, options: RunOptions, told: Seed | None, progress: Progress) -> _Plan:
+        artifact = found.artifact
         require(
             vmm,
             Asked(
@@ -271,43 +307,24 @@ class Runtime:
         reason = None if options.accel is not None else choice.reason
         ram = artifact.manifest.ram_snapshot
         not_restored: str | None = None
+        _require_snapshot(artifact.manifest, options)
         if ram is not None and options.restore is not RestorePolicy.NEVER:
             digest = Digest(ram.ref)
-            control = snapshot.read_control(self.layout, digest)
-            header = control.header
-            ramsnap.check_codecs(control, ram.compression)
-            ramheader.check_belongs(header, artifact.manifest, disk_size)
-            compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
-            attachments.require_none(options.volumes, options.seed)
-            not_restored = compat.why_not(vmm, header, choice.accel)
-            state = compat.network_of(header)
-            if not_restored is None:
-                not_restored = network.why_not(options.network, state)
-            if not_restored is None and ram.mlock_required:
-                not_restored = "its memory must be locked (mlock_required), which this version does not do"
-            if not_restored is None and artifact.manifest.bootstrap is not None:
-                not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
-            if not_restored is None:
+            control, not_restored = self._control(found)
+            if control is not None:
+                not_restored = _why_cold(vmm, artifact.manifest, control, options, choice.accel, disk_size)
+            if control is not None and not_restored is None:
+                ram_blobs = blobs_of(artifact.image, artifact.manifest)
+                absent.require_here(self.layout, artifact.digest, ram_blobs, f"{found.name} can't be restored")
                 image = snapshot.materialise(self.layout, digest, progress)
                 return _Plan(
-                    compat.machine_of(header),
+                    compat.machine_of(control.header),
                     reason,
                     layers,
                     _Snapshot(digest, image, control.state),
                     None,
-                    network.choose(options.network, state=state, ports=options.ports),
+                    network.choose(options.network, state=compat.network_of(control.header), ports=options.ports),
                 )
-            if options.restore is RestorePolicy.REQUIRE:
-                raise SnapshotIncompatible(
-                    f"the RAM snapshot cannot be restored: {not_restored}",
-                    hint="with --restore=auto it boots from the disk instead",
-                    rule="RAM-50",
-                )
-        elif ram is None and options.restore is RestorePolicy.REQUIRE:
-            raise SnapshotIncompatible(
-                f"{artifact.manifest.name} has no RAM snapshot to restore",
-                hint="leave out --restore=require; 'ovm snapshot' makes one of a running instance",
-            )
         machine = vmm.machine(
             choice.accel,
             memory=options.memory or DEFAULT_MEMORY,
@@ -524,6 +541,46 @@ class Runtime:
         if record.digest is None:
             raise StateConflict(f"the artifact of {record.name} is not known yet", instance=record.name)
         return load(self.layout, record.digest)
+
+
+def _require_snapshot(manifest: Manifest, options: RunOptions) -> None:
+    if manifest.ram_snapshot is None and options.restore is RestorePolicy.REQUIRE:
+        raise SnapshotIncompatible(
+            f"{manifest.name} has no RAM snapshot to restore",
+            hint="leave out --restore=require; 'ovm snapshot' makes one of a running instance",
+            rule="RAM-50",
+        )
+
+
+def _why_cold(
+    vmm: Vmm, manifest: Manifest, control: ramsnap.Control, options: RunOptions, accel: Accel, disk_size: int | None
+) -> str | None:
+    """Why the RAM snapshot of an artifact is left aside in a start that may restore it; None: it is restored.
+
+    Raises:
+        SnapshotInvalid: it is damaged, or not one of this artifact.
+        SnapshotIncompatible: the caller asks for what can't be done with it; or to restore it, and nothing else.
+    """
+    ram, header = manifest.ram_snapshot, control.header
+    assert ram is not None
+    ramsnap.check_codecs(control, ram.compression)
+    ramheader.check_belongs(header, manifest, disk_size)
+    compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
+    attachments.require_none(options.volumes, options.seed)
+    why = compat.why_not(vmm, header, accel)
+    if why is None:
+        why = network.why_not(options.network, compat.network_of(header))
+    if why is None and ram.mlock_required:
+        why = "its memory must be locked (mlock_required), which this version does not do"
+    if why is None and manifest.bootstrap is not None:
+        why = "its bootstrap config was on a disk that cannot be made again with the same bytes"
+    if why is not None and options.restore is RestorePolicy.REQUIRE:
+        raise SnapshotIncompatible(
+            f"the RAM snapshot cannot be restored: {why}",
+            hint="with --restore=auto it boots from the disk instead",
+            rule="RAM-50",
+        )
+    return why
 
 
 def _check_supported(artifact: Artifact) -> None:

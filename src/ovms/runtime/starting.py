@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from ovms import fsutil
+from ovms.artifact import ram
 from ovms.artifact.resolve import Connect, Found, PullPolicy, find, resolve
 from ovms.errors import Conflict, HostError, InputError, Interrupted, OvmsError, ReferenceNotFound
 from ovms.oci import transport
@@ -109,16 +110,20 @@ class Start:
 
     def _find(self, connect: Connect, policy: PullPolicy, platform: Platform | None, progress: Progress) -> Found:
         layout, began = self._runtime.layout, time.monotonic()
-        timings = {}
+        gate, timings = self._runtime.gate(self._options), {}
         try:
             if policy == "always" or transport.parse_place(self._text) is not None:
                 raise ReferenceNotFound(self._text)
             found = find(layout, self._text, platform)
             timings["resolve"] = ms_since(began)
+            if ram.left_out(layout, found.artifact):
+                began = time.monotonic()
+                found = ram.complete(layout, connect, found, gate, fetch=policy != "never", progress=progress)
+                timings["pull"] = ms_since(began)
         except ReferenceNotFound:
             timings["resolve"] = ms_since(began)
             began = time.monotonic()
-            found = resolve(layout, connect, self._text, policy=policy, progress=progress, platform=platform)
+            found = resolve(layout, connect, self._text, policy=policy, progress=progress, platform=platform, gate=gate)
             timings["pull"] = ms_since(began)
         self.record = replace(self.record, timings=timings)
         return found

@@ -169,7 +169,8 @@ class Pools:
 
     def _make(self, reference: str, size: int, connect: Connect, progress: Progress) -> _Pool:
         with self._runtime.layout.using():
-            found = resolve(self._runtime.layout, connect, reference, progress=progress)
+            gate = self._runtime.gate(RunOptions(restore=RestorePolicy.REQUIRE))
+            found = resolve(self._runtime.layout, connect, reference, progress=progress, gate=gate)
             if found.artifact.manifest.ram_snapshot is None:
                 raise SnapshotIncompatible(
                     f"{found.name} has no RAM snapshot, and only those can wait in a warm pool",

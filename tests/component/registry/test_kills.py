@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.artifacts import write_inputs, write_manifest
+from support import ram
+from support.artifacts import with_ram, write_inputs, write_manifest
 from support.killed import Killer
 from support.registry import Registry
 from support.stores import add, blobs, files_of
@@ -139,6 +140,44 @@ def test_pulls(killer: Killer, times: random.Random, registry: Registry, tmp_pat
         assert killer.run("pull", **arguments).code == 0
         is_sound(layout)
         assert [entry.name for entry in layout.entries()] == ["web:1"]
+        assert content(layout) == wanted
+        is_clean(layout)
+        assert list(layout.partial_dir.iterdir()) == []
+        shutil.rmtree(layout.root)
+
+    kill_often(killer, times, "pull", prepare, after)
+
+
+@pytest.mark.spec("OCI-22", "OCI-29", "RAM-56")
+@pytest.mark.parametrize("ram_snapshot", ["reused", "left out"])
+def test_pulls_of_ram_snapshots(
+    ram_snapshot: str, killer: Killer, times: random.Random, registry: Registry, tmp_path: Path
+) -> None:
+    """One whose chunks are partly here, and one that is left out; whatever is killed, the next pull brings all of it."""
+    source, template = Layout(tmp_path / "source"), Layout(tmp_path / "template")
+    pages = {at: random.Random(at).randbytes(65536) for at in range(0, 1024, 16)}
+    header = ram.header(memory=4 << 20)
+    with_ram(template, "old:1", ram.blob(pages, header, chunk_pages=16))
+    changed = {at: data if at % 128 else data[::-1] for at, data in pages.items()}
+    new = with_ram(source, "new:1", ram.blob(changed, header, chunk_pages=16), disk=random.Random(1).randbytes(300_000))
+    ref = Reference(registry.host, f"kills/ram-{ram_snapshot.replace(' ', '-')}", "1")
+    with RegistryClient(registry.host) as client:
+        transfer.push(source, client, ref, new.digest)
+    wanted = {**content(template), **{k: v for k, v in content(source).items() if k in files_of(new.image)}}
+
+    def prepare(number: int) -> dict[str, Any]:
+        shutil.copytree(template.root, tmp_path / "store", copy_function=os.link)
+        return {
+            "root": str(tmp_path / "store"), "reference": str(ref), "name": "new:1", "ram": ram_snapshot != "left out"
+        }  # fmt: skip
+
+    def after(number: int, arguments: dict[str, Any]) -> None:
+        layout = Layout(tmp_path / "store")
+        is_sound(layout)
+        if number % 4 == 0:
+            collect(layout, Needs)
+            is_sound(layout)
+        assert killer.run("pull", **{**arguments, "ram": True}).code == 0
         assert content(layout) == wanted
         is_clean(layout)
         assert list(layout.partial_dir.iterdir()) == []

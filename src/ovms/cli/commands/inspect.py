@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import InstanceNotFound, NotFound, ReferenceInvalid
+
+if TYPE_CHECKING:
+    from ovms.artifact.model import Artifact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,19 +66,36 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
         "manifest": dict(found.artifact.manifest.document),
         "oci": strictjson.parse(image.raw, "the OCI manifest", max_size=len(image.raw)),
     }
-    ram = found.artifact.manifest.ram_snapshot
-    if ram is not None:
-        from ovms.memory.snapshot import read_control
-        from ovms.spec.digest import parse_digest
-
-        control = read_control(context.layout, parse_digest(ram.ref))
-        value["ram_snapshot"] = {
-            **control.header.to_json(),
-            "chunks": len(control.chunks),
-            "stored_pages": sum(chunk.pages for chunk in control.chunks),
-        }
+    if found.artifact.manifest.ram_snapshot is not None:
+        value["ram_snapshot"] = _ram_snapshot(context, found.artifact)
     _print(args, value)
     return Exit.OK
+
+
+def _ram_snapshot(context: Context, artifact: Artifact) -> dict[str, Any]:
+    from ovms.artifact import ram
+    from ovms.memory.snapshot import read_control
+    from ovms.oci import absent
+    from ovms.spec import ramsnap
+    from ovms.spec.digest import parse_digest
+
+    assert artifact.manifest.ram_snapshot is not None
+    newest = parse_digest(artifact.manifest.ram_snapshot.ref)
+    missing = ram.left_out(context.layout, artifact)
+    left_out: dict[str, Any] = {"left_out": [blob.digest for blob in missing]} if missing else {}
+    if any(blob.digest == newest for blob in missing):
+        raw = absent.control_part(context.layout, artifact.blob(newest))
+        if raw is None:
+            return left_out
+        control = ramsnap.parse_control(raw)
+    else:
+        control = read_control(context.layout, newest)
+    return {
+        **left_out,
+        **control.header.to_json(),
+        "chunks": len(control.chunks),
+        "stored_pages": sum(chunk.pages for chunk in control.chunks),
+    }
 
 
 def _print(args: argparse.Namespace, value: Any) -> None:

@@ -1,6 +1,7 @@
 """List the artifacts in the local store.
 
-CREATED is when an artifact's manifest says that it was made; where it does not say, when it came into the store.
+CREATED is when an artifact's manifest says that it was made; where it does not say, when it came into the store. RAM SNAPSHOT
+says "left out" where there is one that was not fetched: 'ovm pull' fetches it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                     output.short(entry["digest"]),
                     f"{output.ago(when)} ago" if (when := entry["created"] or entry["added"]) else "-",
                     output.size(entry["size"]) if entry["size"] is not None else f"? ({entry['problem']})",
-                    "yes" if entry["ram_snapshot"] else "no",
+                    "left out" if entry["ram_left_out"] else "yes" if entry["ram_snapshot"] else "no",
                 )
                 for entry in entries
             ),
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
+    from ovms.artifact import ram
     from ovms.artifact.model import load_any
     from ovms.errors import OvmsError
     from ovms.spec.digest import Digest
@@ -63,6 +65,7 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
         "created": None,
         "added": None if came is None else output.rfc3339(came),
         "ram_snapshot": False,
+        "ram_left_out": False,
     }
     try:
         artifact = load_any(context.layout, Digest(digest))
@@ -74,4 +77,5 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
         "size": artifact.size,
         "created": artifact.manifest.metadata.created,
         "ram_snapshot": artifact.manifest.ram_snapshot is not None,
+        "ram_left_out": bool(ram.left_out(context.layout, artifact)),
     }

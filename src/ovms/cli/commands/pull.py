@@ -30,19 +30,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what belongs to it (signatures, SBOMs), but no snapshots: 'ovm referrers --local' shows it",
     )
+    parser.add_argument(
+        "--no-ram",
+        action="store_true",
+        help="without its RAM snapshot: what boots, and no more. 'ovm run' fetches it where it restores, 'ovm pull' always",
+    )
     values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    from ovms.artifact import ram
     from ovms.artifact.resolve import pull
+    from ovms.oci.transfer import Tally
 
+    tally = Tally()
     with context.pulling():
         found = pull(
-            context.layout, context.connect, args.reference, context.progress, name=args.tag, platform=args.platform
+            context.layout,
+            context.connect,
+            args.reference,
+            context.progress,
+            name=args.tag,
+            platform=args.platform,
+            gate=ram.unwanted if args.no_ram else None,
+            tally=tally,
         )
     artifact = found.artifact
-    value: dict[str, Any] = {"name": found.name, "digest": artifact.digest, "size": artifact.size}
+    value: dict[str, Any] = {
+        "name": found.name,
+        "digest": artifact.digest,
+        "size": artifact.size,
+        "fetched": tally.fetched,
+        "reused": tally.reused,
+        "left_out": [blob.digest for blob in ram.left_out(context.layout, artifact)],
+    }
     if args.referrers:
         value["referrers"] = _pull_referrers(args.reference, context)
     if args.json:

@@ -219,6 +219,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
                 policy=args.pull,
                 progress=context.progress,
                 platform=args.platform,
+                gate=runtime.gate(options),
             )
         started = runtime.start(found, options, context.progress)
     record = started.record
