@@ -29,7 +29,7 @@ from ovms.errors import (
     VmmError,
 )
 from ovms.lazy import dataclass
-from ovms.memory import compat, snapshot, template
+from ovms.memory import chain, compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
@@ -273,6 +273,7 @@ class Runtime:
             control = snapshot.read_control(self.layout, digest)
             header = control.header
             ramsnap.check_codecs(control, ram.compression)
+            chain.check(self.layout, digest, header, ram.parents)
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             attachments.require_none(options.volumes, options.seed)
@@ -285,7 +286,7 @@ class Runtime:
             if not_restored is None and artifact.manifest.bootstrap is not None:
                 not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
-                image = snapshot.materialise(self.layout, digest, progress)
+                image = snapshot.materialise(self.layout, digest, progress, compression=ram.compression)
                 return _Plan(
                     compat.machine_of(header),
                     reason,
@@ -329,7 +330,7 @@ class Runtime:
             layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
             directory = self.instances.directory(newest.id)
             written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]
-            chain = open_chain([*layers, *written])
+            disks = open_chain([*layers, *written])
             port_forwards.settle(newest.ports)
             count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
             self.instances.forget_stop(newest)
@@ -353,7 +354,7 @@ class Runtime:
             ):
                 extras = attachments.extras(again, seed, volumes)
                 return self._launch(
-                    self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None, extras), again
+                    self.vmm(again.vmm), self._config(artifact, again, tuple(disks), None, extras), again
                 )
 
     def _config(

@@ -9,13 +9,18 @@ from typing import Any
 from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
+from ovms.errors import OvmsError
 from ovms.lazy import dataclass
-from ovms.memory import capture, compat, snapshot
+from ovms.memory import capture, chain, compat, snapshot, template
+from ovms.oci.descriptor import Descriptor
+from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
+from ovms.spec import limits, ramsnap
+from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
 from ovms.spec.states import Call, after
 from ovms.vmm.capabilities import require_snapshots
@@ -60,13 +65,14 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-        with instances.control(newest) as control:
+        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno()) as room:
 
             def look() -> tuple[bytes, capture.Capture]:
-                return control.save_state(), capture.take(control.ram(), memory.fileno())
+                state, copy = control.save_state(), capture.take(control.ram(), memory.fileno(), room)
+                scratch.callback(copy.close)
+                return state, copy
 
             frozen: _Frozen = disks.freeze(instances, newest, control, look)
-        frozen.seen[1].finish()
         parts, document, size = _add_parts(runtime, frozen, source, progress)
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         if name is not None:
@@ -80,6 +86,9 @@ def _add_parts(
     # The blobs of the snapshot's artifact, its manifest, and the size of the RAM blob.
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     state, memory = frozen.seen
+    parents = _parents(layout, source, memory)
+    if not parents:
+        memory.finish()
     added = tuple(disks.add_overlays(layout, frozen.overlays, len(manifest.disk_layers), progress))
     header = compat.describe(
         runtime.vmm(record.vmm),
@@ -88,23 +97,54 @@ def _add_parts(
         source.digest,
         tuple(d.digest for d in added),
         network=record.network.state,
+        parent=parents[-1].digest if parents else None,
     )
-    ram, size = snapshot.store(layout, memory, state, header, progress)
+    # one for the whole chain, and what whoever made the artifact has chosen
+    compression = Compression.LZ4 if manifest.ram_snapshot is None else manifest.ram_snapshot.compression
+    ram, size = snapshot.store(layout, memory, state, header, progress, compression=compression)
     document, kept = disks.extended(source, added, header.created)
     document["ramSnapshot"] = {
-        **{k: value for k, value in manifest.document.get("ramSnapshot", {}).items() if k != "parents"},
+        **{key: value for key, value in manifest.document.get("ramSnapshot", {}).items() if key != "parents"},
         "ref": ram,
-        "compression": str(Compression.LZ4),
+        "compression": str(compression),
+        **({"parents": [parent.digest for parent in parents]} if parents else {}),
     }
     with fsutil.open_input(layout.path(ram), "the RAM snapshot") as blob:
-        descriptor = model.part_descriptor(PartKind.RAM, ram, size, annotations=ram_annotations(blob.fileno()))
+        descriptor = model.part_descriptor(
+            PartKind.RAM,
+            ram,
+            size,
+            compression=compression,
+            number=len(parents),
+            annotations=ram_annotations(blob.fileno()),
+        )
     return (
         model.Parts(
             kernel=next(iter(kept[PartKind.KERNEL]), None),
             initrd=next(iter(kept[PartKind.INITRD]), None),
             disks=tuple(kept[PartKind.DISK]),
-            ram_snapshots=(descriptor,),
+            ram_snapshots=(*parents, descriptor),
         ),
         document,
         size,
     )
+
+
+def _parents(layout: Layout, source: model.Artifact, memory: capture.Capture) -> tuple[Descriptor, ...]:
+    """The ancestors of a diff on what *memory* was restored from, base first; none where it has to be a base.
+
+    It has to be one when the VM was booted, when the chain would become too long, and when something of the chain is not what it
+    should be, or not here any more: a diff on it would be lost.
+    """
+    ram = source.manifest.ram_snapshot
+    if memory.base is None or ram is None or template.digest_of(memory.base) != ram.ref:
+        return ()
+    if len(ram.parents) + 1 > chain.PARENTS or memory.written // ramsnap.PAGE > limits.RAM_CHUNKS_MAX:
+        return ()
+    try:
+        links = chain.read(layout, Digest(ram.ref))
+    except OvmsError:
+        return ()
+    if [link.digest for link in links] != [*ram.parents, ram.ref]:
+        return ()
+    return tuple(model.reused(source, part) for part in source.manifest.parts() if part.kind is PartKind.RAM)

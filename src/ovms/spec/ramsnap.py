@@ -156,11 +156,11 @@ class Control:
     chunks: tuple[Chunk, ...]
 
 
-def parse_control(data: bytes) -> Control:
-    """Reads everything before the chunks; *data* begins at offset 0 and reaches to the data region at least.
+def parse_head(data: bytes) -> tuple[Prefix, Header]:
+    """The prefix and the header, which the digest of the control part vouches for; *data* reaches to the index's end at least.
 
     Raises:
-        SnapshotInvalid: malformed, or its digest is wrong.
+        SnapshotInvalid: malformed, or the digest is wrong.
         JsonInvalid: the header is not strict JSON.
     """
     prefix = parse_prefix(data)
@@ -168,13 +168,24 @@ def parse_control(data: bytes) -> Control:
         raise _bad("the index is cut short", len(data), "RAM-1")
     if hashlib.sha256(memoryview(data)[PREFIX_SIZE : prefix.index_end]).digest() != prefix.control_digest:
         raise _bad("header, state and index do not have the digest that the prefix says", 96, "RAM-7")
-    if any(data[prefix.index_end : prefix.data_offset]) or len(data) < prefix.data_offset:
-        raise _bad("there are no zeroes between the index and the data", prefix.index_end, "RAM-1")
     header = ramheader.parse(data[PREFIX_SIZE : prefix.state_offset], PREFIX_SIZE)
     if header.memory != prefix.memory_size:
         raise _bad(
             f"the header says {header.memory} bytes of memory, the prefix {prefix.memory_size}", PREFIX_SIZE, "RAM-22"
         )
+    return prefix, header
+
+
+def parse_control(data: bytes) -> Control:
+    """Reads everything before the chunks; *data* begins at offset 0 and reaches to the data region at least.
+
+    Raises:
+        SnapshotInvalid: malformed, or its digest is wrong.
+        JsonInvalid: the header is not strict JSON.
+    """
+    prefix, header = parse_head(data)
+    if any(data[prefix.index_end : prefix.data_offset]) or len(data) < prefix.data_offset:
+        raise _bad("there are no zeroes between the index and the data", prefix.index_end, "RAM-1")
     state = _unpack_state(data[prefix.state_offset : prefix.index_offset], prefix.state_offset)
     return Control(prefix, header, state, tuple(_parse_index(data, prefix, diff=header.parent is not None)))
 
