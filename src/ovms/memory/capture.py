@@ -55,7 +55,7 @@ class Capture:
     """A copy of a VM's memory, in a sparse file, or of the *runs* of it that it wrote since its restore.
 
     ``base`` is what it was restored from (None: it was booted): what is not in ``runs`` is that. :meth:`finish` makes the copy
-    whole, once the VM goes on again; a diff needs no such thing.
+    whole, once the VM goes on again; a diff needs no such thing. :meth:`close` it in the end.
     """
 
     def __init__(self, fd: int, base: int | None, runs: list[Run], size: int) -> None:
@@ -78,7 +78,6 @@ class Capture:
         for run in [*self.runs, Run(self.size, self.size)]:
             _copy_range(self.base, self.fd, at, run.start)
             at = run.end
-        self.close()
 
     def close(self) -> None:
         """Lets go of what the VM was restored from."""

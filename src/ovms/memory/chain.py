@@ -44,9 +44,8 @@ class Part:
         return self.runs == ((self.chunk.page, self.chunk.pages),)
 
 
-@contextlib.contextmanager
-def opened(layout: Layout, digest: Digest, child: Digest | None = None) -> Iterator[BinaryIO]:
-    """The blob of a RAM snapshot. *child* is the diff whose parent it is, if any: errors within name the parent then.
+def opened(layout: Layout, digest: Digest, child: Digest | None = None) -> BinaryIO:
+    """The blob of a RAM snapshot; *child* is the diff whose parent it is, if any.
 
     Raises:
         BlobNotFound: it is not in the store.
@@ -58,15 +57,19 @@ def opened(layout: Layout, digest: Digest, child: Digest | None = None) -> Itera
             hint="pull the artifact again: it holds the whole chain",
             rule="RAM-40",
         )
-    with fsutil.open_input(layout.path(digest), "the RAM snapshot") as blob:
-        try:
-            yield blob
-        except (SnapshotInvalid, JsonInvalid) as exc:
-            if child is not None and "parent" not in exc.context:
-                exc.message = f"in the parent {digest}: {exc.message}"
-                exc.args = (exc.message,)
-                exc.context["parent"] = digest
-            raise
+    return fsutil.open_input(layout.path(digest), "the RAM snapshot")
+
+
+@contextlib.contextmanager
+def naming(digest: Digest, child: Digest | None) -> Iterator[None]:
+    """Errors within are about the snapshot *digest*: they say so where it is a *child*'s parent."""
+    try:
+        yield
+    except (SnapshotInvalid, JsonInvalid) as exc:
+        if child is not None:
+            exc.message = f"in the parent {digest}: {exc.message}"
+            exc.args = (exc.message,)
+        raise
 
 
 def read(layout: Layout, digest: Digest) -> list[Link]:
@@ -86,7 +89,7 @@ def read(layout: Layout, digest: Digest) -> list[Link]:
             raise SnapshotInvalid(f"the RAM snapshot {wanted} is its own ancestor", rule="RAM-40")
         if len(links) > limits.RAM_PARENTS_MAX:
             raise _too_long(digest)
-        with opened(layout, wanted, child) as blob:
+        with opened(layout, wanted, child) as blob, naming(wanted, child):
             links.append(Link(wanted, _read_header(blob)))
         parent = links[-1].header.parent
         wanted = None if parent is None else Digest(parent)
@@ -101,7 +104,7 @@ def check(layout: Layout, digest: Digest, header: Header, parents: Sequence[str]
         raise _too_long(digest)
     links = []
     for parent, child in zip(parents, [*parents, digest][1:], strict=True):
-        with opened(layout, Digest(parent), Digest(child)) as blob:
+        with opened(layout, Digest(parent), Digest(child)) as blob, naming(Digest(parent), Digest(child)):
             links.append((parent, _read_header(blob)))
     ramheader.check_chain([*links, (digest, header)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -313,11 +314,13 @@ def unpack(
         for i, link in enumerate(links):
             child = links[i + 1].digest if i + 1 < len(links) else None
             blob = files.enter_context(chain.opened(layout, link.digest, child))
-            control = _control_of(blob)
-            if compression is not None:
-                ramsnap.check_codecs(control, compression)
-            members.append((blob.fileno(), control))
-        parts = chain.visible([control.chunks for _, control in members])
+            naming = functools.partial(chain.naming, link.digest, child)
+            with naming():
+                control = _control_of(blob)
+                if compression is not None:
+                    ramsnap.check_codecs(control, compression)
+            members.append((blob.fileno(), control, naming))
+        parts = chain.visible([control.chunks for _, control, _ in members])
         size = members[-1][1].prefix.memory_size
         written = sum(pages for member in parts for part in member for _, pages in part.runs) * PAGE
         copied = 0 if below is None else os.fstat(below).st_blocks * 512
@@ -327,11 +330,10 @@ def unpack(
                 fsutil.copy_sparse(below, target)
             os.ftruncate(target, size)
             with progress.task("unpacking RAM", written) as task:
-                for (fd, control), member in zip(members, parts, strict=True):
-                    work = _batches(member, zeroes=below is not None)
-                    data_offset = control.prefix.data_offset
-                    unpacked = parallel.ordered(_unpacker(fd, data_offset, target), work)
-                    with contextlib.closing(unpacked):
+                for (fd, control, naming), member in zip(members, parts, strict=True):
+                    unpacker = _unpacker(fd, control.prefix.data_offset, target)
+                    unpacked = parallel.ordered(unpacker, _batches(member, zeroes=below is not None))
+                    with naming(), contextlib.closing(unpacked):
                         for amount in unpacked:
                             task.advance(amount)
         except OSError as exc:

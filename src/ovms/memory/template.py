@@ -16,7 +16,7 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.errors import ResourceError
-from ovms.spec.digest import Digest, hex_of, parse_digest
+from ovms.spec.digest import Digest, hex_of, is_digest, parse_digest
 from ovms.vmm.model import TEMPLATE
 
 # fcntl.h
@@ -53,7 +53,8 @@ def digest_of(fd: int) -> Digest | None:
     name = str(Path(f"/proc/self/fd/{fd}").readlink())
     if not name.startswith(prefix) or not name.endswith(suffix):
         return None
-    return parse_digest(f"sha256:{name[len(prefix) : -len(suffix)]}")
+    digest = f"sha256:{name[len(prefix) : -len(suffix)]}"
+    return parse_digest(digest) if is_digest(digest) else None
 
 
 def _from_holder(digest: Digest, size: int, holders: Iterable[int]) -> int | None:

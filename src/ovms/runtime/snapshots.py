@@ -30,13 +30,14 @@ from ovms.vmm.capabilities import require_snapshots
 class Taken:
     """A snapshot in the store. ``downtime_ms`` is how long the guest stood still; ``ram_size`` the blob's bytes.
 
-    ``user_data``: the guest was given some, so its memory may hold secrets.
+    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets.
     """
 
     artifact: model.Artifact
     downtime_ms: float
     ram_size: int
     user_data: bool = False
+    parents: int = 0
 
 
 #: What was taken while the VM stood still: its device state and its memory.
@@ -77,7 +78,7 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         if name is not None:
             layout.set_name(str(name), artifact.image.descriptor())
-        return Taken(artifact, frozen.downtime_ms, size, newest.user_data)
+        return Taken(artifact, frozen.downtime_ms, size, newest.user_data, len(parts.ram_snapshots) - 1)
 
 
 def _add_parts(

@@ -127,6 +127,18 @@ def test_two_snapshots_of_one_instance_are_whole_each(runtime: Runtime, running:
     assert (console(runtime, first).ping(), console(runtime, second).ping()) == (2, 3)
 
 
+def test_a_paused_instance_is_snapshot_as_often_as_one_likes(runtime: Runtime, running: Record) -> None:
+    """QEMU gave its disks away with the first, and aborted with the second."""
+    assert console(runtime, running).ping() == 1
+    runtime.pause(running)
+    for name in ("echo:a", "echo:b"):
+        take(runtime, running, name)
+        assert runtime.instances.status(runtime.instances.find(running.id)).state is State.PAUSED
+    runtime.resume(running)
+    assert console(runtime, running).ping() == 2
+    assert console(runtime, runtime.start(find(runtime.layout, "echo:b"), RESTORE).record).ping() == 2
+
+
 @pytest.mark.spec("RAM-50")
 def test_cold_boots_a_snapshot_from_its_disk(runtime: Runtime, running: Record) -> None:
     take(runtime, running, "echo:snap")

@@ -72,7 +72,9 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
         value["ram_snapshot"] = {
             **control.header.to_json(),
             "chunks": len(control.chunks),
-            "stored_pages": sum(chunk.pages for chunk in control.chunks),
+            "stored_pages": sum(chunk.pages for chunk in control.chunks if chunk.stored_size),
+            "size": found.artifact.blob(ram.ref).size,
+            "parents": [{"digest": ref, "size": found.artifact.blob(ref).size} for ref in ram.parents],
         }
     _print(args, value)
     return Exit.OK
