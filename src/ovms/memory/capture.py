@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 
 from ovms import fsutil
 from ovms.errors import HostError
-from ovms.lazy import regex
+from ovms.memory import sealing
+from ovms.vmm import maps
 from ovms.vmm.model import GuestRam
 
 PAGE: Final = 4096
@@ -40,9 +41,6 @@ _GAP: Final = 64 * 1024
 _VECTORS: Final = 1024
 _PIECE: Final = 1024 * 1024
 
-#: A mapping in ``/proc/PID/maps``: address range, permissions, offset, device, inode, path.
-_MAPPING: Final = regex(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ ([0-9]+)\s*(.*)")
-
 
 class Run(NamedTuple):
     """Consecutive pages: bytes from *start* up to *end*, counted from the start of the memory."""
@@ -52,18 +50,22 @@ class Run(NamedTuple):
 
 
 class Capture:
-    """A copy of a VM's memory, in a sparse file, or of the *runs* of it that it wrote since its restore.
+    """A VM's memory at one moment, in a sparse file; or of it the *runs* that it wrote since its restore.
 
-    ``base`` is what it was restored from (None: it was booted): what is not in ``runs`` is that. :meth:`finish` makes the copy
-    whole, once the VM goes on again; a diff needs no such thing. :meth:`close` it in the end.
+    ``base`` is what it was restored from (None: it was booted): what is not in ``runs`` is that. :meth:`finish` makes it whole,
+    once the VM goes on again; a diff needs no such thing. :meth:`close` it in the end.
     """
 
-    def __init__(self, fd: int, base: int | None, runs: list[Run], size: int) -> None:
-        """*base*: a descriptor of what the VM was restored from; it is ours from here on."""
+    def __init__(self, fd: int, base: int | None, runs: list[Run], size: int, *, shared: bool = False) -> None:
+        """*base*: a descriptor of what the VM was restored from; it is ours from here on.
+
+        *shared*: *fd* is not a copy, but the memory itself, from which the VM goes on; it is ours, too.
+        """
         self.fd = fd
         self.size = size
         self.base = base
         self.runs = runs
+        self._shared = shared
 
     @property
     def written(self) -> int:
@@ -71,7 +73,13 @@ class Capture:
         return sum(run.end - run.start for run in self.runs)
 
     def finish(self) -> None:
-        """Fills in what did not have to be copied while the VM stood still: the image that it was restored from."""
+        """Fills in what did not have to be copied while the VM stood still: the image that it was restored from.
+
+        Raises:
+            VmmError: the VMM can still write to what was to stand still.
+        """
+        if self._shared:
+            sealing.seal(self.fd)
         if self.base is None:
             return
         at = 0
@@ -80,10 +88,13 @@ class Capture:
             at = run.end
 
     def close(self) -> None:
-        """Lets go of what the VM was restored from."""
+        """Lets go of what the VM was restored from, and of the memory where it is no copy."""
         if self.base is not None:
             os.close(self.base)
             self.base = None
+        if self._shared:
+            os.close(self.fd)
+            self._shared = False
 
 
 @contextlib.contextmanager
@@ -102,7 +113,7 @@ def room(guest: GuestRam, fd: int) -> Iterator[mmap.mmap | None]:
     target = mmap.mmap(fd, guest.size)
     # Where it can't be done, the copy is slower, and its errors are told there.
     with contextlib.suppress(OSError, HostError):
-        address = find_mapping(guest.pid, guest.file, guest.size)
+        address = maps.find(guest.pid, guest.file, guest.size).address
         ours = _address(target)
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         for run in _spans(written_pages(guest.pid, address, guest.size)):
@@ -165,8 +176,13 @@ def take(guest: GuestRam, fd: int, target: mmap.mmap | None = None) -> Capture:
         raise full or HostError(f"the memory of process {guest.pid} cannot be read: {exc.strerror}") from exc
 
 
+def frozen(guest: GuestRam) -> Capture:
+    """The memory of a VM that goes on on a private copy of it, and has not yet: nothing is copied."""
+    return Capture(os.open(guest.file, os.O_RDWR | os.O_CLOEXEC), None, [], guest.size, shared=True)
+
+
 def _take_private(guest: GuestRam, fd: int, target: mmap.mmap | None) -> list[Run]:
-    address = find_mapping(guest.pid, guest.file, guest.size)
+    address = maps.find(guest.pid, guest.file, guest.size).address
     runs = list(written_pages(guest.pid, address, guest.size))
     # nothing is looked at here: what is zero, or as it was before, is found when the VM goes on again
     if target is None or not _read_at_once(guest.pid, address, _address(target), runs):
@@ -218,26 +234,6 @@ def _read_singly(pid: int, address: int, fd: int, runs: Iterable[Run]) -> None:
                 at += got
     finally:
         os.close(memory)
-
-
-def find_mapping(pid: int, file: Path, size: int) -> int:
-    """The address at which process *pid* has mapped *size* bytes of *file* (a path, or a descriptor in ``/proc``).
-
-    Raises:
-        HostError: there is no such mapping.
-    """
-    inode = file.stat().st_ino
-    # a memfd is called the same wherever it is mapped, and its descriptor's link tells how
-    name = (str(file.readlink()) if file.is_symlink() else str(file)).removesuffix(" (deleted)")
-    lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        if (match := _MAPPING.fullmatch(line)) is None:
-            continue
-        start, end = int(match[1], 16), int(match[2], 16)
-        # Not the device: on btrfs and overlayfs the number there is another than that of stat.
-        if end - start == size and int(match[4]) == inode and match[5].removesuffix(" (deleted)") == name:
-            return start
-    raise HostError(f"process {pid} has not mapped {file}")
 
 
 def written_pages(pid: int, address: int, size: int) -> Iterator[Run]:

@@ -71,7 +71,7 @@ class Record:
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
-    that the artifact's bootstrap config runs in it.
+    that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -111,6 +111,7 @@ class Record:
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
     workload: bool = False
+    warm: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -158,6 +159,7 @@ class Record:
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
             "workload": self.workload,
+            "warm": self.warm,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -203,6 +205,7 @@ class Record:
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),
+            warm=bool(value.get("warm", False)),
         )
 
     def with_overlay(self) -> Record:

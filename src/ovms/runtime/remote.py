@@ -147,6 +147,14 @@ class Remote:
                 task.__exit__(None, None, None)
         raise HostError("the server ended while the instance was starting", hint="'ovm ps -a' tells what became of it")
 
+    def warm(self, reference: str, size: int) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return dict(self.call("POST", "/warm", {"manifest": reference, "size": size}, timeout=_LONG))
+
+    def pools(self) -> list[Document]:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return list(self.call("GET", "/warm")["pools"])
+
     def instances(self) -> list[Document]:
         """See :class:`~ovms.runtime.client.Client`."""
         return list(self.call("GET", "/instances")["instances"])
@@ -183,9 +191,13 @@ class Remote:
         self.call("POST", "/resume", {"instance_id": text})
         return self.instance(text)
 
-    def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
+    def snapshot(self, text: str, tag: str | None, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        return dict(self.call("POST", "/snapshot", {"instance_id": text, "tag": tag}, timeout=_LONG))
+        return dict(
+            self.call(
+                "POST", "/snapshot", {"instance_id": text, **({} if tag is None else {"tag": tag})}, timeout=_LONG
+            )
+        )
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """See :class:`~ovms.runtime.client.Client`."""

@@ -56,6 +56,23 @@ class Root:
         return self.path / "instances"
 
     @property
+    def parked(self) -> Path:
+        """Where the directories of instances are that wait in a warm pool."""
+        return self.path / "parked"
+
+    def anything_parked(self) -> bool:
+        """Whether something waits in a warm pool, or a killed server has left it."""
+        try:
+            return any(not path.name.startswith(".") for path in self.parked.iterdir())
+        except OSError:
+            return False
+
+    @property
+    def pools(self) -> Path:
+        """What the warm pools of a server are to be."""
+        return self.path / "warm.json"
+
+    @property
     def socket(self) -> Path:
         """Where a server listens unless it is told otherwise."""
         return self.path / "ovms.sock"

@@ -80,6 +80,7 @@ class RunOptions:
     network: network.Wanted = field(default_factory=network.Wanted)
     volumes: tuple[Volume, ...] = ()
     seed: Seed | None = None
+    parked: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,12 @@ class _Snapshot:
 class Runtime:
     """The runtime over one root directory."""
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, *, parked: bool = False) -> None:
+        """*parked*: of instances that wait in a warm pool."""
         self.root = root
         self.layout: Layout = root.layout()
         self._vmms: dict[str, Vmm] = {}
-        self.instances = Instances(root, self.vmm)
+        self.instances = Instances(root, self.vmm, parked=parked)
 
     def vmm(self, name: str) -> Vmm:
         """The VMM of a name.
@@ -200,6 +202,7 @@ class Runtime:
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
+            config = replace(config, parked=options.parked)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             disks = {"disks": ms_since(began)}
@@ -303,7 +306,8 @@ class Runtime:
                 )
         elif ram is None and options.restore is RestorePolicy.REQUIRE:
             raise SnapshotIncompatible(
-                f"{artifact.manifest.name} has no RAM snapshot to restore", hint="leave out --restore=require"
+                f"{artifact.manifest.name} has no RAM snapshot to restore",
+                hint="leave out --restore=require; 'ovm snapshot' makes one of a running instance",
             )
         machine = vmm.machine(
             choice.accel,

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from typing import Any
 
-from ovms import fsutil
+from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.errors import OvmsError
@@ -16,7 +16,7 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, disks
+from ovms.runtime import attachments, disks, jail
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits, ramsnap
@@ -67,11 +67,17 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
         with instances.control(newest) as control, capture.room(control.ram(), memory.fileno()) as room:
+            # a guest that writes to all of its memory has it twice then
+            freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
+            if freezes:
+                jail.allow_frozen(newest.jail, newest.machine)
 
             def look() -> tuple[bytes, capture.Capture]:
-                state, copy = control.save_state(), capture.take(control.ram(), memory.fileno(), room)
-                scratch.callback(copy.close)
-                return state, copy
+                state = control.save_state()
+                if freezes and control.freeze_ram():
+                    return state, scratch.enter_context(contextlib.closing(capture.frozen(control.ram())))
+                copy = capture.take(control.ram(), memory.fileno(), room)
+                return state, scratch.enter_context(contextlib.closing(copy))
 
             frozen: _Frozen = disks.freeze(instances, newest, control, look)
         parts, document, size = _add_parts(runtime, frozen, source, progress)

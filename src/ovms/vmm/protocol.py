@@ -63,6 +63,12 @@ class Control(Protocol):
     def ram(self) -> GuestRam:
         """Where the memory can be read."""
 
+    def freeze_ram(self) -> bool:
+        """Lets the paused guest go on on a private copy of its memory, whose file stays as it is now, in no time.
+
+        False where that can't be, and then nothing has changed: the memory must be copied out by way of :meth:`ram`.
+        """
+
 
 class Vmm(Protocol):
     """A virtual machine monitor on this host. What every adapter has to keep: ``tests/component/vmm/contract``.
@@ -109,7 +115,9 @@ class Vmm(Protocol):
         """Why a snapshot of *machine*, taken by this VMM in *version*, can't be restored here; None when it can."""
 
     def start(self, config: VmConfig, files: VmFiles) -> Watched:
-        """Starts a VM, running, and detached from us, with its watcher. Nothing is left of it when this fails.
+        """Starts a VM, running (or loaded and paused, where it is to be *parked*), and detached from us, with its watcher.
+
+        Nothing is left of it when this fails.
 
         Raises:
             VmmError, VmmTimeout: the VMM refused, died or hung; its own words are in the message.
@@ -117,10 +125,8 @@ class Vmm(Protocol):
             JailRefused: the host does not allow a part of the jail.
         """
 
-    def connect(
-        self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool
-    ) -> AbstractContextManager[Control]:
-        """The control channel of a living VM, which was *restored* or booted."""
+    def connect(self, files: VmFiles, machine: Machine, vmm: Watched) -> AbstractContextManager[Control]:
+        """The control channel of a living VM."""
 
     def ending(self, files: VmFiles) -> Ending:
         """How a VM that is no more came to its end."""

@@ -8,30 +8,10 @@ from pathlib import Path
 
 import pytest
 from support import guests
-from support.server import Server
-
-from ovms.artifact.build import Builder
-from ovms.oci.layout import Layout
-from ovms.runtime.root import Root
+from support.server import Server, prepare
 
 #: The least that an instance takes.
 LEAST = {"memory": "32M", "accel": "tcg"}
-
-
-def no_registry(host: str) -> object:
-    raise AssertionError(f"a test of the server asks for the registry {host}")
-
-
-def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
-    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``."""
-    root = Root(directory / "root")
-    root.prepare()
-    root.cache.symlink_to(cache)
-    layout: Layout = root.layout()
-    manifest = guests.write_project(directory / "project", kernel)
-    for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
-        Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
-    return root.path
 
 
 def clear(server: Server) -> None:

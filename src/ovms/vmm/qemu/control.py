@@ -12,6 +12,7 @@ from ovms.errors import PortInUse, VmmError
 from ovms.lazy import regex
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm import freeze, maps
 from ovms.vmm.model import TEMPLATE, GuestRam, Machine, PortForward, RunState
 from ovms.vmm.qemu import cmdline, state
 from ovms.vmm.qemu.qmp import Qmp
@@ -29,11 +30,10 @@ _DISK_TIMEOUT: Final = 120.0
 class QemuControl:
     """The control channel of one QEMU."""
 
-    def __init__(self, qmp: Qmp, machine: Machine, vmm: Watched, *, restored: bool) -> None:
+    def __init__(self, qmp: Qmp, machine: Machine, vmm: Watched) -> None:
         self._qmp = qmp
         self._machine = machine
         self._vmm = vmm
-        self._restored = restored
 
     def state(self) -> RunState:
         """See :class:`~ovms.vmm.protocol.Control`."""
@@ -217,9 +217,13 @@ class QemuControl:
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""
         pid, size = self._vmm.vmm.pid, self._machine.memory
-        if self._restored:
-            return GuestRam(pid, size, _memfd_of(self._vmm.watcher.pid, size), private=True)
-        return GuestRam(pid, size, _memfd_of(pid, size), private=False)
+        file = _memfd_of(self._vmm.watcher.pid, size)
+        return GuestRam(pid, size, file, private=maps.find(pid, file, size).private)
+
+    def freeze_ram(self) -> bool:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        pid, size = self._vmm.vmm.pid, self._machine.memory
+        return freeze.freeze(pid, _memfd_of(pid, size), size)
 
     def _query(self, command: str) -> dict[str, Any]:
         answer = self._qmp.execute(command)
@@ -229,14 +233,12 @@ class QemuControl:
 
 
 def _memfd_of(pid: int, size: int) -> Path:
-    """The descriptor of the guest's memory in QEMU or its watcher: the one memfd of exactly the guest's size."""
+    """The descriptor of the guest's memory in QEMU or its watcher: the one memfd of its name and exactly its size."""
     directory = Path(f"/proc/{pid}/fd")
     try:
         for entry in directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                target = str(entry.readlink())
-                ours = "memfd:memory-backend" in target or f"memfd:{TEMPLATE}" in target
-                if ours and entry.stat().st_size == size:
+                if f"memfd:{TEMPLATE}:" in str(entry.readlink()) and entry.stat().st_size == size:
                     return entry
     except OSError as exc:
         raise VmmError(f"the memory of process {pid} cannot be read: {exc.strerror}") from exc
