@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
@@ -86,7 +85,7 @@ def store(
                 chunk = ramsnap.Chunk(item.page, item.pages, offset, len(item.stored), item.codec, item.digest)
                 if chunks and _goes_on(chunks[-1], chunk):
                     before = chunks.pop()
-                    chunk = replace(before, pages=before.pages + chunk.pages)
+                    chunk = before._replace(pages=before.pages + chunk.pages)
                 chunks.append(chunk)
                 offset += chunk.stored_size
             task.advance(reached - done)

@@ -403,8 +403,10 @@ def test_a_bad_chain_starts_nothing(
     assert runtime.instances.records() == []
 
 
-def test_a_sound_chain_made_the_same_way_is_restored(runtime: Runtime, base: snapshots.Taken) -> None:
-    found = _other_parent(runtime, diff_of(runtime, "echo:b"), created="2026-01-01T00:00:00Z")
+@pytest.mark.spec("RAM-44")
+def test_a_chain_whose_base_this_host_could_not_restore(runtime: Runtime, base: snapshots.Taken) -> None:
+    changes = {"vmm": "firecracker", "vmm_version": "99.0", "accel": "kvm", "cpu_flags": ("no-such-flag",)}
+    found = _other_parent(runtime, diff_of(runtime, "echo:b"), **changes)
     assert runtime.start(found, RESTORE).record.restored
 
 

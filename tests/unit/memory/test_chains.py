@@ -404,15 +404,15 @@ def zero_chunk(chunks: list[ramsnap.Chunk]) -> None:
 
 
 def overlapping(chunks: list[ramsnap.Chunk]) -> None:
-    chunks[1] = replace(chunks[1], page=0)
+    chunks[1] = chunks[1]._replace(page=0)
 
 
 def beyond(chunks: list[ramsnap.Chunk]) -> None:
-    chunks[2] = replace(chunks[2], page=PAGES)
+    chunks[2] = chunks[2]._replace(page=PAGES)
 
 
 def wrong_digest(chunks: list[ramsnap.Chunk]) -> None:
-    chunks[2] = replace(chunks[2], digest=bytes(32))
+    chunks[2] = chunks[2]._replace(digest=bytes(32))
 
 
 @pytest.mark.spec("RAM-11", "RAM-14", "RAM-16")
