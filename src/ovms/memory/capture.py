@@ -35,8 +35,6 @@ _ENTRIES: Final = 32 * 1024
 
 # madvise: MADV_POPULATE_WRITE (Linux 5.14)
 _POPULATE_WRITE: Final = 23
-#: Bytes between two runs of pages that are made ready as one.
-_GAP: Final = 64 * 1024
 #: What one call of process_vm_readv copies: so many vectors (IOV_MAX), of so many bytes each.
 _VECTORS: Final = 1024
 _PIECE: Final = 1024 * 1024
@@ -116,23 +114,10 @@ def room(guest: GuestRam, fd: int) -> Iterator[mmap.mmap | None]:
         address = maps.find(guest.pid, guest.file, guest.size).address
         ours = _address(target)
         madvise = ctypes.CDLL(None, use_errno=True).madvise
-        for run in _spans(written_pages(guest.pid, address, guest.size)):
+        for run in written_pages(guest.pid, address, guest.size):
             if madvise(ctypes.c_void_p(ours + run.start), ctypes.c_size_t(run.end - run.start), _POPULATE_WRITE):
                 break
     yield target
-
-
-def _spans(runs: Iterable[Run]) -> Iterator[Run]:
-    # with what little lies between them: a call for each page would cost more
-    start = end = 0
-    for run in runs:
-        if run.start - end > _GAP:
-            if start < end:
-                yield Run(start, end)
-            start = run.start
-        end = run.end
-    if start < end:
-        yield Run(start, end)
 
 
 def _address(target: mmap.mmap) -> int:
