@@ -82,6 +82,24 @@ class _Terminated(BaseException):
         self.number = number
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal. argparse makes one for each argument; its own way there imports ``shutil``."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    # shutil.get_terminal_size
+    with contextlib.suppress(ValueError):
+        if (said := int(os.environ.get("COLUMNS", "0"))) > 0:
+            return said
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of exiting."""
 
@@ -99,7 +117,7 @@ def build_parser() -> Parser:
         usage="ovm [--root DIR] [--host unix:PATH] [--progress MODE] COMMAND ...",
         description="Build, ship and run virtual machines as OCI artifacts.",
         epilog=f"commands:\n{listing}\n\n'ovm COMMAND --help' tells more about each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ovm {__version__}")
@@ -126,7 +144,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
     parser = Parser(
         prog=f"ovm {name}",
         description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="answer with one JSON document")

@@ -61,16 +61,19 @@ def freeze(instances: Instances, record: Record, control: Control, look: Callabl
     was_running = control.state() is RunState.RUNNING
     # Noted first: should we be killed, the next command lets the guest go on.
     record = instances.save(replace(record, pausing=was_running))
-    began = time.monotonic()
     try:
-        control.pause()
-        if new is not None:
-            control.add_overlay(new)
-        seen = look()
+        with control.prepare(new):
+            began = time.monotonic()
+            try:
+                control.pause()
+                if new is not None:
+                    control.add_overlay(new)
+                seen = look()
+            finally:
+                if was_running:
+                    control.resume()
+                downtime = round((time.monotonic() - began) * 1000, 1)
     finally:
-        if was_running:
-            control.resume()
-        downtime = round((time.monotonic() - began) * 1000, 1)
         record = instances.save(replace(record, pausing=False))
     return Frozen(record, tuple(directory / name for name in used), seen, downtime)
 

@@ -20,6 +20,7 @@ from ovms.spec import limits
 
 if TYPE_CHECKING:
     from ovms.runtime.runtime import RunOptions
+    from ovms.vmm.model import PortForward
 
 #: Seconds for an answer that takes no long work, and for one that does.
 _TIMEOUT: Final = 60.0
@@ -116,7 +117,13 @@ class Remote:
 
     def start(self, reference: str, options: RunOptions, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        started = self.call("POST", "/start", {"manifest": reference, "overrides": _overrides(options)})
+        return self.ask_to_start(reference, _overrides(options), progress)
+
+    def ask_to_start(self, reference: str, overrides: Document, progress: Progress = NULL) -> Document:
+        """:meth:`start`, with the overrides as the contract has them."""
+        started = self.call("POST", "/start", {"manifest": reference, "overrides": overrides})
+        if started["state"] == "running":  # of a warm pool: there is nothing to wait for
+            return dict(started)
         instance_id = str(started["instance_id"])
         try:
             return self._started(instance_id, int(started.get("event_seq", 0)), progress)
@@ -279,12 +286,19 @@ def _overrides(options: RunOptions) -> Document:
         "accel": None if options.accel is None else str(options.accel),
         "restore": str(options.restore),
         "remove_on_exit": options.remove_on_exit or None,
-        "ports": [
-            {"guest_port": p.guest_port, "host_port": p.host_port, "host_ip": p.host_ip, "protocol": p.protocol}
-            for p in options.ports
-        ],
+        "ports": [port_override(port) for port in options.ports],
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def port_override(port: PortForward) -> Document:
+    """A forward as the contract has it."""
+    return {
+        "guest_port": port.guest_port,
+        "host_port": port.host_port,
+        "host_ip": port.host_ip,
+        "protocol": port.protocol,
+    }
 
 
 def _quoted(text: str) -> str:

@@ -62,6 +62,8 @@ QUIET: Final = 0.05
 _RETRY: Final = 10.0
 _OWNER: Final = ".owner"
 _FILE_MAX: Final = 1 * limits.MIB
+#: References whose digests are remembered, until the store's index changes.
+_KNOWN_MAX: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,11 @@ class Pools:
         self._runtime = runtime
         self._parked = parked
         self._lock = lock
-        self._pools: dict[Digest, _Pool] = {}
+        self._pools: dict[Digest | None, _Pool] = {}
         self._guard = threading.Lock()
         self._last = 0.0
+        self._stamp: tuple[int, int, int] | None = None
+        self._known: dict[str, Digest | None] = {}
         self._closed = False
 
     @property
@@ -224,8 +228,7 @@ class Pools:
         """
         if not self._pools or not _plain(options):
             return None
-        known = lookup(self._runtime.layout, reference)
-        pool = None if known is None else self._pools.get(known[1])
+        pool = self._pools.get(self._lookup(reference))
         if pool is None:
             return None
         options = replace(options, ports=port_forwards.settle(options.ports))
@@ -245,6 +248,18 @@ class Pools:
             if parked not in pool.ready and self._parked.instances.directory(parked.record.id).exists():
                 self._end(parked)
             raise
+
+    def _lookup(self, reference: str) -> Digest | None:
+        # The index of a large store takes longer to read than all the rest of a start.
+        stamp = self._runtime.layout.index_stamp()
+        if stamp is None or stamp != self._stamp:
+            self._stamp, self._known = stamp, {}
+        if reference not in self._known:
+            known = lookup(self._runtime.layout, reference)
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            self._known[reference] = None if known is None else known[1]
+        return self._known[reference]
 
     def _hand_out(self, pool: _Pool, parked: _Parked, options: RunOptions, key: StartKey | None) -> Handed | None:
         instances, began = self._runtime.instances, time.monotonic()

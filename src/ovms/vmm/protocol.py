@@ -16,9 +16,9 @@ from ovms.vmm.watch import Watched
 class Control(Protocol):
     """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails.
 
-    A snapshot is taken in one connection, in this order: :meth:`pause`, :meth:`add_overlay`, :meth:`save_state`, :meth:`ram`
-    (a VMM that writes state and memory in one go does so in the third, and says in the fourth where the memory is),
-    :meth:`resume`.
+    A snapshot is taken in one connection, in this order: :meth:`prepare`, :meth:`pause`, :meth:`add_overlay`,
+    :meth:`save_state`, :meth:`freeze_ram`, :meth:`ram` (a VMM that writes state and memory in one go does so in the fourth,
+    and says in the last where the memory is), :meth:`resume`.
     """
 
     def state(self) -> RunState:
@@ -44,6 +44,12 @@ class Control(Protocol):
 
     def active_overlay(self) -> str | None:
         """The file name of the overlay that takes the writes now; None without a disk."""
+
+    def prepare(self, overlay: Path | None) -> AbstractContextManager[None]:
+        """Does what a snapshot needs and can be done while the guest runs still. *overlay* is the one to be added, if any.
+
+        What was not used is taken back at the end.
+        """
 
     def add_overlay(self, overlay: Path) -> None:
         """Lets all further writes go to *overlay* (an empty qcow2 file); the one before is complete and read-only."""

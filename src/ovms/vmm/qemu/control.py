@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,10 @@ class QemuControl:
         self._qmp = qmp
         self._machine = machine
         self._vmm = vmm
+        # of a snapshot that is prepared: the firmware, the overlay that has nodes already, and the node that it will stand on
+        self._bios: bytes | None = None
+        self._prepared: Path | None = None
+        self._below: str | None = None
 
     def state(self) -> RunState:
         """See :class:`~ovms.vmm.protocol.Control`."""
@@ -95,26 +100,48 @@ class QemuControl:
                     return node
         return None
 
+    @contextlib.contextmanager
+    def prepare(self, overlay: Path | None) -> Iterator[None]:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        self._bios = self._read_bios()  # read-only memory: it is the same in the pause
+        with contextlib.ExitStack() as undo:
+            if overlay is not None:
+                self._prepare_overlay(overlay, undo)
+            yield
+
     def add_overlay(self, overlay: Path) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
-        below = self._active_node()
-        if below is None:
+        if self._prepared != overlay:
+            with self.prepare(overlay):
+                return self.add_overlay(overlay)
+        arguments = {"node": self._below, "overlay": cmdline.node_of(overlay)}
+        self._qmp.execute("blockdev-snapshot", arguments, timeout=_DISK_TIMEOUT)
+        self._prepared = None
+        return None
+
+    def _prepare_overlay(self, overlay: Path, undo: contextlib.ExitStack) -> None:
+        self._below = self._active_node()
+        if self._below is None:
             raise VmmError("the VM has no disk to put an overlay on")
-        node = cmdline.node_of(overlay)
-        added: list[str] = []
         fd_set = self._add_fd(overlay, os.O_RDWR)
-        try:
-            self._add_fd(overlay, os.O_RDONLY, fd_set)
-            for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
-                self._qmp.execute("blockdev-add", value)
-                added.append(str(value["node-name"]))
-            self._qmp.execute("blockdev-snapshot", {"node": below, "overlay": node}, timeout=_DISK_TIMEOUT)
-        except BaseException:
+        added: list[str] = []
+        self._prepared = overlay
+
+        def forget() -> None:
+            if self._prepared is None:
+                return
+            self._prepared = None
             for name in reversed(added):
                 with contextlib.suppress(VmmError):
                     self._qmp.execute("blockdev-del", {"node-name": name})
             self._remove_fds(fd_set)
-            raise
+
+        undo.callback(forget)
+        self._add_fd(overlay, os.O_RDONLY, fd_set)
+        node = cmdline.node_of(overlay)
+        for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
+            self._qmp.execute("blockdev-add", value)
+            added.append(str(value["node-name"]))
 
     def _add_fd(self, path: Path, flags: int, fd_set: int | None = None) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -141,7 +168,7 @@ class QemuControl:
             machine_type=self._machine.machine_type,
             ram_block=cmdline.RAM_ID,
             ram_size=self._machine.memory,
-            bios=self._bios(),
+            bios=self._bios or self._read_bios(),
         )
 
     def _devices(self) -> bytes:
@@ -163,7 +190,7 @@ class QemuControl:
                 raise VmmError(f"QEMU wrote a device state of {size} bytes")
             return os.pread(memory, size, 0)
 
-    def _bios(self) -> bytes:
+    def _read_bios(self) -> bytes:
         # pmemsave takes a path alone: one in QEMU's own /tmp, which is nobody else's where it has a root of its own
         name = f"/tmp/ovms-{fsutil.unique(8)}"  # noqa: S108
         arguments = {"val": state.BIOS_ADDRESS, "size": state.BIOS_SIZE, "filename": name}
