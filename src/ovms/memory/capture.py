@@ -66,6 +66,11 @@ class Capture:
         self._shared = shared
 
     @property
+    def shared(self) -> bool:
+        """Whether ``fd`` is the memory itself, on a private copy of which the VM goes on."""
+        return self._shared
+
+    @property
     def written(self) -> int:
         """Bytes of the pages that the VM wrote since its restore."""
         return sum(run.end - run.start for run in self.runs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 from ovms import fsutil, process
@@ -13,11 +15,10 @@ from ovms.errors import OvmsError
 from ovms.lazy import dataclass
 from ovms.memory import capture, chain, compat, snapshot, template
 from ovms.oci.descriptor import Descriptor
-from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks, jail
-from ovms.runtime.record import Record
+from ovms.runtime.record import Record, Still
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits, ramsnap
 from ovms.spec.digest import Digest
@@ -84,6 +85,9 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         if name is not None:
             layout.set_name(str(name), artifact.image.descriptor())
+        copy = frozen.seen[1]
+        if copy.shared:
+            instances.save(replace(frozen.record, still=Still(os.fstat(copy.fd).st_ino, artifact.digest)))
         return Taken(artifact, frozen.downtime_ms, size, newest.user_data, len(parts.ram_snapshots) - 1)
 
 
@@ -93,10 +97,11 @@ def _add_parts(
     # The blobs of the snapshot's artifact, its manifest, and the size of the RAM blob.
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     state, memory = frozen.seen
-    parents = _parents(layout, source, memory)
+    added = tuple(disks.add_overlays(layout, frozen.overlays, len(manifest.disk_layers), progress))
+    all_disks = (*(layer.ref for layer in manifest.disk_layers), *(d.digest for d in added))
+    parents = _parents(runtime, record, source, memory, all_disks)
     if not parents:
         memory.finish()
-    added = tuple(disks.add_overlays(layout, frozen.overlays, len(manifest.disk_layers), progress))
     header = compat.describe(
         runtime.vmm(record.vmm),
         record.machine,
@@ -137,21 +142,38 @@ def _add_parts(
     )
 
 
-def _parents(layout: Layout, source: model.Artifact, memory: capture.Capture) -> tuple[Descriptor, ...]:
-    """The ancestors of a diff on what *memory* was restored from, base first; none where it has to be a base.
+def _parents(
+    runtime: Runtime, record: Record, source: model.Artifact, memory: capture.Capture, disks: tuple[str, ...]
+) -> tuple[Descriptor, ...]:
+    """The ancestors of a diff on what *memory* goes on from, base first; none where it has to be a base.
 
-    It has to be one when the VM was booted, when the chain would become too long, and when something of the chain is not what it
-    should be, or not here any more: a diff on it would be lost.
+    It has to be one at the first snapshot of a VM that was booted, when the chain would become too long, and when something of the
+    chain is not what it should be, or not here any more: a diff on it would be lost. *disks* are the layers of the new artifact.
     """
-    ram = source.manifest.ram_snapshot
-    if memory.base is None or ram is None or template.digest_of(memory.base) != ram.ref:
-        return ()
-    if len(ram.parents) + 1 > chain.PARENTS or memory.written // ramsnap.PAGE > limits.RAM_CHUNKS_MAX:
-        return ()
     try:
-        links = chain.read(layout, Digest(ram.ref))
+        origin = _origin(runtime, record, source, memory)
+        ram = None if origin is None else origin.manifest.ram_snapshot
+        if origin is None or ram is None:
+            return ()
+        if len(ram.parents) + 1 > chain.PARENTS or memory.written // ramsnap.PAGE > limits.RAM_CHUNKS_MAX:
+            return ()
+        links = chain.read(runtime.layout, Digest(ram.ref))
     except OvmsError:
         return ()
-    if [link.digest for link in links] != [*ram.parents, ram.ref]:
+    below = links[-1].header.disks
+    if [link.digest for link in links] != [*ram.parents, ram.ref] or disks[: len(below)] != below:
         return ()
-    return tuple(model.reused(source, part) for part in source.manifest.parts() if part.kind is PartKind.RAM)
+    return tuple(model.reused(origin, part) for part in origin.manifest.parts() if part.kind is PartKind.RAM)
+
+
+def _origin(runtime: Runtime, record: Record, source: model.Artifact, memory: capture.Capture) -> model.Artifact | None:
+    # The artifact whose RAM snapshot a VM's memory was, before it went on. By the memfd itself: what a record says of a VM may
+    # be of the one before.
+    if memory.base is None:
+        return None
+    ram = source.manifest.ram_snapshot
+    if ram is not None and template.digest_of(memory.base) == ram.ref:
+        return source
+    if record.still is not None and record.still.inode == os.fstat(memory.base).st_ino:
+        return model.load(runtime.layout, record.still.artifact)
+    return None

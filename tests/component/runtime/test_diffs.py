@@ -17,7 +17,7 @@ from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
 from ovms.artifact.validate import validate_artifact
 from ovms.cli.main import main
-from ovms.errors import BlobNotFound, InputError, OvmsError, SnapshotInvalid
+from ovms.errors import BlobNotFound, InputError, OvmsError, SnapshotInvalid, VmmError
 from ovms.memory import capture, chain, snapshot
 from ovms.memory.flatten import flatten
 from ovms.oci import transfer
@@ -172,6 +172,58 @@ def test_without_its_parent_it_is_a_base(runtime: Runtime, base: snapshots.Taken
     taken = take(runtime, record, "echo:b")
     assert taken.parents == 0
     assert console(runtime, clone(runtime, "echo:b")).ping() == 3
+
+
+# --- of what was booted ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def booted(runtime: Runtime, echo: Found) -> Record:
+    """A guest that was booted, and whose memory stands still in its first snapshot, "echo:first"."""
+    record = runtime.start(echo, TCG).record
+    console(runtime, record).wait_for("READY")
+    assert take(runtime, record, "echo:first").parents == 0
+    if runtime.instances.find(record.id).still is None:
+        pytest.skip("memory does not stand still in place here")
+    return record
+
+
+@pytest.mark.spec("RAM-40", "RAM-42")
+def test_later_snapshots_of_a_booted_vm_are_diffs_on_its_first(runtime: Runtime, booted: Record) -> None:
+    first = ram_of(find(runtime.layout, "echo:first").artifact).ref
+    for count in (1, 2):
+        assert console(runtime, booted).ping() == count
+        taken = take(runtime, booted, f"echo:{count}-pings")
+        assert ram_of(taken.artifact).parents == (first,)
+        assert taken.ram_size < 1 << 18
+    assert console(runtime, booted).ping() == 3
+    for name, count in (("echo:first", 1), ("echo:1-pings", 2), ("echo:2-pings", 3)):
+        assert console(runtime, clone(runtime, name)).ping() == count
+        assert validate_artifact(runtime.layout, name, find(runtime.layout, name).artifact.digest).problems == []
+
+
+def test_without_the_first_it_is_a_base(runtime: Runtime, booted: Record) -> None:
+    runtime.layout.remove_name("echo:first")
+    collect(runtime.layout, runtime.instances.needs)
+    assert console(runtime, booted).ping() == 1
+    assert take(runtime, booted, "echo:b").parents == 0
+    assert console(runtime, clone(runtime, "echo:b")).ping() == 2
+
+
+def test_a_vm_that_is_started_again_has_another_memory(runtime: Runtime, booted: Record) -> None:
+    runtime.kill(booted)
+    again = runtime.start_again(runtime.instances.find(booted.id))
+    console(runtime, again).wait_for("READY")
+    assert console(runtime, again).ping() == 1
+    assert again.still is not None, "which is of the one before"
+    # also where its memory stands still, and nobody could note in which snapshot
+    patch = pytest.MonkeyPatch()
+    patch.setattr(snapshot, "store", lambda *_, **__: (_ for _ in ()).throw(VmmError("no")))
+    with pytest.raises(VmmError):
+        take(runtime, again, "echo:b")
+    patch.undo()
+    assert take(runtime, again, "echo:b").parents == 0
+    assert console(runtime, clone(runtime, "echo:b")).ping() == 2
 
 
 @pytest.mark.spec("RAM-17", "RAM-45")
