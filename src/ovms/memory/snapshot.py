@@ -22,7 +22,8 @@ from ovms.spec.ramheader import Header
 
 PAGE: Final = ramsnap.PAGE
 _CHUNK: Final = limits.RAM_CHUNK_PAGES * PAGE
-#: Bytes that a thread takes at once: they stay in its cache, and handing them over costs nothing beside the work.
+#: Bytes that a thread takes at once: they stay in its cache, and handing them over costs nothing beside the work. Written in pieces
+#: of 1 MiB, a file in the page cache of Linux 6.18 takes five times as much of the system's time as in ones of 512 KiB.
 _BATCH: Final = 8 * _CHUNK
 _ZERO_DIGEST: Final = bytes(32)
 #: IOV_MAX

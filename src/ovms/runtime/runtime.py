@@ -276,7 +276,6 @@ class Runtime:
             control = snapshot.read_control(self.layout, digest)
             header = control.header
             ramsnap.check_codecs(control, ram.compression)
-            chain.check(self.layout, digest, header, ram.parents)
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
             attachments.require_none(options.volumes, options.seed)
@@ -289,6 +288,7 @@ class Runtime:
             if not_restored is None and artifact.manifest.bootstrap is not None:
                 not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
+                chain.check(self.layout, digest, header, ram.parents)
                 image = snapshot.materialise(self.layout, digest, progress, compression=ram.compression)
                 return _Plan(
                     compat.machine_of(header),
