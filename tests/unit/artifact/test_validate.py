@@ -316,6 +316,12 @@ def test_a_chain_of_snapshots(layout: Layout, built: model.Artifact, project: Pa
         "ram-1.ovmr",
     ]
     assert validate_artifact(layout, "web:2", chained.digest).problems == []
+    path = layout.path(Digest(base))
+    sound = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert rules(validate_artifact(layout, "web:2", chained.digest)) == [("RAM snapshot 0", "OCI-21")]
+    path.write_bytes(sound)
     # another artifact takes the whole chain over
     layout.set_name("web:2", chained.image.descriptor())
     again = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot={"ref": "web:2"}, name="again.json"))
