@@ -101,11 +101,14 @@ class Capture:
 
 
 @contextlib.contextmanager
-def room(guest: GuestRam, fd: int) -> Iterator[mmap.mmap | None]:
-    """Makes the empty file *fd* ready for what :func:`take` copies into it, while the VM still runs: half of the time goes there.
+def room(guest: GuestRam, fd: int, directory: Path) -> Iterator[mmap.mmap | None]:
+    """Makes the empty file *fd* in *directory* ready for what :func:`take` copies into it, while the VM still runs.
 
-    What was written until now is written still when the VM is paused, so the pages for it can be had beforehand. None for a VM
-    that was booted.
+    What was written until now is written still when the VM is paused, so the pages for it can be had beforehand: that is half of
+    the work. None for a VM whose memory is shared.
+
+    Raises:
+        DiskFull: no room for it.
     """
     if not guest.private:
         yield None
@@ -113,16 +116,19 @@ def room(guest: GuestRam, fd: int) -> Iterator[mmap.mmap | None]:
     import ctypes
 
     os.ftruncate(fd, guest.size)
-    target = mmap.mmap(fd, guest.size)
-    # Where it can't be done, the copy is slower, and its errors are told there.
-    with contextlib.suppress(OSError, HostError):
-        address = maps.find(guest.pid, guest.file, guest.size).address
-        ours = _address(target)
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        for run in written_pages(guest.pid, address, guest.size):
-            if madvise(ctypes.c_void_p(ours + run.start), ctypes.c_size_t(run.end - run.start), _POPULATE_WRITE):
-                break
-    yield target
+    with mmap.mmap(fd, guest.size) as target:
+        # Where it can't be done, the copy is slower, and its errors are told there.
+        with contextlib.suppress(OSError, HostError):
+            address = maps.find(guest.pid, guest.file, guest.size).address
+            runs = list(written_pages(guest.pid, address, guest.size))
+            # asked first: the guest's disk is to find room there, too
+            fsutil.require_space(directory, sum(run.end - run.start for run in runs), "a copy of the VM's memory")
+            ours = _address(target)
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            for run in runs:
+                if madvise(ctypes.c_void_p(ours + run.start), ctypes.c_size_t(run.end - run.start), _POPULATE_WRITE):
+                    break
+        yield target
 
 
 def _address(target: mmap.mmap) -> int:

@@ -64,10 +64,11 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         source = runtime.artifact(newest)
         disks.require_layers(newest, len(source.manifest.disk_layers))
         directory = instances.directory(newest.id)
-        fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
+        if not newest.restored:  # of one that was, it is known what it needs
+            fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno()) as room:
+        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno(), directory) as room:
             # a guest that writes to all of its memory has it twice then
             freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
             if freezes:
