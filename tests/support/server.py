@@ -171,7 +171,7 @@ def no_registry(host: str) -> object:
 
 
 def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
-    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``."""
+    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``; ``shared:1`` has a region."""
     root = Root(directory / "root")
     root.prepare()
     root.cache.symlink_to(cache)
@@ -179,4 +179,7 @@ def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
     manifest = guests.write_project(directory / "project", kernel)
     for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
         Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
+    region = "devices: [{type: ivshmem, name: mmio0, size: 4096, mmio_addr: '0xfe000000'}]\n"
+    manifest = guests.write_project(directory / "shared", kernel, more=region)
+    Builder(layout, no_registry).build(manifest, name="shared:1")  # type: ignore[arg-type]
     return root.path

@@ -35,7 +35,17 @@ def server(tmp_path_factory: pytest.TempPathFactory, echo_kernel: Path, qemu_cac
 @pytest.fixture
 def running(server: Server) -> Iterator[str]:
     """The ID of a running instance."""
-    started = server.post("/start", {"manifest": "echo:1", "overrides": LEAST})
+    yield from started(server, "echo:1")
+
+
+@pytest.fixture
+def shared(server: Server) -> Iterator[str]:
+    """The same of one that shares the region ``mmio0``, of 4096 bytes, with its host."""
+    yield from started(server, "shared:1")
+
+
+def started(server: Server, reference: str) -> Iterator[str]:
+    started = server.post("/start", {"manifest": reference, "overrides": LEAST})
     server.wait(started["instance_id"], "running")
     yield started["instance_id"]
     server.call("POST", "/remove", {"instance_id": started["instance_id"], "force": True})

@@ -102,14 +102,13 @@ def test_vectors(server: Server, request: pytest.FixtureRequest, case: dict[str,
         pytest.skip("in test_life.py, over TCP")
     if case["expect"]["status"] == 200 and NOBODY in json.dumps(case["request"]):
         case = {**case, "given": {"state": "running", **case.get("given", {})}}
-    running = request.getfixturevalue("running") if case.get("given", {}).get("state") not in (None, "none") else ""
+    fixture = "shared" if "regions" in case.get("given", {}) else "running"
+    running = request.getfixturevalue(fixture) if case.get("given", {}).get("state") not in (None, "none") else ""
     call_vector(server, running, case)
 
 
 def call_vector(server: Server, running: str, case: dict[str, Any]) -> None:
     given, request, expected = case.get("given", {}), case["request"], case["expect"]
-    if "regions" in given:
-        pytest.skip("this guest has no ivshmem device")
     if "registry" in str(request.get("body")) and request["path"] == "/snapshot":
         request = {**request, "body": {**request["body"], "tag": "web:warm"}}
     if case["name"] == "start with every override":
