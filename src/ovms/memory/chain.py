@@ -25,10 +25,11 @@ PARENTS: Final = 8
 
 @dataclass(frozen=True)
 class Link:
-    """A member of a chain: its blob, and the header in it."""
+    """A member of a chain: its blob, the header in it, and how many entries its index has."""
 
     digest: Digest
     header: Header
+    entries: int
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,28 @@ def read(layout: Layout, digest: Digest) -> list[Link]:
         if len(links) > limits.RAM_PARENTS_MAX:
             raise _too_long(digest)
         with opened(layout, wanted, child) as blob, naming(wanted, child):
-            links.append(Link(wanted, _read_header(blob)))
+            links.append(_read_link(blob, wanted))
         parent = links[-1].header.parent
         wanted = None if parent is None else Digest(parent)
     links.reverse()
-    ramheader.check_chain([(link.digest, link.header) for link in links])
+    _check(links)
     return links
 
 
-def check(layout: Layout, digest: Digest, header: Header, parents: Sequence[str]) -> None:
+def _check(links: Sequence[Link]) -> None:
+    ramheader.check_chain([(link.digest, link.header) for link in links])
+    ramsnap.check_entries(link.entries for link in links)
+
+
+def check(layout: Layout, digest: Digest, control: ramsnap.Control, parents: Sequence[str]) -> None:
     """Whether a manifest's *parents*, base first, are the ancestors of the snapshot *digest*. Raises like :func:`read`."""
     if len(parents) > limits.RAM_PARENTS_MAX:
         raise _too_long(digest)
     links = []
     for parent, child in zip(parents, [*parents, digest][1:], strict=True):
         with opened(layout, Digest(parent), Digest(child)) as blob, naming(Digest(parent), Digest(child)):
-            links.append((parent, _read_header(blob)))
-    ramheader.check_chain([*links, (digest, header)])
+            links.append(_read_link(blob, Digest(parent)))
+    _check([*links, Link(digest, control.header, len(control.chunks))])
 
 
 def _too_long(digest: Digest) -> SnapshotInvalid:
@@ -117,10 +123,10 @@ def _too_long(digest: Digest) -> SnapshotInvalid:
     )
 
 
-def _read_header(blob: BinaryIO) -> Header:
+def _read_link(blob: BinaryIO, digest: Digest) -> Link:
     fd = blob.fileno()
-    prefix = read_prefix(fd)
-    return ramsnap.parse_head(os.pread(fd, prefix.index_end, 0))[1]
+    prefix, header = ramsnap.parse_head(os.pread(fd, read_prefix(fd).index_end, 0))
+    return Link(digest, header, prefix.chunks)
 
 
 def read_prefix(fd: int) -> ramsnap.Prefix:

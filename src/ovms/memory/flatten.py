@@ -58,7 +58,7 @@ def flatten(layout: Layout, found: Found, progress: Progress = NULL) -> Flattene
         return Flattened(artifact, artifact.blob(ram.ref).size, 0)
     control = snapshot.read_control(layout, digest)
     ramsnap.check_codecs(control, ram.compression)
-    chain.check(layout, digest, control.header, ram.parents)
+    chain.check(layout, digest, control, ram.parents)
     with tempfile.TemporaryFile(dir=layout.staging_root, buffering=0) as memory:
         snapshot.unpack(layout, digest, memory.fileno(), progress, compression=ram.compression)
         whole = Capture(memory.fileno(), None, [], control.prefix.memory_size)

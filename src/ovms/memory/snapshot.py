@@ -26,8 +26,6 @@ _CHUNK: Final = limits.RAM_CHUNK_PAGES * PAGE
 #: of 1 MiB, a file in the page cache of Linux 6.18 takes five times as much of the system's time as in ones of 512 KiB.
 _BATCH: Final = 8 * _CHUNK
 _ZERO_DIGEST: Final = bytes(32)
-#: IOV_MAX
-_VECTORS: Final = 1024
 
 
 # --- storing ---------------------------------------------------------------------------------------------------------
@@ -319,20 +317,21 @@ def unpack(
                 control = _control_of(blob)
                 if compression is not None:
                     ramsnap.check_codecs(control, compression)
-            members.append((blob.fileno(), control, naming))
-        parts = chain.visible([control.chunks for _, control, _ in members])
-        size = members[-1][1].prefix.memory_size
+            # not all of it: each one's device state may have 64 MiB
+            members.append((blob.fileno(), control.prefix.data_offset, control.chunks, naming))
+        zeroes = below is not None
+        seen = chain.visible([chunks for _, _, chunks, _ in members])
+        parts = [[part for part in member if zeroes or part.chunk.stored_size] for member in seen]
         written = sum(pages for member in parts for part in member for _, pages in part.runs) * PAGE
         copied = 0 if below is None else os.fstat(below).st_blocks * 512
         fsutil.require_space(layout.derived_dir, written + copied, "unpacking the RAM snapshot")
         try:
             if below is not None and not fsutil.reflink(below, target):
                 fsutil.copy_sparse(below, target)
-            os.ftruncate(target, size)
+            os.ftruncate(target, links[-1].header.memory)
             with progress.task("unpacking RAM", written) as task:
-                for (fd, control, naming), member in zip(members, parts, strict=True):
-                    unpacker = _unpacker(fd, control.prefix.data_offset, target)
-                    unpacked = parallel.ordered(unpacker, _batches(member, zeroes=below is not None))
+                for (fd, data_offset, _, naming), member in zip(members, parts, strict=True):
+                    unpacked = parallel.ordered(_unpacker(fd, data_offset, target), _batches(member))
                     with naming(), contextlib.closing(unpacked):
                         for amount in unpacked:
                             task.advance(amount)
@@ -353,23 +352,17 @@ def _nearest_image(
     return None, links
 
 
-def _batches(parts: Iterable[chain.Part], *, zeroes: bool) -> Iterator[list[chain.Part]]:
-    # Parts whose stored bytes follow each other. Without *zeroes* what is to become zero is so already.
+def _batches(parts: Iterable[chain.Part]) -> Iterator[list[chain.Part]]:
+    # Parts whose stored bytes follow each other. (Zeroes count: they are written as any other pages.)
     batch: list[chain.Part] = []
     size = 0
     for part in parts:
         chunk = part.chunk
-        if chunk.codec == ramsnap.CODEC_ZERO:
-            if not zeroes:
-                continue
-            amount = 0
-        else:
-            amount = chunk.size
-        if batch and (size + amount > _BATCH or chunk.offset != _stored_end(batch[-1])):
+        if batch and (size + chunk.size > _BATCH or chunk.offset != _stored_end(batch[-1])):
             yield batch
             batch, size = [], 0
         batch.append(part)
-        size += amount
+        size += chunk.size
     if batch:
         yield batch
 
@@ -414,7 +407,7 @@ class _Writer:
         self._start = self._end = 0
 
     def add(self, offset: int, data: bytes | memoryview) -> None:
-        if offset != self._end or len(self._pieces) == _VECTORS:
+        if offset != self._end or self._end - self._start >= _BATCH:
             self.flush()
             self._start = offset
         self._pieces.append(data)
@@ -423,8 +416,9 @@ class _Writer:
 
     def zero(self, offset: int, size: int) -> None:
         # what was copied from an ancestor's image has blocks there: a hole would be no quicker
+        zeroes = memoryview(bytes(min(size, fsutil.COPY_BUFFER)))
         for at in range(offset, offset + size, fsutil.COPY_BUFFER):
-            self.add(at, bytes(min(fsutil.COPY_BUFFER, offset + size - at)))
+            self.add(at, zeroes[: offset + size - at])
 
     def flush(self) -> None:
         if self._pieces:

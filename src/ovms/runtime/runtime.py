@@ -288,7 +288,7 @@ class Runtime:
             if not_restored is None and artifact.manifest.bootstrap is not None:
                 not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
-                chain.check(self.layout, digest, header, ram.parents)
+                chain.check(self.layout, digest, control, ram.parents)
                 image = snapshot.materialise(self.layout, digest, progress, compression=ram.compression)
                 return _Plan(
                     compat.machine_of(header),

@@ -20,7 +20,7 @@ from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks, jail
 from ovms.runtime.record import Record, Still
 from ovms.runtime.runtime import Runtime
-from ovms.spec import limits, ramsnap
+from ovms.spec import ramsnap
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
 from ovms.spec.states import Call, after
@@ -156,9 +156,11 @@ def _parents(
         ram = None if origin is None else origin.manifest.ram_snapshot
         if origin is None or ram is None:
             return ()
-        if len(ram.parents) + 1 > chain.PARENTS or memory.written // ramsnap.PAGE > limits.RAM_CHUNKS_MAX:
+        if len(ram.parents) + 1 > chain.PARENTS:
             return ()
         links = chain.read(runtime.layout, Digest(ram.ref))
+        # at most an entry for each page
+        ramsnap.check_entries([*(link.entries for link in links), memory.written // ramsnap.PAGE])
     except OvmsError:
         return ()
     below = links[-1].header.disks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -202,6 +202,17 @@ def check_codecs(control: Control, compression: Compression) -> None:
         if chunk.codec not in CODECS[compression]:
             at = control.prefix.index_offset + i * ENTRY_SIZE + 24
             raise _bad(f"chunk {i} has the codec {chunk.codec}, which is not of {compression}", at, "RAM-17")
+
+
+def check_entries(counts: Iterable[int]) -> None:
+    """Whether the members of a chain, of so many index entries each, have few enough in all.
+
+    Raises:
+        SnapshotInvalid: they have not.
+    """
+    if (total := sum(counts)) > limits.RAM_CHUNKS_MAX:
+        text = f"a chain of RAM snapshots has {total} index entries; at most {limits.RAM_CHUNKS_MAX} are allowed"
+        raise SnapshotInvalid(text, rule="RAM-41", hint="whoever made it has to take a snapshot without parents")
 
 
 def _parse_index(data: bytes, prefix: Prefix, *, diff: bool) -> Iterator[Chunk]:

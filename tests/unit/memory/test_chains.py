@@ -328,7 +328,7 @@ BAD_CHAINS: dict[str, tuple[dict[str, Header], str]] = {
 
 def test_the_chain_that_the_bad_ones_are_made_of_is_sound(layout: Layout) -> None:
     top = put_chain(layout, members())
-    chain.check(layout, top, chain.read(layout, top)[-1].header, [BASE, MIDDLE])
+    chain.check(layout, top, snapshot.read_control(layout, top), [BASE, MIDDLE])
     assert snapshot.materialise(layout, top).read_bytes() == filled({0: b"A", 1: b"t", 2: b"C"})
 
 
@@ -343,7 +343,7 @@ def test_a_chain_that_is_none_is_refused(layout: Layout, name: str) -> None:
     assert not list(layout.derived_dir.glob("*.ram"))
     # and by what the manifest says of it
     with pytest.raises(SnapshotInvalid) as info:
-        chain.check(layout, top, headers["top"], [BASE, MIDDLE])
+        chain.check(layout, top, snapshot.read_control(layout, top), [BASE, MIDDLE])
     assert info.value.context["rule"] == rule
 
 
@@ -352,7 +352,7 @@ def test_a_chain_that_is_none_is_refused(layout: Layout, name: str) -> None:
 def test_a_manifest_that_names_other_parents(layout: Layout, parents: list[str]) -> None:
     top = put_chain(layout, members())
     with pytest.raises(SnapshotInvalid) as info:
-        chain.check(layout, top, members()["top"], parents)
+        chain.check(layout, top, snapshot.read_control(layout, top), parents)
     assert info.value.context["rule"] == "RAM-40"
 
 
@@ -360,9 +360,10 @@ def test_a_manifest_that_names_other_parents(layout: Layout, parents: list[str])
 def test_a_parent_that_is_not_there(layout: Layout) -> None:
     top = put_chain(layout, members())
     layout.path(Digest(BASE)).unlink()
+    control = snapshot.read_control(layout, top)
     for refused in (
         lambda: snapshot.materialise(layout, top),
-        lambda: chain.check(layout, top, members()["top"], [BASE, MIDDLE]),
+        lambda: chain.check(layout, top, control, [BASE, MIDDLE]),
     ):
         with pytest.raises(BlobNotFound, match=BASE) as info:
             refused()
@@ -382,8 +383,26 @@ def test_a_chain_that_is_too_long(layout: Layout) -> None:
         snapshot.materialise(layout, Digest(more))
     assert info.value.context["rule"] == "RAM-41"
     with pytest.raises(SnapshotInvalid) as info:
-        chain.check(layout, Digest(more), ram.header(parent=longest), names[: limits.RAM_PARENTS_MAX + 1])
+        chain.check(
+            layout, Digest(more), snapshot.read_control(layout, Digest(more)), names[: limits.RAM_PARENTS_MAX + 1]
+        )
     assert info.value.context["rule"] == "RAM-41"
+
+
+@pytest.mark.spec("RAM-41")
+def test_a_chain_whose_indexes_are_too_long(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = put_chain(layout, members())  # of three entries, one, and one
+    monkeypatch.setattr(limits, "RAM_CHUNKS_MAX", 5)
+    snapshot.materialise(layout, top)
+    forget_images(layout)
+    monkeypatch.setattr(limits, "RAM_CHUNKS_MAX", 4)
+    for refused in (
+        lambda: snapshot.materialise(layout, top),
+        lambda: chain.check(layout, top, snapshot.read_control(layout, top), [BASE, MIDDLE]),
+    ):
+        with pytest.raises(SnapshotInvalid, match="5 index entries") as info:
+            refused()
+        assert info.value.context["rule"] == "RAM-41"
 
 
 def wrong_index(change: Callable[[list[ramsnap.Chunk]], None], header: Header) -> bytes:
