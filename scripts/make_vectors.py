@@ -1220,11 +1220,11 @@ def _other_chunk(content: bytes) -> bytes:
     first, second = base.chunks
     if len(packed) > PAGE:  # more stored bytes than one page may have: give the entry more pages
         chunks = (
-            replace(first, pages=16, page=32, stored_size=len(packed), offset=0),
-            replace(second, page=100, offset=len(packed)),
+            first._replace(pages=16, page=32, stored_size=len(packed), offset=0),
+            second._replace(page=100, offset=len(packed)),
         )
         return Blob(HEADER, chunks, packed + NOISE).whole
-    chunks = (replace(first, stored_size=len(packed)), replace(second, offset=len(packed)))
+    chunks = (first._replace(stored_size=len(packed)), second._replace(offset=len(packed)))
     return Blob(HEADER, chunks, packed + NOISE).whole
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.document import read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations
+from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations, read_control
 from ovms.errors import (
     FileProblem,
     InputError,
@@ -25,6 +25,7 @@ from ovms.errors import (
     OvmsError,
     Problem,
     RegistryError,
+    SnapshotInvalid,
 )
 from ovms.lazy import dataclass
 from ovms.oci import transport
@@ -32,7 +33,7 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.spec import manifest, mediatypes
+from ovms.spec import manifest, mediatypes, ramheader, ramsnap
 from ovms.spec.digest import Digest, is_digest, parse_digest
 from ovms.spec.document import invalid
 from ovms.spec.manifest import Compression, Part, PartKind
@@ -193,6 +194,9 @@ class Builder:
             final["diskLayers"] = list(_disk_entries(document["diskLayers"], inputs))
         rams = [_titled(d, f"ram-{i}.ovmr") for i, d in enumerate(by_kind[PartKind.RAM])]
         if rams:
+            self._check_chain(rams)
+            if rams[-1].media_type != mediatypes.RAM_SNAPSHOT_LZ4:  # what another artifact has, this one has
+                final["ramSnapshot"].setdefault("compression", str(Compression.ZSTD))
             final["ramSnapshot"]["ref"] = rams[-1].digest
             if len(rams) > 1:
                 final["ramSnapshot"]["parents"] = [ram.digest for ram in rams[:-1]]
@@ -204,6 +208,17 @@ class Builder:
             bootstrap=next(iter(by_kind[PartKind.BOOTSTRAP]), None),
         )
         return model.compose(self._layout, final, parts)
+
+    def _check_chain(self, rams: list[Descriptor]) -> None:
+        chain = []
+        for ram in rams:
+            with fsutil.open_input(self._layout.path(Digest(ram.digest)), "the RAM snapshot") as blob:
+                chain.append((ram.digest, ramsnap.parse_head(read_control(blob.fileno(), "the RAM snapshot"))[1]))
+        try:
+            ramheader.check_chain(chain)
+        except SnapshotInvalid as exc:
+            exc.hint = exc.hint or "$.ramSnapshot.parents names all ancestors of $.ramSnapshot.ref, base first"
+            raise
 
 
 def _prefix(error: OvmsError, text: str) -> None:

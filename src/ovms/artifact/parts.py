@@ -28,7 +28,8 @@ def label(part: Part) -> str:
         PartKind.KERNEL: "the kernel",
         PartKind.INITRD: "the initrd",
         PartKind.DISK: f"disk layer {part.number}",
-        PartKind.RAM: "the RAM snapshot",
+        # a diff's ancestors by their number, base first
+        PartKind.RAM: "the RAM snapshot" if part.path.endswith(".ref") else f"RAM snapshot {part.number}",
         PartKind.BOOTSTRAP: "the bootstrap config",
     }
     return names[part.kind]

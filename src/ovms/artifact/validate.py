@@ -273,6 +273,7 @@ def _validate_unpacked(directory: Path, progress: Progress) -> Report:
 def _check_parts(checked: Manifest, files: dict[str, Path], report: Report, progress: Progress) -> None:
     compression = checked.ram_snapshot.compression if checked.ram_snapshot else Compression.LZ4
     chain: list[tuple[str, ramheader.Header]] = []
+    entries: list[int] = []
     disk_size: int | None = None
     for part in checked.parts():
         if part.ref not in files:
@@ -286,12 +287,15 @@ def _check_parts(checked: Manifest, files: dict[str, Path], report: Report, prog
                 assert part.format is not None
                 disk_size = check_layer(file.fileno(), part.format, label(part))
             elif part.kind is PartKind.RAM:
-                chain.append((part.ref, _check_ram(file, report, label(part), compression, progress)))
+                header, count = _check_ram(file, report, label(part), compression, progress)
+                chain.append((part.ref, header))
+                entries.append(count)
             else:
                 check_content(part, file.fileno(), compression)
     if len(chain) == len(checked.ram_snapshot.parents if checked.ram_snapshot else ()) + 1:
         with report.noting("the RAM snapshot"):
             ramheader.check_chain(chain)
+            ramsnap.check_entries(entries)
             ramheader.check_belongs(chain[-1][1], checked, disk_size)
 
 
@@ -311,7 +315,7 @@ def _check_digest(file: BinaryIO, part: Part, progress: Progress) -> None:
 
 def _check_ram(
     file: BinaryIO, report: Report, name: str | None, compression: Compression | None, progress: Progress
-) -> ramheader.Header:
+) -> tuple[ramheader.Header, int]:
     # Every chunk; a damaged one does not hide the next.
     fd = file.fileno()
     control = ramsnap.parse_control(read_control(fd, name or "the RAM snapshot", whole=False))
@@ -333,4 +337,4 @@ def _check_ram(
             task.advance(chunk.stored_size)
             if len(report.problems) >= limits.PROBLEMS_MAX:
                 break
-    return control.header
+    return control.header, len(control.chunks)

@@ -186,7 +186,8 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS and name not in INTERNAL:
         raise UsageError(f"there is no command {name[:40]!a}", hint=_suggestion(name))
     parser, module = command_parser(name)
-    args = parser.parse_args(rest)
+    # (the other way knows no subcommands, and takes no rest of the line as it is)
+    args = (parser.parse_intermixed_args if getattr(module, "INTERMIXED", False) else parser.parse_args)(rest)
 
     from ovms.cli.context import Context
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from ovms import fsutil
 from ovms.errors import HostError
-from ovms.lazy import dataclass
 from ovms.memory import sealing
 from ovms.vmm import maps
 from ovms.vmm.model import GuestRam
@@ -32,9 +33,14 @@ _FILE_BIT: Final = 1 << 61
 _PRESENT_OR_SWAPPED: Final = 3 << 62
 _ENTRIES: Final = 32 * 1024
 
+# madvise: MADV_POPULATE_WRITE (Linux 5.14)
+_POPULATE_WRITE: Final = 23
+#: What one call of process_vm_readv copies: so many vectors (IOV_MAX), of so many bytes each.
+_VECTORS: Final = 1024
+_PIECE: Final = 1024 * 1024
 
-@dataclass(frozen=True)
-class Run:
+
+class Run(NamedTuple):
     """Consecutive pages: bytes from *start* up to *end*, counted from the start of the memory."""
 
     start: int
@@ -42,7 +48,11 @@ class Run:
 
 
 class Capture:
-    """A VM's memory at one moment, in a sparse file. Call :meth:`finish` once the VM goes on again."""
+    """A VM's memory at one moment, in a sparse file; or of it the *runs* that it wrote since its restore.
+
+    ``base`` is what it was restored from (None: it was booted): what is not in ``runs`` is that. :meth:`finish` makes it whole,
+    once the VM goes on again; a diff needs no such thing. :meth:`close` it in the end.
+    """
 
     def __init__(self, fd: int, base: int | None, runs: list[Run], size: int, *, shared: bool = False) -> None:
         """*base*: a descriptor of what the VM was restored from; it is ours from here on.
@@ -51,9 +61,19 @@ class Capture:
         """
         self.fd = fd
         self.size = size
-        self._base = base
-        self._runs = runs
+        self.base = base
+        self.runs = runs
         self._shared = shared
+
+    @property
+    def shared(self) -> bool:
+        """Whether ``fd`` is the memory itself, on a private copy of which the VM goes on."""
+        return self._shared
+
+    @property
+    def written(self) -> int:
+        """Bytes of the pages that the VM wrote since its restore."""
+        return sum(run.end - run.start for run in self.runs)
 
     def finish(self) -> None:
         """Fills in what did not have to be copied while the VM stood still: the image that it was restored from.
@@ -63,24 +83,64 @@ class Capture:
         """
         if self._shared:
             sealing.seal(self.fd)
-        if self._base is None:
+        if self.base is None:
             return
         at = 0
-        for run in [*self._runs, Run(self.size, self.size)]:
-            _copy_range(self._base, self.fd, at, run.start)
+        for run in [*self.runs, Run(self.size, self.size)]:
+            _copy_range(self.base, self.fd, at, run.start)
             at = run.end
-        os.close(self._base)
-        self._base = None
 
     def close(self) -> None:
-        """Lets go of the memory, where it is no copy."""
+        """Lets go of what the VM was restored from, and of the memory where it is no copy."""
+        if self.base is not None:
+            os.close(self.base)
+            self.base = None
         if self._shared:
             os.close(self.fd)
             self._shared = False
 
 
-def take(guest: GuestRam, fd: int) -> Capture:
+@contextlib.contextmanager
+def room(guest: GuestRam, fd: int, directory: Path) -> Iterator[mmap.mmap | None]:
+    """Makes the empty file *fd* in *directory* ready for what :func:`take` copies into it, while the VM still runs.
+
+    What was written until now is written still when the VM is paused, so the pages for it can be had beforehand: that is half of
+    the work. None for a VM whose memory is shared.
+
+    Raises:
+        DiskFull: no room for it.
+    """
+    if not guest.private:
+        yield None
+        return
+    import ctypes
+
+    os.ftruncate(fd, guest.size)
+    with mmap.mmap(fd, guest.size) as target:
+        # Where it can't be done, the copy is slower, and its errors are told there.
+        with contextlib.suppress(OSError, HostError):
+            address = maps.find(guest.pid, guest.file, guest.size).address
+            runs = list(written_pages(guest.pid, address, guest.size))
+            # asked first: the guest's disk is to find room there, too
+            fsutil.require_space(directory, sum(run.end - run.start for run in runs), "a copy of the VM's memory")
+            ours = _address(target)
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            for run in runs:
+                if madvise(ctypes.c_void_p(ours + run.start), ctypes.c_size_t(run.end - run.start), _POPULATE_WRITE):
+                    break
+        yield target
+
+
+def _address(target: mmap.mmap) -> int:
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(target))
+
+
+def take(guest: GuestRam, fd: int, target: mmap.mmap | None = None) -> Capture:
     """Copies the memory of a paused VM into the empty file *fd*: all of it, or what it wrote since its restore.
+
+    *target* is that file mapped, where :func:`room` was made for it.
 
     Raises:
         HostError: we may not read the VMM's memory.
@@ -92,7 +152,7 @@ def take(guest: GuestRam, fd: int) -> Capture:
             # opened while the VM is there: should it end, its memory goes on being readable
             base = os.open(guest.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return Capture(fd, base, _take_private(guest, fd), guest.size)
+                return Capture(fd, base, _take_private(guest, fd, target), guest.size)
             except BaseException:
                 os.close(base)
                 raise
@@ -117,21 +177,57 @@ def frozen(guest: GuestRam) -> Capture:
     return Capture(os.open(guest.file, os.O_RDWR | os.O_CLOEXEC), None, [], guest.size, shared=True)
 
 
-def _take_private(guest: GuestRam, fd: int) -> list[Run]:
+def _take_private(guest: GuestRam, fd: int, target: mmap.mmap | None) -> list[Run]:
     address = maps.find(guest.pid, guest.file, guest.size).address
-    memory = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    runs = list(written_pages(guest.pid, address, guest.size))
+    # nothing is looked at here: what is zero, or as it was before, is found when the VM goes on again
+    if target is None or not _read_at_once(guest.pid, address, _address(target), runs):
+        _read_singly(guest.pid, address, fd, runs)
+    return runs
+
+
+def _read_at_once(pid: int, address: int, ours: int, runs: Sequence[Run]) -> bool:
+    # process_vm_readv: the kernel copies page to page. False where it does not do all of it (a full disk below *ours*, too).
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    pieces = list(_pieces(runs))
+    for i in range(0, len(pieces), _VECTORS):
+        part = pieces[i : i + _VECTORS]
+        local = array("Q", [n for start, size in part for n in (ours + start, size)])
+        remote = array("Q", [n for start, size in part for n in (address + start, size)])
+        got = libc.process_vm_readv(
+            pid,
+            ctypes.c_void_p(local.buffer_info()[0]),
+            ctypes.c_ulong(len(part)),
+            ctypes.c_void_p(remote.buffer_info()[0]),
+            ctypes.c_ulong(len(part)),
+            ctypes.c_ulong(0),
+        )
+        # an int of C: a call moves no more bytes than that holds
+        if got != sum(size for _, size in part):
+            return False
+    return True
+
+
+def _pieces(runs: Iterable[Run]) -> Iterator[tuple[int, int]]:
+    for run in runs:
+        for start in range(run.start, run.end, _PIECE):
+            yield start, min(_PIECE, run.end - start)
+
+
+def _read_singly(pid: int, address: int, fd: int, runs: Iterable[Run]) -> None:
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        runs = list(written_pages(guest.pid, address, guest.size))
+        buffer = memoryview(bytearray(fsutil.COPY_BUFFER))
         for run in runs:
             at = run.start
             while at < run.end:
-                data = os.pread(memory, min(fsutil.COPY_BUFFER, run.end - at), address + at)
-                if not data:
-                    raise HostError(f"the memory of process {guest.pid} cannot be read at {address + at:#x}")
-                if not fsutil.is_zero(data):
-                    fsutil.pwrite_all(fd, data, at)
-                at += len(data)
-        return runs
+                got = os.preadv(memory, [buffer[: min(len(buffer), run.end - at)]], address + at)
+                if not got:
+                    raise HostError(f"the memory of process {pid} cannot be read at {address + at:#x}")
+                fsutil.pwrite_all(fd, buffer[:got], at)
+                at += got
     finally:
         os.close(memory)
 
@@ -176,7 +272,9 @@ def scan_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
         )
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
         walked = _SCAN_ARG.unpack(argument)[4]
-        found.extend(Run(regions[3 * i] - address, regions[3 * i + 1] - address) for i in range(min(count, _REGIONS)))
+        numbers = regions[: 3 * min(count, _REGIONS)]
+        starts, ends = ([at - address for at in numbers[i::3]] for i in (0, 1))
+        found.extend(map(Run, starts, ends))
         if walked <= start:
             break
         start = walked

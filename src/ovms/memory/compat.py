@@ -30,8 +30,11 @@ def describe(
     extra_disks: tuple[Digest, ...],
     *,
     network: str,
+    parent: str | None = None,
 ) -> Header:
     """The header of a new snapshot of a VM that runs *manifest* (of the artifact *source*) with further disk layers.
+
+    *parent*: the RAM snapshot that it will be a diff on.
 
     *network*: what the network card is connected to. ``user`` is QEMU's own user network, whose state is a part of the
     device state (its section "slirp"); of any other there is nothing in it.
@@ -53,6 +56,7 @@ def describe(
         initrd=manifest.initrd.ref if manifest.initrd else None,
         kernel_args=manifest.kernel.args if manifest.kernel else "",
         disks=(*(layer.ref for layer in manifest.disk_layers), *extra_disks),
+        parent=parent,
     )
 
 
@@ -131,8 +135,6 @@ def why_not(vmm: Vmm, header: Header, accel: Accel) -> str | None:
         return f"it was taken on {header.arch!a:.40}, and this is x86_64"
     if header.accel != accel:
         return f"it was taken under {header.accel.upper()!a:.40}, and this VM runs under {accel.upper()}"
-    if header.parent is not None:
-        return "it is a diff on another snapshot, which this version does not put together"
     card = header.device("virtio-net")
     expected = None
     if card is not None and card.mac is not None and card.backend is not None:

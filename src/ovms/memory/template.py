@@ -15,7 +15,7 @@ from pathlib import Path
 from ovms import fsutil
 from ovms.errors import ResourceError
 from ovms.memory import sealing
-from ovms.spec.digest import Digest, hex_of
+from ovms.spec.digest import Digest, hex_of, is_digest, parse_digest
 from ovms.vmm.model import TEMPLATE
 
 
@@ -39,6 +39,16 @@ def opened(image: Path, digest: Digest, holders: Iterable[int]) -> Iterator[int]
 
 def _name(digest: Digest) -> str:
     return f"{TEMPLATE}:{hex_of(digest)}"
+
+
+def digest_of(fd: int) -> Digest | None:
+    """Which snapshot's memory an open file is, as :func:`opened` gives it; None for any other file."""
+    prefix, suffix = f"/memfd:{TEMPLATE}:", " (deleted)"
+    name = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if not name.startswith(prefix) or not name.endswith(suffix):
+        return None
+    digest = f"sha256:{name[len(prefix) : -len(suffix)]}"
+    return parse_digest(digest) if is_digest(digest) else None
 
 
 def _from_holder(digest: Digest, size: int, holders: Iterable[int]) -> int | None:

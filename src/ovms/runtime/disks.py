@@ -57,7 +57,8 @@ def freeze(instances: Instances, record: Record, control: Control, look: Callabl
     if disk_size is not None:
         record = record.with_overlay()
         new = directory / record.overlays[-1]
-        qcow2.create_overlay(new, disk_size)
+        with fsutil.noticing_full_disk("a new overlay", directory):
+            qcow2.create_overlay(new, disk_size)
     was_running = control.state() is RunState.RUNNING
     # Noted first: should we be killed, the next command lets the guest go on.
     record = instances.save(replace(record, pausing=was_running))

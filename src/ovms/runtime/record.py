@@ -63,6 +63,14 @@ class StartKey:
 
 
 @dataclass(frozen=True)
+class Still:
+    """A VM's memory that stands still in a snapshot of it: the VM goes on on a private copy of the memfd of this *inode*."""
+
+    inode: int
+    artifact: Digest
+
+
+@dataclass(frozen=True)
 class Record:
     """An instance. Times are RFC 3339, in UTC; ``start_ms`` is from the VMM's spawn until the guest ran.
 
@@ -71,7 +79,8 @@ class Record:
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
-    that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool.
+    that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool. ``still`` is the first snapshot
+    of a VM that was booted.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -112,6 +121,7 @@ class Record:
     user_data: bool = False
     workload: bool = False
     warm: bool = False
+    still: Still | None = None
 
     @property
     def watched(self) -> Watched | None:
@@ -160,6 +170,7 @@ class Record:
             "user_data": self.user_data,
             "workload": self.workload,
             "warm": self.warm,
+            "still": None if self.still is None else asdict(self.still),
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -206,6 +217,9 @@ class Record:
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),
             warm=bool(value.get("warm", False)),
+            still=None
+            if (still := value.get("still")) is None
+            else Still(int(still["inode"]), parse_digest(still["artifact"])),
         )
 
     def with_overlay(self) -> Record:

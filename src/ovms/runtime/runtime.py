@@ -30,7 +30,7 @@ from ovms.errors import (
     VmmError,
 )
 from ovms.lazy import dataclass
-from ovms.memory import compat, snapshot, template
+from ovms.memory import chain, compat, snapshot, template
 from ovms.oci import absent
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
@@ -316,7 +316,8 @@ class Runtime:
             if control is not None and not_restored is None:
                 ram_blobs = blobs_of(artifact.image, artifact.manifest)
                 absent.require_here(self.layout, artifact.digest, ram_blobs, f"{found.name} can't be restored")
-                image = snapshot.materialise(self.layout, digest, progress)
+                chain.check(self.layout, digest, control, ram.parents)
+                image = snapshot.materialise(self.layout, digest, progress, compression=ram.compression)
                 return _Plan(
                     compat.machine_of(control.header),
                     reason,
@@ -350,7 +351,7 @@ class Runtime:
             layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
             directory = self.instances.directory(newest.id)
             written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]
-            chain = open_chain([*layers, *written])
+            disks = open_chain([*layers, *written])
             port_forwards.settle(newest.ports)
             count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
             self.instances.forget_stop(newest)
@@ -374,7 +375,7 @@ class Runtime:
             ):
                 extras = attachments.extras(again, seed, volumes)
                 return self._launch(
-                    self.vmm(again.vmm), self._config(artifact, again, tuple(chain), None, extras), again
+                    self.vmm(again.vmm), self._config(artifact, again, tuple(disks), None, extras), again
                 )
 
     def _config(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
+from ovms.errors import OvmsError
 from ovms.lazy import dataclass
-from ovms.memory import capture, compat, snapshot
+from ovms.memory import capture, chain, compat, snapshot, template
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks, jail
-from ovms.runtime.record import Record
+from ovms.runtime.record import Record, Still
 from ovms.runtime.runtime import Runtime
+from ovms.spec import ramsnap
+from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
 from ovms.spec.states import Call, after
 from ovms.vmm.capabilities import require_snapshots
@@ -25,13 +31,14 @@ from ovms.vmm.capabilities import require_snapshots
 class Taken:
     """A snapshot in the store. ``downtime_ms`` is how long the guest stood still; ``ram_size`` the blob's bytes.
 
-    ``user_data``: the guest was given some, so its memory may hold secrets.
+    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets.
     """
 
     artifact: model.Artifact
     downtime_ms: float
     ram_size: int
     user_data: bool = False
+    parents: int = 0
 
 
 #: What was taken while the VM stood still: its device state and its memory.
@@ -57,10 +64,11 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
         source = runtime.artifact(newest)
         disks.require_layers(newest, len(source.manifest.disk_layers))
         directory = instances.directory(newest.id)
-        fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
+        if not newest.restored:  # of one that was, it is known what it needs
+            fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-        with instances.control(newest) as control:
+        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno(), directory) as room:
             # a guest that writes to all of its memory has it twice then
             freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
             if freezes:
@@ -70,15 +78,18 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
                 state = control.save_state()
                 if freezes and control.freeze_ram():
                     return state, scratch.enter_context(contextlib.closing(capture.frozen(control.ram())))
-                return state, capture.take(control.ram(), memory.fileno())
+                copy = capture.take(control.ram(), memory.fileno(), room)
+                return state, scratch.enter_context(contextlib.closing(copy))
 
             frozen: _Frozen = disks.freeze(instances, newest, control, look)
-        frozen.seen[1].finish()
         parts, document, size = _add_parts(runtime, frozen, source, progress)
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         if name is not None:
             layout.set_name(str(name), artifact.image.descriptor())
-        return Taken(artifact, frozen.downtime_ms, size, newest.user_data)
+        copy = frozen.seen[1]
+        if copy.shared:
+            instances.save(replace(frozen.record, still=Still(os.fstat(copy.fd).st_ino, artifact.digest)))
+        return Taken(artifact, frozen.downtime_ms, size, newest.user_data, len(parts.ram_snapshots) - 1)
 
 
 def _add_parts(
@@ -88,6 +99,10 @@ def _add_parts(
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
     state, memory = frozen.seen
     added = tuple(disks.add_overlays(layout, frozen.overlays, len(manifest.disk_layers), progress))
+    all_disks = (*(layer.ref for layer in manifest.disk_layers), *(d.digest for d in added))
+    parents = _parents(runtime, record, source, memory, all_disks)
+    if not parents:
+        memory.finish()
     header = compat.describe(
         runtime.vmm(record.vmm),
         record.machine,
@@ -95,23 +110,73 @@ def _add_parts(
         source.digest,
         tuple(d.digest for d in added),
         network=record.network.state,
+        parent=parents[-1].digest if parents else None,
     )
-    ram, size = snapshot.store(layout, memory, state, header, progress)
+    # one for the whole chain, and what whoever made the artifact has chosen
+    compression = Compression.LZ4 if manifest.ram_snapshot is None else manifest.ram_snapshot.compression
+    ram, size = snapshot.store(layout, memory, state, header, progress, compression=compression)
     document, kept = disks.extended(source, added, header.created)
     document["ramSnapshot"] = {
-        **{k: value for k, value in manifest.document.get("ramSnapshot", {}).items() if k != "parents"},
+        **{key: value for key, value in manifest.document.get("ramSnapshot", {}).items() if key != "parents"},
         "ref": ram,
-        "compression": str(Compression.LZ4),
+        "compression": str(compression),
+        **({"parents": [parent.digest for parent in parents]} if parents else {}),
     }
     with fsutil.open_input(layout.path(ram), "the RAM snapshot") as blob:
-        descriptor = model.part_descriptor(PartKind.RAM, ram, size, annotations=ram_annotations(blob.fileno()))
+        descriptor = model.part_descriptor(
+            PartKind.RAM,
+            ram,
+            size,
+            compression=compression,
+            number=len(parents),
+            annotations=ram_annotations(blob.fileno()),
+        )
     return (
         model.Parts(
             kernel=next(iter(kept[PartKind.KERNEL]), None),
             initrd=next(iter(kept[PartKind.INITRD]), None),
             disks=tuple(kept[PartKind.DISK]),
-            ram_snapshots=(descriptor,),
+            ram_snapshots=(*parents, descriptor),
         ),
         document,
         size,
     )
+
+
+def _parents(
+    runtime: Runtime, record: Record, source: model.Artifact, memory: capture.Capture, disks: tuple[str, ...]
+) -> tuple[Descriptor, ...]:
+    """The ancestors of a diff on what *memory* goes on from, base first; none where it has to be a base.
+
+    It has to be one at the first snapshot of a VM that was booted, when the chain would become too long, and when something of the
+    chain is not what it should be, or not here any more: a diff on it would be lost. *disks* are the layers of the new artifact.
+    """
+    try:
+        origin = _origin(runtime, record, source, memory)
+        ram = None if origin is None else origin.manifest.ram_snapshot
+        if origin is None or ram is None:
+            return ()
+        if len(ram.parents) + 1 > chain.PARENTS:
+            return ()
+        links = chain.read(runtime.layout, Digest(ram.ref))
+        # at most an entry for each page
+        ramsnap.check_entries([*(link.entries for link in links), memory.written // ramsnap.PAGE])
+    except OvmsError:
+        return ()
+    below = links[-1].header.disks
+    if [link.digest for link in links] != [*ram.parents, ram.ref] or disks[: len(below)] != below:
+        return ()
+    return tuple(model.reused(origin, part) for part in origin.manifest.parts() if part.kind is PartKind.RAM)
+
+
+def _origin(runtime: Runtime, record: Record, source: model.Artifact, memory: capture.Capture) -> model.Artifact | None:
+    # The artifact whose RAM snapshot a VM's memory was, before it went on. By the memfd itself: what a record says of a VM may
+    # be of the one before.
+    if memory.base is None:
+        return None
+    ram = source.manifest.ram_snapshot
+    if ram is not None and template.digest_of(memory.base) == ram.ref:
+        return source
+    if record.still is not None and record.still.inode == os.fstat(memory.base).st_ino:
+        return model.load(runtime.layout, record.still.artifact)
+    return None

@@ -15,12 +15,16 @@ from support.disks import Disk
 from ovms.artifact.build import Builder
 from ovms.artifact.resolve import Found, find
 from ovms.errors import DiskFull
+from ovms.memory import capture
+from ovms.oci.reference import Reference
 from ovms.runtime import record as records
+from ovms.runtime import snapshots
 from ovms.runtime.record import Restart
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel
 from ovms.spec.states import State
+from ovms.vmm import maps
 
 TCG = RunOptions(memory=guests.MEMORY, accel=Accel.TCG)
 
@@ -117,3 +121,33 @@ def test_a_record_is_whole_whatever_the_room(runtime: Runtime, echo: Found, disk
         runtime.instances.save(replace(record, pausing=True))
     assert records.load(directory) == record
     assert not list(directory.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_clone_goes_on_whose_pages_find_no_room(
+    runtime: Runtime, echo: Found, disk: Disk, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Before the pause, where somebody asks; a full disk below a mapped file is a fault for who writes there: the kernel does."""
+    monkeypatch.setattr("ovms.fsutil.SPACE_RESERVE", 0)
+    first = runtime.start(echo, TCG).record
+    guests.Console(runtime.instances.directory(first.id)).wait_for("READY")
+    snapshots.take(runtime, first, Reference.parse("echo:a"))
+    runtime.remove(runtime.instances.find(first.id), force=True)
+    clone = runtime.start(find(runtime.layout, "echo:a"), RunOptions(accel=Accel.TCG)).record
+    with runtime.instances.locked(clone) as newest, runtime.instances.control(newest) as control:
+        ram = control.ram()
+        memory = os.open(f"/proc/{ram.pid}/mem", os.O_RDWR)
+        os.pwrite(memory, b"x" * (12 << 20), maps.find(ram.pid, ram.file, ram.size).address + (16 << 20))
+        os.close(memory)
+    disk.take(room(disk) * 4096 - (2 << 20))
+    with monkeypatch.context() as patch, pytest.raises(DiskFull, match="memory"):
+        if not asked:
+            patch.setattr("ovms.fsutil.require_space", lambda *_: None)
+            patch.setattr(capture, "_POPULATE_WRITE", 12345)
+        snapshots.take(runtime, clone, Reference.parse("echo:b"))
+    assert (len(runtime.instances.find(clone.id).overlays) == 1) == asked, "the guest was not paused for it"
+    console = guests.Console(runtime.instances.directory(clone.id))
+    assert console.ping() == 1
+    disk.free()
+    assert snapshots.take(runtime, runtime.instances.find(clone.id), Reference.parse("echo:b")).parents == 1
+    assert console.ping() == 2

@@ -316,6 +316,12 @@ def test_a_chain_of_snapshots(layout: Layout, built: model.Artifact, project: Pa
         "ram-1.ovmr",
     ]
     assert validate_artifact(layout, "web:2", chained.digest).problems == []
+    path = layout.path(Digest(base))
+    sound = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert rules(validate_artifact(layout, "web:2", chained.digest)) == [("RAM snapshot 0", "OCI-21")]
+    path.write_bytes(sound)
     # another artifact takes the whole chain over
     layout.set_name("web:2", chained.image.descriptor())
     again = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot={"ref": "web:2"}, name="again.json"))
@@ -390,3 +396,31 @@ def test_an_empty_part(tmp_path: Path, kind: str, rule: str) -> None:
     (tmp_path / "x").touch()
     report = validate_path(tmp_path / "x", Kind(kind))
     assert [(p.code, p.rule) for p in report.problems] == [("file-empty", rule)]
+
+
+@pytest.mark.spec("RAM-40")
+@pytest.mark.parametrize("parents", [[], ["other.ovmr"]])
+def test_a_chain_that_is_none_is_not_built(
+    layout: Layout, built: model.Artifact, project: Path, parents: list[str]
+) -> None:
+    assert built.manifest.ram_snapshot is not None
+    write_snapshot(project, built, created="2026-01-01T00:00:00Z")
+    (project / "other.ovmr").write_bytes((project / "ram.ovmr").read_bytes())
+    write_snapshot(project, built, parent=built.manifest.ram_snapshot.ref)
+    manifest = write_manifest(project, ramSnapshot={"ref": "ram.ovmr", "parents": parents})
+    with pytest.raises(SnapshotInvalid) as info:
+        Builder(layout, no_registry).build(manifest)
+    assert info.value.context["rule"] == "RAM-40"
+    assert "base first" in str(info.value.hint)
+
+
+@pytest.mark.spec("RAM-45")
+def test_the_compression_of_another_artifacts_snapshot_is_kept(
+    layout: Layout, built: model.Artifact, project: Path
+) -> None:
+    (project / "ram.ovmr").write_bytes(ram.blob({0: b"a" * ramsnap.PAGE}, compression=Compression.ZSTD))
+    zstd = write_manifest(project, ramSnapshot={"ref": "ram.ovmr", "compression": "zstd"})
+    Builder(layout, no_registry).build(zstd, name="web:zstd")
+    made = Builder(layout, no_registry).build(write_manifest(project, ramSnapshot={"ref": "web:zstd"}))
+    assert made.manifest.ram_snapshot is not None
+    assert made.manifest.ram_snapshot.compression is Compression.ZSTD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lz4.block
@@ -360,10 +360,10 @@ def test_a_damaged_chunk() -> None:
         with pytest.raises(SnapshotInvalid, match=r"the chunk of page 0 .*at offset 4096"):
             ramsnap.unpack_chunk(chunk, bad, 4096)
     with pytest.raises(SnapshotInvalid, match="does not have its digest"):
-        ramsnap.unpack_chunk(replace(chunk, digest=bytes(32)), stored, 4096)
+        ramsnap.unpack_chunk(chunk._replace(digest=bytes(32)), stored, 4096)
     other = lz4.block.compress(b"b" * PAGE, store_size=False)
     with pytest.raises(SnapshotInvalid, match="does not have its digest"):
-        ramsnap.unpack_chunk(replace(chunk, stored_size=len(other)), other, 4096)
+        ramsnap.unpack_chunk(chunk._replace(stored_size=len(other)), other, 4096)
 
 
 @pytest.mark.parametrize("size", [PAGE - 1, PAGE + 1, 0])
@@ -371,16 +371,16 @@ def test_a_chunk_of_another_size(size: int) -> None:
     chunk = BLOB.chunks[0]
     packed = lz4.block.compress(b"a" * size, store_size=False)
     with pytest.raises(SnapshotInvalid, match="unpack"):
-        ramsnap.unpack_chunk(replace(chunk, stored_size=len(packed)), packed, 4096)
+        ramsnap.unpack_chunk(chunk._replace(stored_size=len(packed)), packed, 4096)
     with pytest.raises(SnapshotInvalid, match="unpacks to"):
-        ramsnap.unpack_chunk(replace(chunk, codec=ramsnap.CODEC_STORED, stored_size=size), b"a" * size, 4096)
+        ramsnap.unpack_chunk(chunk._replace(codec=ramsnap.CODEC_STORED, stored_size=size), b"a" * size, 4096)
 
 
 @pytest.mark.spec("RAM-16", "RAM-3")
 def test_a_chunk_that_unpacks_to_gigabytes_stops_at_its_pages() -> None:
     bomb = lz4.block.compress(bytes(64 << 20), store_size=False)
     with pytest.raises(SnapshotInvalid, match="cannot be unpacked"):
-        ramsnap.unpack_chunk(replace(BLOB.chunks[0], stored_size=len(bomb)), bomb, 4096)
+        ramsnap.unpack_chunk(BLOB.chunks[0]._replace(stored_size=len(bomb)), bomb, 4096)
 
 
 def zstd(data: bytes, **options: Any) -> bytes:
@@ -404,14 +404,14 @@ def test_zstd_chunks() -> None:
         zstd(b"b" * PAGE),
     ):
         with pytest.raises(SnapshotInvalid, match="the chunk of page 0") as info:
-            ramsnap.unpack_chunk(replace(chunk, stored_size=len(bad)), bad, 4096)
+            ramsnap.unpack_chunk(chunk._replace(stored_size=len(bad)), bad, 4096)
         assert info.value.context["rule"] == "RAM-16"
 
 
 @given(st.binary(max_size=64), st.sampled_from(BLOB.chunks), st.sampled_from([0, 1, 2]))
 def test_any_stored_bytes(data: bytes, chunk: Chunk, codec: int) -> None:
     with pytest.raises(SnapshotInvalid):
-        ramsnap.unpack_chunk(replace(chunk, codec=codec, stored_size=len(data)), data, 4096)
+        ramsnap.unpack_chunk(chunk._replace(codec=codec, stored_size=len(data)), data, 4096)
 
 
 @given(st.binary(max_size=5).map(lambda b: (b * (4 * PAGE))[: 4 * PAGE] or bytes(PAGE)))

@@ -79,8 +79,9 @@ def _ram_snapshot(context: Context, artifact: Artifact) -> dict[str, Any]:
     from ovms.spec import ramsnap
     from ovms.spec.digest import parse_digest
 
-    assert artifact.manifest.ram_snapshot is not None
-    newest = parse_digest(artifact.manifest.ram_snapshot.ref)
+    named = artifact.manifest.ram_snapshot
+    assert named is not None
+    newest = parse_digest(named.ref)
     missing = ram.left_out(context.layout, artifact)
     left_out: dict[str, Any] = {"left_out": [blob.digest for blob in missing]} if missing else {}
     if any(blob.digest == newest for blob in missing):
@@ -94,7 +95,9 @@ def _ram_snapshot(context: Context, artifact: Artifact) -> dict[str, Any]:
         **left_out,
         **control.header.to_json(),
         "chunks": len(control.chunks),
-        "stored_pages": sum(chunk.pages for chunk in control.chunks),
+        "stored_pages": sum(chunk.pages for chunk in control.chunks if chunk.stored_size),
+        "size": artifact.blob(named.ref).size,
+        "parents": [{"digest": ref, "size": artifact.blob(ref).size} for ref in named.parents],
     }
 
 

@@ -1,33 +1,65 @@
 """Snapshot a running instance: memory, devices and disk, as an artifact that 'ovm run' restores.
 
-The instance goes on. With a name that has a registry in it, the artifact is pushed.
+The instance goes on. With a name that has a registry in it, the artifact is pushed. A snapshot of an instance that was itself
+restored from one is a diff on that: it holds the pages that were written since, and its artifact the blobs of the others, too.
+
+'ovm snapshot flatten REF' makes an artifact with the whole memory in one blob of what is a chain of diffs. (With one word after
+'snapshot' it is an instance, also if that is called "flatten".)
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Final
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
 
+#: Options may stand between the words.
+INTERMIXED: Final = True
+
+_FLATTEN: Final = "flatten"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
+    parser.usage = (
+        "ovm snapshot [-h] [--json] INSTANCE -t NAME[:TAG] [--no-push] [--tls-verify true|false]\n"
+        "       ovm snapshot flatten REF [-t NAME[:TAG]] [--no-push] [--tls-verify true|false]"
+    )
     parser.add_argument("instance", metavar="INSTANCE", help="a name, an ID, or the first digits of one")
-    parser.add_argument("-t", "--tag", metavar="NAME[:TAG]", required=True, help="the name of the new artifact")
+    parser.add_argument("reference", metavar="flatten REF", nargs="?", help="an artifact with a RAM snapshot")
+    parser.add_argument(
+        "-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact; what is flattened needs none"
+    )
     parser.add_argument("--no-push", action="store_true", help="keep it in the local store only")
     values.add_tls_verify(parser)
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    if args.reference is None:
+        return _take(args, context)
+    if args.instance != _FLATTEN:
+        raise UsageError(
+            f"there is one word too many: {args.reference[:80]!a}",
+            hint="'ovm snapshot INSTANCE -t NAME', or 'ovm snapshot flatten REF'",
+        )
+    return _flatten(args, context)
+
+
+def _take(args: argparse.Namespace, context: Context) -> int:
     from ovms.artifact.resolve import push
     from ovms.oci.reference import Reference
     from ovms.oci.transport import new_name
     from ovms.runtime import snapshots
 
+    if args.tag is None:
+        raise UsageError(
+            "the snapshot needs a name: -t NAME[:TAG]", hint="'ovm snapshot flatten REF' is what flattens an artifact"
+        )
     name = Reference.parse(args.tag)
     if name.digest is not None:
         raise UsageError(f"{name}: a new name has no digest", hint="leave out what follows '@'")
@@ -46,6 +78,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 "name": str(name),
                 "size": taken.artifact.size,
                 "ram_bytes": taken.ram_size,
+                "parents": taken.parents,
                 "downtime_ms": taken.downtime_ms,
                 "pushed": pushed,
                 "user_data": taken.user_data,
@@ -53,4 +86,39 @@ def run(args: argparse.Namespace, context: Context) -> int:
         )
     else:
         output.answer(taken.artifact.digest)
+    return Exit.OK
+
+
+def _flatten(args: argparse.Namespace, context: Context) -> int:
+    from ovms.artifact.resolve import find, push
+    from ovms.memory.flatten import flatten
+    from ovms.oci.transport import new_name
+
+    layout = context.layout
+    name = None if args.tag is None else new_name(args.tag)
+    with layout.using():
+        flattened = flatten(layout, find(layout, args.reference), context.progress)
+        descriptor = flattened.artifact.image.descriptor()
+        if name is None:
+            layout.add_nameless(descriptor)
+        else:
+            layout.set_name(str(name), descriptor)
+    if flattened.parents == 0:
+        output.say("its RAM snapshot is a base already")
+    pushed = name is not None and name.registry is not None and not args.no_push
+    if pushed:
+        push(layout, context.connect, str(name), context.progress)
+    if args.json:
+        output.answer_json(
+            {
+                "snapshot_ref": flattened.artifact.digest,
+                "name": None if name is None else str(name),
+                "size": flattened.artifact.size,
+                "ram_bytes": flattened.ram_size,
+                "flattened": flattened.parents,
+                "pushed": pushed,
+            }
+        )
+    else:
+        output.answer(flattened.artifact.digest)
     return Exit.OK

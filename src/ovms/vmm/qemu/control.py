@@ -180,9 +180,9 @@ class QemuControl:
             held.callback(os.close, fd)
             fd_set = self._send_fd(fd)
             try:
-                # live: the disks stay ours
+                # Not live: that would give a paused VM's disks away, and QEMU aborts at what is done with them next.
                 filename = f"/dev/fdset/{fd_set}"
-                self._qmp.execute("xen-save-devices-state", {"filename": filename, "live": True})
+                self._qmp.execute("xen-save-devices-state", {"filename": filename, "live": False})
             finally:
                 self._remove_fds(fd_set)
             size = os.fstat(memory).st_size
