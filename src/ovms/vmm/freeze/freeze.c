@@ -14,7 +14,7 @@
 typedef unsigned long u64;
 typedef long i64;
 
-enum { SYS_fstat = 5, SYS_mmap = 9, SYS_munmap = 11, SYS_rt_sigaction = 13, SYS_mremap = 25, SYS_madvise = 28 };
+enum { SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_fstat = 5, SYS_mmap = 9, SYS_munmap = 11, SYS_rt_sigaction = 13, SYS_mremap = 25, SYS_madvise = 28 };
 
 #define SIGNAL 63
 #define SI_QUEUE (-1)
@@ -69,10 +69,32 @@ static void freeze(int number, struct info *info, void *context)
 __asm__(".type back, @function\nback:\n\tmov $15, %eax\n\tsyscall\n");
 extern void back(void) __attribute__((visibility("hidden")));
 
+/* The descriptor that this was loaded from is of no more use. Its number is in the first variable of the environment. */
+static void close_ourselves(void)
+{
+    static const char name[] = "LD_PRELOAD=/proc/self/fd/";
+    static const char environment[] = "/proc/self/environ";
+    char said[64];
+    i64 number = 0, at = sizeof name - 1, size, fd = sys(SYS_open, (i64)environment, 0, 0, 0, 0, 0);
+
+    if (fd < 0)
+        return;
+    size = sys(SYS_read, fd, (i64)said, sizeof said, 0, 0, 0);
+    sys(SYS_close, fd, 0, 0, 0, 0, 0);
+    for (i64 i = 0; i < at; i++)
+        if (i >= size || said[i] != name[i])
+            return;
+    for (; at < size && said[at] >= '0' && said[at] <= '9' && number < 65536; at++)
+        number = number * 10 + said[at] - '0';
+    if (number > 2)
+        sys(SYS_close, number, 0, 0, 0, 0, 0);
+}
+
 __attribute__((constructor)) static void begin(void)
 {
     struct action action = {freeze, SA_SIGINFO | SA_RESTORER | SA_RESTART, back, 0};
     sys(SYS_rt_sigaction, SIGNAL, (i64)&action, 0, 8, 0, 0);
+    close_ourselves();
 }
 
 #ifndef SOURCE_DIGEST
