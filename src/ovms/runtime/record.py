@@ -26,6 +26,7 @@ from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.lazy import dataclass
 from ovms.process import ProcessId
+from ovms.runtime.identity import Identity
 from ovms.runtime.network import Attachment, Kind
 from ovms.runtime.volumes import Volume
 from ovms.spec import limits, strictjson
@@ -76,7 +77,9 @@ class Record:
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
     says that the user wants its CPUs to stand still; it is written before they do, and taken back after they run.
-    ``timings`` are milliseconds of the phases of the start.
+    ``timings`` are milliseconds of the phases of the start. ``identity`` is what a restored VM's guest has of its own by now; ``link_down``
+    says that its network card's link was taken for a moment: whoever finds it so, and unlocked, gives it back. ``memory_locked``
+    says that the memory that it came from cannot be swapped out.
     """
 
     id: str
@@ -111,6 +114,9 @@ class Record:
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
     workload: bool = False
+    identity: Identity | None = None
+    link_down: bool = False
+    memory_locked: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -158,6 +164,9 @@ class Record:
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
             "workload": self.workload,
+            "identity": None if self.identity is None else self.identity.to_json(),
+            "link_down": self.link_down,
+            "memory_locked": self.memory_locked,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -203,6 +212,9 @@ class Record:
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),
+            identity=None if value["identity"] is None else Identity.from_json(value["identity"]),
+            link_down=bool(value["link_down"]),
+            memory_locked=bool(value["memory_locked"]),
         )
 
     def with_overlay(self) -> Record:

@@ -267,6 +267,7 @@ def _overrides(options: RunOptions) -> Document:
         "accel": None if options.accel is None else str(options.accel),
         "restore": str(options.restore),
         "remove_on_exit": options.remove_on_exit or None,
+        "keep_identity": options.keep_identity or None,
         "ports": [
             {"guest_port": p.guest_port, "host_port": p.host_port, "host_ip": p.host_ip, "protocol": p.protocol}
             for p in options.ports

@@ -33,14 +33,14 @@ from ovms.memory import compat, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, cgroups, jail, network, regions, restart, workload
+from ovms.runtime import attachments, cgroups, identity, jail, network, regions, restart, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
 from ovms.runtime.volumes import Volume
-from ovms.spec import limits, ramheader, ramsnap
+from ovms.spec import bootstrap, limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat
@@ -80,6 +80,8 @@ class RunOptions:
     network: network.Wanted = field(default_factory=network.Wanted)
     volumes: tuple[Volume, ...] = ()
     seed: Seed | None = None
+    #: A restored guest goes on as the one that the snapshot was taken of: nothing is asked of its agent.
+    keep_identity: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,9 @@ class Runtime:
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, artifact, options, told, progress)
+        hostname = None if told is None or plan.restore is None else told.hostname
+        if plan.restore is not None:
+            told = None  # its guest has booted: what it is told, its agent is
         ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 
         def make(instance_id: str, name: str) -> Record:
@@ -206,7 +211,8 @@ class Runtime:
             made = replace(record, timings={**record.timings, **disks}, not_restored=plan.not_restored)
             if pending is not None and self.instances.stop_asked(made):
                 raise Interrupted(f"the start of {made.name} was broken off")
-            return Started(self._launch(vmm, config, made), plan.not_restored)
+            become = None if plan.restore is None or options.keep_identity else _identity(made, hostname)
+            return Started(self._launch(vmm, config, made, become), plan.not_restored)
 
     @contextlib.contextmanager
     def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
@@ -216,7 +222,7 @@ class Runtime:
         with template.opened(snapshot.image, snapshot.digest, self.instances.watchers()) as ram:
             yield Restore(ram, snapshot.state)
 
-    def _launch(self, vmm: Vmm, config: VmConfig, record: Record) -> Record:
+    def _launch(self, vmm: Vmm, config: VmConfig, record: Record, become: identity.Wanted | None = None) -> Record:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
@@ -227,7 +233,7 @@ class Runtime:
                 running = vmm.start(replace(config, network=link.network, regions=shared), files)
                 link.settle()
             timings = {**record.timings, **running.timings}
-            return self.instances.save(
+            record = self.instances.save(
                 replace(
                     record,
                     process=running.vmm,
@@ -235,14 +241,24 @@ class Runtime:
                     started=now(),
                     start_ms=ms_since(began),
                     timings=timings,
+                    link_down=become is not None and become.renew_link,
                 )
             )
+            return record if become is None else self._become(record, become)
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
             if (left := watch.find(files)) is not None:
                 left.vmm.kill()
                 left.watcher.wait(5.0)
             raise
+
+    def _become(self, record: Record, wanted: identity.Wanted) -> Record:
+        # The guest runs already; only our answer waits for it.
+        began = time.monotonic()
+        with self.instances.control(record) as control:
+            done = identity.become(control, self.instances.files(record), wanted, port=record.machine.agent)
+        timings = {**record.timings, "identity": ms_since(began)}
+        return self.instances.save(replace(record, identity=done, link_down=False, timings=timings))
 
     def _plan(self, vmm: Vmm, artifact: Artifact, options: RunOptions, told: Seed | None, progress: Progress) -> _Plan:
         require(
@@ -275,7 +291,9 @@ class Runtime:
             ramsnap.check_codecs(control, ram.compression)
             ramheader.check_belongs(header, artifact.manifest, disk_size)
             compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
-            attachments.require_none(options.volumes, options.seed)
+            attachments.require_none(options.volumes, options.seed, agent=header.device("virtio-serial") is not None)
+            if options.keep_identity and options.seed is not None and options.seed.hostname is not None:
+                raise UsageError("a guest that keeps its identity gets no host name", hint="leave out one of the two")
             not_restored = compat.why_not(vmm, header, choice.accel)
             state = compat.network_of(header)
             if not_restored is None:
@@ -338,6 +356,8 @@ class Runtime:
                 replace(
                     newest,
                     ram_image=None,
+                    identity=None,
+                    memory_locked=False,
                     restart=count,
                     stop_requested=False,
                     pausing=False,
@@ -526,6 +546,17 @@ def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
     if manifest.kernel is None and not manifest.disk_layers:
         raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
+
+
+def _identity(record: Record, hostname: str | None) -> identity.Wanted:
+    return identity.Wanted(
+        hostname or bootstrap.host_name(record.name, record.id),
+        # as systemd makes that of a VM that boots: of the machine's UUID, which is the instance's
+        record.id.replace("-", ""),
+        asked=hostname is not None,
+        # a user network gives every VM the same address, and no other VM is in it
+        renew_link=record.network.kind in (network.Kind.TAP, network.Kind.BRIDGE, network.Kind.NETNS),
+    )
 
 
 def _new_mac() -> str:

@@ -191,6 +191,7 @@ class Overrides:
     accel: Accel | None = None
     restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
+    keep_identity: bool = False
     bootstrap: Mapping[str, Any] | None = None
 
 
@@ -401,6 +402,7 @@ def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:
         accel=item.choice("accel", Accel),
         restore=item.choice("restore", RestorePolicy, rule="RUN-9") or RestorePolicy.AUTO,
         remove_on_exit=item.boolean("remove_on_exit", False),
+        keep_identity=item.boolean("keep_identity", False),
         bootstrap=None if bootstrap is None else bootstrap.value,
     )
 

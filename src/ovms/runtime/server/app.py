@@ -408,6 +408,7 @@ def _options(overrides: api.Overrides) -> RunOptions:
         accel=overrides.accel,
         restore=overrides.restore,
         remove_on_exit=overrides.remove_on_exit,
+        keep_identity=overrides.keep_identity,
     )
 
 
