@@ -144,6 +144,17 @@ def _set(directory: Path, controller: str, version: int, limits: Limits) -> None
         (directory / "memory.limit_in_bytes").write_text(str(limits.memory))
 
 
+def forbid_swap(directories: Sequence[Path]) -> bool:
+    """Keeps what a VMM writes out of swap, as far as its groups can. False where none of them counts memory."""
+    for directory in directories:
+        # of v2; of v1, where the kernel swaps all the same when nothing else is left
+        for name in ("memory.swap.max", "memory.swappiness"):
+            with contextlib.suppress(OSError):
+                (directory / name).write_text("0")
+                return True
+    return False
+
+
 def oom_killed(directories: Sequence[Path]) -> bool:
     """Whether the kernel has ended a process of these groups because they had no memory left."""
     for directory in directories:

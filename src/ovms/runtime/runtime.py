@@ -29,7 +29,7 @@ from ovms.errors import (
     VmmError,
 )
 from ovms.lazy import dataclass
-from ovms.memory import compat, snapshot, template
+from ovms.memory import compat, locking, snapshot, template
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
@@ -106,11 +106,13 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What is restored: the snapshot's blob, its unpacked memory, and its device state."""
+    """What is restored: the snapshot's blob, its unpacked memory, its device state; and whether the memory is locked, or read in."""
 
     digest: Digest
     image: Path
     state: bytes
+    lock: bool
+    preload: bool
 
 
 class Runtime:
@@ -192,6 +194,7 @@ class Runtime:
                 volumes=options.volumes,
                 user_data=attachments.may_hold_secrets(plan.machine, told),
                 workload=artifact.manifest.bootstrap is not None,
+                memory_locked=plan.restore is not None and plan.restore.lock,
             )
 
         with (
@@ -207,6 +210,8 @@ class Runtime:
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
+            if record.memory_locked:
+                cgroups.forbid_swap([procs.parent for procs in record.jail.cgroups])
             disks = {"disks": ms_since(began)}
             made = replace(record, timings={**record.timings, **disks}, not_restored=plan.not_restored)
             if pending is not None and self.instances.stop_asked(made):
@@ -219,8 +224,9 @@ class Runtime:
         if snapshot is None:
             yield None
             return
-        with template.opened(snapshot.image, snapshot.digest, self.instances.watchers()) as ram:
-            yield Restore(ram, snapshot.state)
+        holders = self.instances.watchers()
+        with template.opened(snapshot.image, snapshot.digest, holders, preload=snapshot.preload) as ram:
+            yield Restore(ram, snapshot.state, snapshot.lock)
 
     def _launch(self, vmm: Vmm, config: VmConfig, record: Record, become: identity.Wanted | None = None) -> Record:
         files = self.instances.files(record)
@@ -295,11 +301,12 @@ class Runtime:
             if options.keep_identity and options.seed is not None and options.seed.hostname is not None:
                 raise UsageError("a guest that keeps its identity gets no host name", hint="leave out one of the two")
             not_restored = compat.why_not(vmm, header, choice.accel)
+            unlocked: str | None = None
             state = compat.network_of(header)
             if not_restored is None:
                 not_restored = network.why_not(options.network, state)
             if not_restored is None and ram.mlock_required:
-                not_restored = "its memory must be locked (mlock_required), which this version does not do"
+                not_restored = unlocked = locking.why_not(header.memory)
             if not_restored is None and artifact.manifest.bootstrap is not None:
                 not_restored = "its bootstrap config was on a disk that cannot be made again with the same bytes"
             if not_restored is None:
@@ -308,14 +315,14 @@ class Runtime:
                     compat.machine_of(header),
                     reason,
                     layers,
-                    _Snapshot(digest, image, control.state),
+                    _Snapshot(digest, image, control.state, ram.mlock_required, ram.preload_hint),
                     None,
                     network.choose(options.network, state=state, ports=options.ports),
                 )
             if options.restore is RestorePolicy.REQUIRE:
                 raise SnapshotIncompatible(
                     f"the RAM snapshot cannot be restored: {not_restored}",
-                    hint="with --restore=auto it boots from the disk instead",
+                    hint="with --restore=auto it boots from the disk instead" if unlocked is None else locking.HINT,
                     rule="RAM-50",
                 )
         elif ram is None and options.restore is RestorePolicy.REQUIRE:
