@@ -17,6 +17,8 @@ from typing import BinaryIO, Final, cast
 
 from ovms.spec import limits
 
+#: What is found out holds as long as this is the same.
+STAMP: Final = "1"
 #: What the kernel says when it has reseeded.
 _RESEEDED: Final = b"crng reseeded due to virtual machine fork"
 #: The ACPI ID in the driver.

@@ -73,11 +73,8 @@ class Local:
         if name.registry is not None:
             push(self._runtime.layout, self._connect, str(name), progress)
         return {
-            "snapshot_ref": taken.artifact.digest,
+            **taken.to_json(),
             "reference": str(name),
-            "size": taken.artifact.size,
-            "ram_bytes": taken.ram_size,
-            "downtime_ms": taken.downtime_ms,
             "pushed": name.registry is not None,
         }
 

@@ -456,7 +456,7 @@ class Runtime:
         """Ends a VM at once. Its disks are as after a power failure."""
         self.break_off(record)
         with self.instances.locked(record) as newest:
-            self._end(newest)
+            self.end(newest)
 
     def _note_stop(self, record: Record, *, going: bool = False) -> Record:
         try:
@@ -467,7 +467,8 @@ class Runtime:
                 raise
             return record
 
-    def _end(self, record: Record, *, going: bool = False) -> None:
+    def end(self, record: Record, *, going: bool = False) -> None:
+        """Ends the VM of an instance at once (under its lock); *going*: the instance is removed then."""
         running = record.process
         if running is None or not running.alive():
             return
@@ -510,7 +511,7 @@ class Runtime:
             # A start holds the lock: one that is "starting" under it was broken off.
             if state is not State.STARTING:
                 after(state, call, newest.name)
-                self._end(newest, going=True)
+                self.end(newest, going=True)
             self.instances.remove(newest)
 
     def pause(self, record: Record) -> Record:

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
 from ovms.lazy import dataclass, regex
 from ovms.spec import limits, sizes, strictjson
-from ovms.spec.choices import Accel, RestorePolicy
+from ovms.spec.choices import Accel, Leave, RestorePolicy
 from ovms.spec.document import Reader, kind_of, shown
 
 JSON: Final = "application/json"
@@ -68,7 +68,8 @@ OPERATIONS: Final = (
     Operation(
         "POST", "/snapshot", "snapshot", "SnapshotRequest", "SnapshotResult", JSON,
         (*_BODY, "reference-invalid", *_INSTANCE, *_STATE, "unsupported", "registry-error", "registry-unreachable",
-         "registry-denied", "registry-protocol", "store-corrupt", "disk-full", "host", *_VMM, *_FAULT),
+         "registry-denied", "registry-protocol", "store-corrupt", "resource", "disk-full", "host", "agent-unavailable",
+         "guest-failed", "guest-timeout", *_VMM, *_FAULT),
     ),
     Operation("POST", "/inject", "inject", "InjectRequest", "OperationResult", JSON,
               (*_BODY, *_INSTANCE, "not-found", *_STATE, *_FAULT)),
@@ -261,17 +262,23 @@ class RemoveRequest:
 
 @dataclass(frozen=True)
 class SnapshotRequest:
-    """``POST /snapshot``; ``tag`` is the reference that the snapshot gets, in a registry where it names one."""
+    """``POST /snapshot``; ``tag`` is the reference that the snapshot gets, in a registry where it names one.
+
+    ``leave`` is what the instance does then; ``scrub``: its guest's agent makes its memory small before.
+    """
 
     instance_id: str
     tag: str | None = None
+    leave: Leave = Leave.RUNNING
+    scrub: bool = False
 
     @classmethod
     def from_json(cls, document: Any) -> SnapshotRequest:
         """Raises InputError (every problem, by JSON path)."""
         problems: list[Problem] = []
         top = _top(document, problems)
-        return _checked(problems, cls(_instance_id(top), top.string("tag")))
+        leave = top.choice("leave", Leave) or Leave.RUNNING
+        return _checked(problems, cls(_instance_id(top), top.string("tag"), leave, top.boolean("scrub", False)))
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,10 @@ class QemuControl:
             held.callback(os.close, fd)
             fd_set = self._send_fd(fd)
             try:
-                # live: the disks stay ours
+                # Not "live": with that, QEMU lets go of the disks of a VM that stands still, and dies of the next snapshot before
+                # a "cont".
                 filename = f"/dev/fdset/{fd_set}"
-                self._qmp.execute("xen-save-devices-state", {"filename": filename, "live": True})
+                self._qmp.execute("xen-save-devices-state", {"filename": filename, "live": False})
             finally:
                 self._remove_fds(fd_set)
             size = os.fstat(memory).st_size
