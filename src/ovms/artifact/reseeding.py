@@ -84,7 +84,14 @@ def _unpacked(fd: int) -> Iterator[bytes]:
     magic = os.pread(fd, 6, start)
     for beginning, unpack in _FORMATS.items():
         if magic.startswith(beginning):
-            yield from unpack(_read(fd, start, length))
+            # the packed kernel ends with the size of the unpacked one, which zstd would take for another frame
+            whole = int.from_bytes(os.pread(fd, 4, start + length - 4), "little")
+            size = 0
+            for piece in unpack(_read(fd, start, length - 4 if unpack is _zstd else length)):
+                size += len(piece)
+                yield piece
+            if size & 0xFFFFFFFF != whole:  # what is not there may have been in the rest
+                raise _UnreadableError
             return
     raise _UnreadableError
 
