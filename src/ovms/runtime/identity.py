@@ -180,8 +180,8 @@ def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
         pause = min(pause * 1.5, longest)
     done = agent.data(status, "out-data", agent.ANSWER_MAX).split()
     clock, hostname, machine_id = (word in done for word in (b"clock", b"hostname", b"machine-id"))
-    if not (clock and hostname):
-        said = agent.data(status, "err-data", agent.ANSWER_MAX).decode("utf-8", "replace").strip()
+    said = agent.data(status, "err-data", agent.ANSWER_MAX).decode("utf-8", "replace").strip()
+    if said or not (clock and hostname):
         note = f"the guest refused a part of it: {agent.printable(said[:300]) or 'it does not say why'}"
     return Identity(clock, wanted.hostname if hostname else None, machine_id, note=note)
 
