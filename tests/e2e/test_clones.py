@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -82,6 +83,13 @@ def test_each_clone_is_a_machine_of_its_own(ovm: Ovm) -> None:
     assert double["identity"] is None
     assert guest(ovm, "four", "hostname; cat /etc/machine-id").split() == ["template", MACHINE_ID]
     assert clock_of(ovm, "four") < -1e8
+    if os.geteuid() == 0:  # the guest sees that its cable was out, where others give it an address
+        changes = "cat /sys/class/net/eth0/carrier_changes"
+        assert ovm.ok("run", "-d", "--json", "--name", "five", "--network", "tap", "generic:old").json["identity"][
+            "link"
+        ]
+        assert int(guest(ovm, "five", changes)) == int(guest(ovm, "four", changes)) + 2
+        ovm.ok("rm", "-f", "five")
     ovm.ok("rm", "-f", "one", "two", "three", "four")
     guest(ovm, "web", f"date -s @{time.time():.0f}")
 

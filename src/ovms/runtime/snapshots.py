@@ -11,6 +11,7 @@ from typing import Any
 from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
+from ovms.errors import OvmsError, StateConflict
 from ovms.lazy import dataclass
 from ovms.memory import capture, compat, content, snapshot
 from ovms.oci.reference import Reference
@@ -22,7 +23,7 @@ from ovms.runtime.scrub import Scrubbed
 from ovms.spec.choices import Leave
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
-from ovms.spec.states import Call, after
+from ovms.spec.states import Call, State, after
 from ovms.vmm.capabilities import require_snapshots
 from ovms.vmm.qemu.binary import Cache
 
@@ -83,6 +84,8 @@ def take(
     after(instances.status(record).state, Call.SNAPSHOT, record.name)
     before = zeroed = None
     if scrub:
+        # else the guest would have worked for nothing
+        attachments.require_snapshot(record)
         before, zeroed = _scrub(runtime, record)
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
@@ -110,12 +113,19 @@ def take(
             artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
             if name is not None:
                 layout.set_name(str(name), artifact.image.descriptor())
-        return Taken(artifact, frozen.downtime_ms, size, newest.user_data, _reseeds(runtime, source), done)
+        taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, scrubbed=done)
+    return replace(taken, reseeds=_reseeds(runtime, source))
 
 
 def _scrub(runtime: Runtime, record: Record) -> tuple[int, bool]:
     from ovms.runtime import scrub
 
+    if runtime.instances.status(record).state is State.PAUSED:
+        raise StateConflict(
+            f"the instance {record.name} is paused, and its agent can do nothing",
+            hint="'ovm resume' it first, or leave out --scrub",
+            instance=record.name,
+        )
     # an agent that is not there is told before anything is read
     scrub.check(runtime.instances, record)
     before = scrub.measure(runtime.instances, record)
@@ -156,9 +166,10 @@ def _reseeds(runtime: Runtime, source: model.Artifact) -> bool | None:
     cache = Cache(runtime.root.cache / "kernels.json")
     known = cache.get(digest, reseeding.STAMP)
     if known is None:
-        with fsutil.open_input(runtime.layout.path(digest), "the kernel") as file:
+        # the snapshot is there already: nothing here may take it back
+        with contextlib.suppress(OvmsError), fsutil.open_input(runtime.layout.path(digest), "the kernel") as file:
             known = {"reseeds": reseeding.reseeds(file.fileno())}
-        cache.put(digest, reseeding.STAMP, known)
+            cache.put(digest, reseeding.STAMP, known)
     answer = known.get("reseeds") if isinstance(known, dict) else None
     return answer if isinstance(answer, bool) else None
 

@@ -8,7 +8,7 @@ import pytest
 from support.guests import MEMORY, Console
 
 from ovms.artifact.resolve import Found, find
-from ovms.errors import AgentUnavailable, DiskFull, ResourceError
+from ovms.errors import AgentUnavailable, DiskFull, ResourceError, StateConflict
 from ovms.memory import content, snapshot
 from ovms.oci.reference import Reference
 from ovms.runtime import scrub, snapshots
@@ -106,6 +106,9 @@ def test_without_an_agent_there_is_no_scrub_and_no_snapshot(
         assert runtime.layout.find("echo:snap") is None
         monkeypatch.setattr(scrub, "_HOST_KEPT", 1 << 50)
     assert console(runtime, running).ping() == 2
+    runtime.pause(runtime.instances.find(running.id))
+    with pytest.raises(StateConflict, match="is paused"):
+        take(runtime, running, Leave.RUNNING, scrub=True)
 
 
 def test_what_of_a_memory_is_not_zero(runtime: Runtime, running: Record, tmp_path: Path) -> None:

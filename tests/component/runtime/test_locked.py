@@ -111,6 +111,10 @@ def test_the_template_is_locked_once_and_copy_on_write_stays(runtime: Runtime, t
         children = Path(f"/proc/{clone.watcher.pid}/task/{clone.watcher.pid}/children").read_text().split()
         assert [mappings(int(child)) for child in children if int(child) != clone.process.pid] == [[]]
         assert console(runtime, clone).ping() == 2
+        # what it writes later is not locked, and stays out of swap where a cgroup counts it
+        for procs in clone.jail.cgroups:
+            for name in ("memory.swap.max", "memory.swappiness"):
+                assert not (procs.parent / name).exists() or (procs.parent / name).read_text() == "0\n"
         said = security.in_force(clone)["memory"]
         assert said == {"required": True, "locked_bytes": MEMORY}
     runtime.remove(clones[0], force=True)
