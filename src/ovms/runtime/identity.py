@@ -13,6 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from ovms.errors import AgentUnavailable, GuestError, Locked, OvmsError, VmmError
@@ -36,11 +37,17 @@ _POLL: Final = (0.005, 0.1)
 _RANDOM: Final = 64
 
 #: Says what it did, a word a line. Files are written in place: they may be links, mounts, or have labels. A machine ID that is
-#: empty or "uninitialized" is one that the next boot makes.
+#: empty or "uninitialized" is one that the next boot makes. What is stirred into the random numbers counts from the next reseed on: a
+#: kernel that does not do that for a clone is told to (RNDRESEEDCRNG), by what can make the call.
 _SCRIPT: Final = """\
 name=$1 id=$2 now=$3
 if date -u -s "@$now" >/dev/null 2>&1 || date -u -s "@${now%.*}" >/dev/null 2>&1; then echo clock; fi
 cat >/dev/urandom
+if [ -d /sys/bus/acpi/drivers/vmgenid ] ||
+    perl -e 'open(my $f, ">", "/dev/urandom") or exit 1; ioctl($f, 0x5207, 0) or exit 1' ||
+    python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "wb"), 0x5207)'; then
+    echo random
+fi 2>/dev/null
 if echo "$name" >/proc/sys/kernel/hostname; then
     echo hostname
     [ ! -f /etc/hostname ] || echo "$name" >/etc/hostname
@@ -73,6 +80,7 @@ class Identity:
 
     Attributes:
         clock: the guest's clock was set to the host's.
+        random: its kernel's random numbers are its own, whether the kernel saw to that (CONFIG_VMGENID) or the agent.
         hostname: its new host name; None: it has the one of the snapshot.
         machine_id: ``/etc/machine-id`` holds one of its own.
         link: its network card lost and found its link, so that it asks for its addresses again.
@@ -80,6 +88,7 @@ class Identity:
     """
 
     clock: bool = False
+    random: bool = False
     hostname: str | None = None
     machine_id: bool = False
     link: bool = False
@@ -89,6 +98,7 @@ class Identity:
         """As a JSON object."""
         return {
             "clock": self.clock,
+            "random": self.random,
             "hostname": self.hostname,
             "machine_id": self.machine_id,
             "link": self.link,
@@ -100,6 +110,7 @@ class Identity:
         """Raises KeyError, TypeError or ValueError on anything that :meth:`to_json` does not write."""
         return cls(
             clock=bool(value["clock"]),
+            random=bool(value["random"]),
             hostname=None if value["hostname"] is None else str(value["hostname"]),
             machine_id=bool(value["machine_id"]),
             link=bool(value["link"]),
@@ -120,7 +131,7 @@ def become(control: Control, files: VmFiles, wanted: Wanted, *, port: bool) -> I
             f"the guest did not take the host name {wanted.hostname}: {done.note}",
             hint="its agent has to run when the snapshot is taken; leave out --hostname, or add --cold to boot from the disk",
         )
-    return Identity(done.clock, done.hostname, done.machine_id, wanted.renew_link, done.note)
+    return replace(done, link=wanted.renew_link)
 
 
 @contextlib.contextmanager
@@ -170,7 +181,6 @@ def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
     }
     pid = agent.field(there.execute("guest-exec", arguments), "pid", int)
     pause, longest = _POLL
-    note = None
     while True:
         status = there.execute("guest-exec-status", {"pid": pid})
         if agent.field(status, "exited", bool):
@@ -180,11 +190,20 @@ def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
         time.sleep(pause)
         pause = min(pause * 1.5, longest)
     done = agent.data(status, "out-data", agent.ANSWER_MAX).split()
-    clock, hostname, machine_id = (word in done for word in (b"clock", b"hostname", b"machine-id"))
+    clock, hostname = b"clock" in done, b"hostname" in done
     said = agent.data(status, "err-data", agent.ANSWER_MAX).decode("utf-8", "replace").strip()
+    notes = []
     if said or not (clock and hostname):
-        note = f"the guest refused a part of it: {agent.printable(said[:300]) or 'it does not say why'}"
-    return Identity(clock, wanted.hostname if hostname else None, machine_id, note=note)
+        notes.append(f"the guest refused a part of it: {agent.printable(said[:300]) or 'it does not say why'}")
+    if b"random" not in done:
+        notes.append("its random numbers may be those of another clone until its kernel reseeds by itself")
+    return Identity(
+        clock=clock,
+        random=b"random" in done,
+        hostname=wanted.hostname if hostname else None,
+        machine_id=b"machine-id" in done,
+        note="; ".join(notes) or None,
+    )
 
 
 def _set_clock(there: Agent, deadline: float) -> bool:

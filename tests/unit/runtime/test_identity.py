@@ -68,9 +68,9 @@ def says(out: bytes, err: bytes = b"") -> Callable[[str, dict[str, Any]], Any]:
 
 
 def test_all_of_it_in_one_program(play: Callable[..., Played]) -> None:
-    played = play(says(b"clock\nhostname\nmachine-id\n"))
+    played = play(says(b"clock\nrandom\nhostname\nmachine-id\n"))
     before = time.time()
-    assert become(played) == Identity(clock=True, hostname="clone", machine_id=True)
+    assert become(played) == Identity(clock=True, random=True, hostname="clone", machine_id=True)
     assert played.names() == ["guest-ping", "guest-exec", "guest-exec-status"]
     words = played.commands[1][1]["arg"]
     assert words[3:5] == ["clone", WANTED.machine_id]
@@ -84,6 +84,7 @@ def test_what_the_guest_refuses_is_said_and_no_failure(play: Callable[..., Playe
     assert (done.clock, done.hostname, done.machine_id) == (True, None, False)
     assert "Read-only file system" in str(done.note)
     assert "\x1b" not in str(done.note)
+    assert "random numbers may be those of another clone" in str(done.note)
 
 
 def test_an_agent_that_may_run_nothing_sets_the_clock(play: Callable[..., Played]) -> None:
@@ -167,6 +168,6 @@ def test_the_link_comes_back_whatever_happens(play: Callable[..., Played]) -> No
     assert [up for _, up in control.links] == [False, True]
 
 
-@pytest.mark.parametrize("done", [Identity(), Identity(True, "clone", True, True, "why")])
+@pytest.mark.parametrize("done", [Identity(), Identity(True, True, "clone", True, True, "why")])
 def test_it_is_written_down(done: Identity) -> None:
     assert Identity.from_json(done.to_json()) == done
