@@ -5,7 +5,6 @@ A frozen dataclass takes half a millisecond to make, a regular expression a fift
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -74,6 +73,8 @@ else:
         def _finish(self) -> None:
             with _lock:
                 if not self._done:
+                    import dataclasses  # and with it inspect, ast and tokenize
+
                     self._done = True
                     dataclasses.dataclass(**self._params)(self._cls)
                     # (a deleted __new__ would leave object.__new__ refusing arguments)

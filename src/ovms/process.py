@@ -274,3 +274,21 @@ def terminate(process: subprocess.Popen[bytes], *, grace: float = 2.0) -> int:
         if process.poll() is None:
             process.kill()
     return process.wait()
+
+
+def memory_available() -> int:
+    """The bytes of memory that the host can give without swapping; 0 where it does not say."""
+    return _meminfo("MemAvailable")
+
+
+def memory_total() -> int:
+    """The bytes of memory that the host has."""
+    return _meminfo("MemTotal")
+
+
+def _meminfo(wanted: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == wanted:
+            return int(value.split()[0]) * 1024
+    return 0

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ovms import fsutil
+from ovms.artifact.build import Builder
+from ovms.oci.layout import Layout
 from ovms.process import terminate
+from ovms.runtime.root import Root
+from support import guests
 from support.cli import OVM
 
 
@@ -160,3 +164,22 @@ class Server:
         assert "Traceback" not in said, said
         assert "internal error" not in said, said
         return code
+
+
+def no_registry(host: str) -> object:
+    raise AssertionError(f"a test of the server asks for the registry {host}")
+
+
+def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
+    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``; ``shared:1`` has a region."""
+    root = Root(directory / "root")
+    root.prepare()
+    root.cache.symlink_to(cache)
+    layout: Layout = root.layout()
+    manifest = guests.write_project(directory / "project", kernel)
+    for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
+        Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
+    region = "devices: [{type: ivshmem, name: mmio0, size: 4096, mmio_addr: '0xfe000000'}]\n"
+    manifest = guests.write_project(directory / "shared", kernel, more=region)
+    Builder(layout, no_registry).build(manifest, name="shared:1")  # type: ignore[arg-type]
+    return root.path

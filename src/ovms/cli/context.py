@@ -76,6 +76,10 @@ class Context:
 
         runtime = Runtime(self.root)
         runtime.instances.recover()
+        if runtime.root.anything_parked():
+            from ovms.runtime import warm
+
+            warm.sweep_left(runtime.root)
         return runtime
 
     @cached_property

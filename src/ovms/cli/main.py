@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "df": "Show what takes room: artifacts, memories, downloads, instances",
     "fsck": "Check the local store, and repair it",
     "run": "Start a VM from an artifact",
+    "warm": "Let clones of a RAM snapshot wait for the next starts",
     "ps": "List instances",
     "logs": "Show what an instance's console printed",
     "console": "Put the terminal on an instance's serial console",
@@ -49,6 +50,7 @@ COMMANDS: Final = {
     "rm": "Remove instances",
     "inject": "Write into memory that an instance shares with the host",
     "snapshot": "Snapshot a running instance as an artifact",
+    "fork": "Start clones of a running instance, or of a snapshot",
     "commit": "Make an artifact of what an instance wrote to its disk",
     "export": "Write a disk as one image",
     "login": "Log in to a registry",
@@ -80,6 +82,24 @@ class _Terminated(BaseException):
         self.number = number
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal. argparse makes one for each argument; its own way there imports ``shutil``."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    # shutil.get_terminal_size
+    with contextlib.suppress(ValueError):
+        if (said := int(os.environ.get("COLUMNS", "0"))) > 0:
+            return said
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of exiting."""
 
@@ -97,7 +117,7 @@ def build_parser() -> Parser:
         usage="ovm [--root DIR] [--host unix:PATH] [--progress MODE] COMMAND ...",
         description="Build, ship and run virtual machines as OCI artifacts.",
         epilog=f"commands:\n{listing}\n\n'ovm COMMAND --help' tells more about each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ovm {__version__}")
@@ -124,7 +144,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
     parser = Parser(
         prog=f"ovm {name}",
         description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="answer with one JSON document")

@@ -6,10 +6,12 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ovms.errors import ManifestInvalid, OvmsError
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -76,11 +78,15 @@ def size(count: int) -> str:
 
 def rfc3339(seconds: float) -> str:
     """Seconds since 1970 as ``2026-11-25T10:00:00Z``."""
+    from datetime import UTC, datetime
+
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def ago(timestamp: str | None, now: datetime | None = None) -> str:
     """``3 minutes`` since an RFC 3339 time; ``?`` when it can't be read."""
+    from datetime import UTC, datetime
+
     try:
         then = datetime.fromisoformat(timestamp or "")
         seconds = ((now or datetime.now(UTC)) - then).total_seconds()

@@ -12,7 +12,9 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.errors import HostError
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass
+from ovms.memory import sealing
+from ovms.vmm import maps
 from ovms.vmm.model import GuestRam
 
 PAGE: Final = 4096
@@ -30,9 +32,6 @@ _FILE_BIT: Final = 1 << 61
 _PRESENT_OR_SWAPPED: Final = 3 << 62
 _ENTRIES: Final = 32 * 1024
 
-#: A mapping in ``/proc/PID/maps``: address range, permissions, offset, device, inode, path.
-_MAPPING: Final = regex(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ ([0-9]+)\s*(.*)")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -43,17 +42,27 @@ class Run:
 
 
 class Capture:
-    """A copy of a VM's memory, in a sparse file. Call :meth:`finish` once the VM goes on again."""
+    """A VM's memory at one moment, in a sparse file. Call :meth:`finish` once the VM goes on again."""
 
-    def __init__(self, fd: int, base: int | None, runs: list[Run], size: int) -> None:
-        """*base*: a descriptor of what the VM was restored from; it is ours from here on."""
+    def __init__(self, fd: int, base: int | None, runs: list[Run], size: int, *, shared: bool = False) -> None:
+        """*base*: a descriptor of what the VM was restored from; it is ours from here on.
+
+        *shared*: *fd* is not a copy, but the memory itself, from which the VM goes on; it is ours, too.
+        """
         self.fd = fd
         self.size = size
         self._base = base
         self._runs = runs
+        self._shared = shared
 
     def finish(self) -> None:
-        """Fills in what did not have to be copied while the VM stood still: the image that it was restored from."""
+        """Fills in what did not have to be copied while the VM stood still: the image that it was restored from.
+
+        Raises:
+            VmmError: the VMM can still write to what was to stand still.
+        """
+        if self._shared:
+            sealing.seal(self.fd)
         if self._base is None:
             return
         at = 0
@@ -62,6 +71,12 @@ class Capture:
             at = run.end
         os.close(self._base)
         self._base = None
+
+    def close(self) -> None:
+        """Lets go of the memory, where it is no copy."""
+        if self._shared:
+            os.close(self.fd)
+            self._shared = False
 
 
 def take(guest: GuestRam, fd: int) -> Capture:
@@ -97,8 +112,13 @@ def take(guest: GuestRam, fd: int) -> Capture:
         raise full or HostError(f"the memory of process {guest.pid} cannot be read: {exc.strerror}") from exc
 
 
+def frozen(guest: GuestRam) -> Capture:
+    """The memory of a VM that goes on on a private copy of it, and has not yet: nothing is copied."""
+    return Capture(os.open(guest.file, os.O_RDWR | os.O_CLOEXEC), None, [], guest.size, shared=True)
+
+
 def _take_private(guest: GuestRam, fd: int) -> list[Run]:
-    address = find_mapping(guest.pid, guest.file, guest.size)
+    address = maps.find(guest.pid, guest.file, guest.size).address
     memory = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         runs = list(written_pages(guest.pid, address, guest.size))
@@ -114,26 +134,6 @@ def _take_private(guest: GuestRam, fd: int) -> list[Run]:
         return runs
     finally:
         os.close(memory)
-
-
-def find_mapping(pid: int, file: Path, size: int) -> int:
-    """The address at which process *pid* has mapped *size* bytes of *file* (a path, or a descriptor in ``/proc``).
-
-    Raises:
-        HostError: there is no such mapping.
-    """
-    inode = file.stat().st_ino
-    # a memfd is called the same wherever it is mapped, and its descriptor's link tells how
-    name = (str(file.readlink()) if file.is_symlink() else str(file)).removesuffix(" (deleted)")
-    lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        if (match := _MAPPING.fullmatch(line)) is None:
-            continue
-        start, end = int(match[1], 16), int(match[2], 16)
-        # Not the device: on btrfs and overlayfs the number there is another than that of stat.
-        if end - start == size and int(match[4]) == inode and match[5].removesuffix(" (deleted)") == name:
-            return start
-    raise HostError(f"process {pid} has not mapped {file}")
 
 
 def written_pages(pid: int, address: int, size: int) -> Iterator[Run]:

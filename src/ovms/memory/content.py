@@ -10,6 +10,7 @@ from ovms import fsutil
 from ovms.errors import HostError
 from ovms.memory import capture
 from ovms.memory.capture import PAGE
+from ovms.vmm import maps
 from ovms.vmm.model import GuestRam
 
 _BLOCK: Final = 1 << 20
@@ -31,7 +32,7 @@ def nonzero_of(guest: GuestRam) -> int:
         try:
             if not guest.private:
                 return nonzero(fd, guest.size)
-            address = capture.find_mapping(guest.pid, guest.file, guest.size)
+            address = maps.find(guest.pid, guest.file, guest.size).address
             # what it has written, and what it came from: to read anything else would fill holes of the latter
             own = ((run.start, run.end) for run in capture.written_pages(guest.pid, address, guest.size))
             extents = list(_merged([*own, *fsutil.data_extents(fd, guest.size)]))

@@ -8,7 +8,6 @@ watcher of each keeps it open, and whoever starts another takes it from there. W
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -17,13 +16,10 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.errors import ResourceError
+from ovms.memory import sealing
 from ovms.spec.digest import Digest, hex_of
 from ovms.vmm.model import TEMPLATE
 
-# fcntl.h
-_ADD_SEALS: Final = 1033
-_GET_SEALS: Final = 1034
-_SEALS: Final = 0x1 | 0x2 | 0x4 | 0x8  # SEAL, SHRINK, GROW, WRITE
 # mman.h
 _POPULATE_READ: Final = 22
 
@@ -75,7 +71,7 @@ def _from_holder(digest: Digest, size: int, holders: Iterable[int]) -> int | Non
             with contextlib.suppress(OSError):
                 if str(entry.readlink()) == wanted:
                     fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
-                    if fcntl.fcntl(fd, _GET_SEALS) & _SEALS == _SEALS and os.fstat(fd).st_size == size:
+                    if sealing.is_sealed(fd) and os.fstat(fd).st_size == size:
                         return fd
                     os.close(fd)
     return None
@@ -86,7 +82,7 @@ def _make(image: Path, digest: Digest) -> int:
     try:
         with fsutil.open_input(image, "the RAM image") as source:
             fsutil.copy_sparse(source.fileno(), fd)
-        fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
+        sealing.seal(fd)
     except MemoryError:
         os.close(fd)
         raise ResourceError(

@@ -433,6 +433,14 @@ class Layout:
         with contextlib.suppress(OSError):
             fsutil.atomic_write(self.index_copy, data, durable=False)
 
+    def index_stamp(self) -> tuple[int, int, int] | None:
+        """What changes whenever a name comes, goes, or stands for something else; None where that can't be told."""
+        try:
+            info = self.index.stat()
+        except OSError:
+            return None
+        return info.st_ino, info.st_mtime_ns, info.st_size
+
     def entries(self) -> list[Entry]:
         """Every name and what it stands for, in the order in which they were set. No name: the empty string."""
         return [self.entry(item, i) for i, item in enumerate(self.read_index()["manifests"])]

@@ -155,6 +155,15 @@ def forbid_swap(directories: Sequence[Path]) -> bool:
     return False
 
 
+def allow_memory(directories: Sequence[Path], size: int) -> None:
+    """Lets a VMM that runs use *size* bytes of memory."""
+    for directory in directories:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (directory / name).exists():
+                with contextlib.suppress(OSError):
+                    (directory / name).write_text(str(size))
+
+
 def oom_killed(directories: Sequence[Path]) -> bool:
     """Whether the kernel has ended a process of these groups because they had no memory left."""
     for directory in directories:

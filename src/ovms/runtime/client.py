@@ -47,8 +47,14 @@ class Client(Protocol):
     def resume(self, text: str) -> Document:
         """Lets them go on."""
 
-    def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
-        """Makes an artifact of a running instance; where *tag* has a registry, it is pushed there."""
+    def snapshot(self, text: str, tag: str | None, progress: Progress = NULL) -> Document:
+        """Makes an artifact of a running instance, without a name or with *tag*; where that has a registry, it is pushed."""
+
+    def warm(self, reference: str, size: int) -> Document:
+        """Lets *size* clones of an artifact's RAM snapshot wait for starts. Returns the pool."""
+
+    def pools(self) -> list[Document]:
+        """The warm pools."""
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """What an instance's VM printed, as records."""

@@ -66,18 +66,21 @@ def freeze(
     was_running = control.state() is RunState.RUNNING
     # Noted first: should we be killed, the next command lets the guest go on.
     record = instances.save(replace(record, pausing=was_running))
-    began = time.monotonic()
     held = False
     try:
-        control.pause()
-        if new is not None:
-            control.add_overlay(new)
-        seen = look()
-        held = hold
+        with control.prepare(new):
+            began = time.monotonic()
+            try:
+                control.pause()
+                if new is not None:
+                    control.add_overlay(new)
+                seen = look()
+                held = hold
+            finally:
+                if was_running and not held:
+                    control.resume()
+                downtime = round((time.monotonic() - began) * 1000, 1)
     finally:
-        if was_running and not held:
-            control.resume()
-        downtime = round((time.monotonic() - began) * 1000, 1)
         record = instances.save(replace(record, pausing=was_running and held))
     return Frozen(record, tuple(directory / name for name in used), seen, downtime)
 

@@ -71,11 +71,15 @@ class Status:
 
 
 class Instances:
-    """All instances below one root."""
+    """All instances below one root; or (*parked*) those that wait in the warm pool of a server, and are nobody's yet."""
 
-    def __init__(self, root: Root, vmms: Vmms) -> None:
+    def __init__(self, root: Root, vmms: Vmms, *, parked: bool = False) -> None:
         root.prepare()
         self.root = root
+        #: Where their directories are, and those of the others, which use the same store and the same host.
+        self.place, self._beside = (root.parked, root.instances) if parked else (root.instances, root.parked)
+        #: Held while an instance is added: no two get the same name, or run as the same user.
+        self.lock_path = root.instances / ".lock"
         self._vmms = vmms
         self.lock_timeout = LOCK_TIMEOUT
         #: What was read of records, by directory: a file that is replaced whole is known by its inode and times.
@@ -85,7 +89,7 @@ class Instances:
 
     def directory(self, instance_id: str) -> Path:
         """The directory of an instance."""
-        return self.root.instances / instance_id
+        return self.place / instance_id
 
     def files(self, record: Record) -> VmFiles:
         """The files of an instance's VM."""
@@ -93,10 +97,15 @@ class Instances:
 
     def records(self, *, damaged: Callable[[OvmsError], None] | None = None) -> list[Record]:
         """Every record, oldest instance first. One that can't be read is told to *damaged*, and left out."""
+        return self._records(self.place, damaged)
+
+    def everyone(self, *, damaged: Callable[[OvmsError], None] | None = None) -> list[Record]:
+        """:meth:`records`, and those of the warm pool: all that use the store, and users and memories of this host."""
+        return [*self.records(damaged=damaged), *self._records(self._beside, damaged)]
+
+    def _records(self, place: Path, damaged: Callable[[OvmsError], None] | None) -> list[Record]:
         answer = []
-        for directory in self.root.instances.iterdir():
-            if directory.name.startswith("."):
-                continue
+        for directory in _directories(place):
             try:
                 record = self._load(directory)
             except OvmsError as exc:
@@ -194,7 +203,7 @@ class Instances:
         def refuse(error: OvmsError) -> None:
             raise error
 
-        return self.needs_of(self.records(damaged=refuse))
+        return self.needs_of(self.everyone(damaged=refuse))
 
     def needs_of(self, records: Collection[Record]) -> Needs:
         """What the instances of *records* need of the store."""
@@ -207,11 +216,11 @@ class Instances:
 
     def watchers(self) -> list[int]:
         """The watchers of VMs that were restored: each holds the memory that its VM came from."""
-        return [record.watcher.pid for record in self.records() if record.restored and record.watcher is not None]
+        return [record.watcher.pid for record in self.everyone() if record.restored and record.watcher is not None]
 
     def users(self) -> set[int]:
         """The users that VMs of instances run as, or ran."""
-        return {record.jail.user.uid for record in self.records() if record.jail.user is not None}
+        return {record.jail.user.uid for record in self.everyone() if record.jail.user is not None}
 
     # --- changing ----------------------------------------------------------------------------------------------
 
@@ -280,7 +289,7 @@ class Instances:
         instance_id = _new_id()
         directory = self.directory(instance_id)
         with contextlib.ExitStack() as lock:
-            with fsutil.file_lock(self.root.instances / ".lock"):
+            with fsutil.file_lock(self.lock_path):
                 taken = {r.name: r for r in self.records()}
                 if known is not None and (there := next(filter(known, taken.values()), None)) is not None:
                     return there, None
@@ -304,7 +313,7 @@ class Instances:
     @contextlib.contextmanager
     def settle(self, pending: Record, make: Callable[[str, str], Record]) -> Iterator[Record]:
         """Gives an instance that was added before its artifact was known (under its lock) its whole record."""
-        with fsutil.file_lock(self.root.instances / ".lock"):
+        with fsutil.file_lock(self.lock_path):
             if load(self.directory(pending.id)) is None:
                 raise self._gone(pending)
             record = make(pending.id, pending.name)
@@ -376,7 +385,7 @@ class Instances:
 
         That start can't come further: :meth:`settle` finds no record. False where the artifact has been found.
         """
-        with fsutil.file_lock(self.root.instances / ".lock"):
+        with fsutil.file_lock(self.lock_path):
             newest = load(self.directory(record.id))
             if newest is None or newest.resolved:
                 return False
@@ -403,15 +412,15 @@ class Instances:
         watched = record.watched
         assert watched is not None
         vmm = self._vmms(record.vmm)
-        return vmm.connect(self.files(record), record.machine, watched, restored=record.restored)
+        return vmm.connect(self.files(record), record.machine, watched)
 
     # --- recovery ----------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
         """Finishes or takes back what killed commands left half done. Leaves alone whatever is locked."""
-        cgroups.sweep({directory.name for directory in self.root.instances.iterdir()})
-        for directory in list(self.root.instances.iterdir()):
-            if directory.name.startswith(".") or not directory.is_dir():
+        cgroups.sweep({directory.name for place in (self.place, self._beside) for directory in _directories(place)})
+        for directory in _directories(self.place):
+            if not directory.is_dir():
                 continue
             with contextlib.suppress(OvmsError, OSError):
                 self._recover(directory)
@@ -422,7 +431,7 @@ class Instances:
             return
         # A directory without a record is just being made or removed: both happen under this lock.
         with (
-            fsutil.file_lock(self.root.instances / ".lock", timeout=0 if record is None else None),
+            fsutil.file_lock(self.lock_path, timeout=0 if record is None else None),
             fsutil.file_lock(directory / LOCK, timeout=0),
         ):
             record = load(directory)
@@ -490,6 +499,13 @@ class Instances:
             return self.save(replace(record, stop_requested=True))
         broken_off = Interrupted("the start was broken off", hint="whoever worked on it was killed: start anew")
         return self.save(replace(record, problem=api.problem(broken_off)))
+
+
+def _directories(place: Path) -> list[Path]:
+    try:
+        return [path for path in place.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []
 
 
 def _ended(record: Record) -> bool:

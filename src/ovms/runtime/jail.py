@@ -139,6 +139,11 @@ def renew(jail: Jail, instance_id: str, machine: Machine) -> Jail:
     return replace(jail, cgroups=cgroups.make(instance_id, _bounds(machine)).procs) if jail.cgroups else jail
 
 
+def allow_frozen(jail: Jail, machine: Machine) -> None:
+    """Lets a VM have its memory twice: as it was when it was frozen, and what the guest writes from then on."""
+    cgroups.allow_memory([procs.parent for procs in jail.cgroups], _bounds(machine).memory + machine.memory)
+
+
 def _bounds(machine: Machine) -> cgroups.Limits:
     memory = machine.memory + sum(region.size for region in machine.regions) + OVERHEAD[machine.accel]
     return cgroups.Limits(memory, machine.vcpus + TASKS_SPARE)

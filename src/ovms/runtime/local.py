@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ovms.artifact.resolve import Connect, push, resolve
-from ovms.errors import OvmsError
+from ovms.errors import HostError, OvmsError
 from ovms.oci.transport import new_name
 from ovms.progress import NULL, Progress
 from ovms.runtime.client import Document
@@ -64,19 +64,33 @@ class Local:
         """See :class:`~ovms.runtime.client.Client`."""
         return self._document(self._runtime.resume(self._runtime.instances.find(text)).id)
 
-    def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
+    def snapshot(self, text: str, tag: str | None, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
         from ovms.runtime import snapshots
 
-        name = new_name(tag)
+        name = None if tag is None else new_name(tag)
         taken = snapshots.take(self._runtime, self._runtime.instances.find(text), name, progress)
-        if name.registry is not None:
+        pushed = name is not None and name.registry is not None
+        if pushed:
             push(self._runtime.layout, self._connect, str(name), progress)
         return {
             **taken.to_json(),
-            "reference": str(name),
-            "pushed": name.registry is not None,
+            **({} if name is None else {"reference": str(name)}),
+            "pushed": pushed,
         }
+
+    def warm(self, reference: str, size: int) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        raise self._no_pools()
+
+    def pools(self) -> list[Document]:
+        """See :class:`~ovms.runtime.client.Client`."""
+        raise self._no_pools()
+
+    def _no_pools(self) -> HostError:
+        return HostError(
+            "warm pools are held by a server, and none runs here", hint="start one: 'ovm serve', or a systemd unit"
+        )
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """See :class:`~ovms.runtime.client.Client`."""

@@ -72,7 +72,7 @@ class Record:
     VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
-    that the artifact's bootstrap config runs in it.
+    that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -117,6 +117,7 @@ class Record:
     identity: Identity | None = None
     link_down: bool = False
     memory_locked: bool = False
+    warm: bool = False
 
     @property
     def watched(self) -> Watched | None:
@@ -167,6 +168,7 @@ class Record:
             "identity": None if self.identity is None else self.identity.to_json(),
             "link_down": self.link_down,
             "memory_locked": self.memory_locked,
+            "warm": self.warm,
             "started": self.started,
             "start_ms": self.start_ms,
             "stop_requested": self.stop_requested,
@@ -215,6 +217,7 @@ class Record:
             identity=None if value["identity"] is None else Identity.from_json(value["identity"]),
             link_down=bool(value["link_down"]),
             memory_locked=bool(value["memory_locked"]),
+            warm=bool(value.get("warm", False)),
         )
 
     def with_overlay(self) -> Record:

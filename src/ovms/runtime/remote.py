@@ -20,6 +20,7 @@ from ovms.spec import limits
 
 if TYPE_CHECKING:
     from ovms.runtime.runtime import RunOptions
+    from ovms.vmm.model import PortForward
 
 #: Seconds for an answer that takes no long work, and for one that does.
 _TIMEOUT: Final = 60.0
@@ -116,7 +117,13 @@ class Remote:
 
     def start(self, reference: str, options: RunOptions, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        started = self.call("POST", "/start", {"manifest": reference, "overrides": _overrides(options)})
+        return self.ask_to_start(reference, _overrides(options), progress)
+
+    def ask_to_start(self, reference: str, overrides: Document, progress: Progress = NULL) -> Document:
+        """:meth:`start`, with the overrides as the contract has them."""
+        started = self.call("POST", "/start", {"manifest": reference, "overrides": overrides})
+        if started["state"] == "running":  # of a warm pool: there is nothing to wait for
+            return dict(started)
         instance_id = str(started["instance_id"])
         try:
             return self._started(instance_id, int(started.get("event_seq", 0)), progress)
@@ -146,6 +153,14 @@ class Remote:
             for task, _ in tasks.values():
                 task.__exit__(None, None, None)
         raise HostError("the server ended while the instance was starting", hint="'ovm ps -a' tells what became of it")
+
+    def warm(self, reference: str, size: int) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return dict(self.call("POST", "/warm", {"manifest": reference, "size": size}, timeout=_LONG))
+
+    def pools(self) -> list[Document]:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return list(self.call("GET", "/warm")["pools"])
 
     def instances(self) -> list[Document]:
         """See :class:`~ovms.runtime.client.Client`."""
@@ -183,9 +198,13 @@ class Remote:
         self.call("POST", "/resume", {"instance_id": text})
         return self.instance(text)
 
-    def snapshot(self, text: str, tag: str, progress: Progress = NULL) -> Document:
+    def snapshot(self, text: str, tag: str | None, progress: Progress = NULL) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
-        return dict(self.call("POST", "/snapshot", {"instance_id": text, "tag": tag}, timeout=_LONG))
+        return dict(
+            self.call(
+                "POST", "/snapshot", {"instance_id": text, **({} if tag is None else {"tag": tag})}, timeout=_LONG
+            )
+        )
 
     def logs(self, text: str, *, follow: bool = False, tail: int | None = None) -> Iterator[Document]:
         """See :class:`~ovms.runtime.client.Client`."""
@@ -268,12 +287,19 @@ def _overrides(options: RunOptions) -> Document:
         "restore": str(options.restore),
         "remove_on_exit": options.remove_on_exit or None,
         "keep_identity": options.keep_identity or None,
-        "ports": [
-            {"guest_port": p.guest_port, "host_port": p.host_port, "host_ip": p.host_ip, "protocol": p.protocol}
-            for p in options.ports
-        ],
+        "ports": [port_override(port) for port in options.ports],
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def port_override(port: PortForward) -> Document:
+    """A forward as the contract has it."""
+    return {
+        "guest_port": port.guest_port,
+        "host_port": port.host_port,
+        "host_ip": port.host_ip,
+        "protocol": port.protocol,
+    }
 
 
 def _quoted(text: str) -> str:

@@ -7,6 +7,7 @@
     ├── instances/
     │   ├── .lock               flock: around taking a name, and around the removal of an instance
     │   └── <uuid>/             one instance (ovms.runtime.record)
+    ├── parked/                 instances that wait in a warm pool (ovms.runtime.warm); warm.json: what the pools are to be
     ├── ovms.sock(.lock)        where a server listens (ovms.runtime.server)
     └── cache/                  what is slow to find out about this host; can go at any time
 """
@@ -16,19 +17,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ovms import fsutil
 from ovms.errors import HostError
-from ovms.lazy import dataclass
-from ovms.oci.layout import Layout
+
+if TYPE_CHECKING:
+    from ovms.oci.layout import Layout
 
 VARIABLE: Final = "OVMS_ROOT"
 _SYSTEM: Final = Path("/var/lib/ovms")
 
 
-@dataclass(frozen=True)
-class Root:
+class Root(NamedTuple):
     """The directory of ovms's state."""
 
     path: Path
@@ -54,6 +55,23 @@ class Root:
     def instances(self) -> Path:
         """Where the instances' directories are."""
         return self.path / "instances"
+
+    @property
+    def parked(self) -> Path:
+        """Where the directories of instances are that wait in a warm pool."""
+        return self.path / "parked"
+
+    def anything_parked(self) -> bool:
+        """Whether something waits in a warm pool, or a killed server has left it."""
+        try:
+            return any(not path.name.startswith(".") for path in self.parked.iterdir())
+        except OSError:
+            return False
+
+    @property
+    def pools(self) -> Path:
+        """What the warm pools of a server are to be."""
+        return self.path / "warm.json"
 
     @property
     def socket(self) -> Path:
@@ -83,6 +101,8 @@ class Root:
         Raises:
             HostError, DiskFull: it can't be made or read.
         """
+        from ovms.oci.layout import Layout  # who asks a server needs none of it
+
         try:
             with fsutil.noticing_full_disk("making the store", self.path):
                 return Layout(self.store)

@@ -80,6 +80,7 @@ class RunOptions:
     network: network.Wanted = field(default_factory=network.Wanted)
     volumes: tuple[Volume, ...] = ()
     seed: Seed | None = None
+    parked: bool = False
     #: A restored guest goes on as the one that the snapshot was taken of: nothing is asked of its agent.
     keep_identity: bool = False
 
@@ -118,11 +119,12 @@ class _Snapshot:
 class Runtime:
     """The runtime over one root directory."""
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, *, parked: bool = False) -> None:
+        """*parked*: of instances that wait in a warm pool."""
         self.root = root
         self.layout: Layout = root.layout()
         self._vmms: dict[str, Vmm] = {}
-        self.instances = Instances(root, self.vmm)
+        self.instances = Instances(root, self.vmm, parked=parked)
 
     def vmm(self, name: str) -> Vmm:
         """The VMM of a name.
@@ -208,6 +210,7 @@ class Runtime:
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
+            config = replace(config, parked=options.parked)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
             if record.memory_locked:
@@ -216,7 +219,8 @@ class Runtime:
             made = replace(record, timings={**record.timings, **disks}, not_restored=plan.not_restored)
             if pending is not None and self.instances.stop_asked(made):
                 raise Interrupted(f"the start of {made.name} was broken off")
-            become = None if plan.restore is None or options.keep_identity else _identity(made, hostname)
+            keeps = plan.restore is None or options.keep_identity or options.parked
+            become = None if keeps else _identity(made, hostname)
             return Started(self._launch(vmm, config, made, become), plan.not_restored)
 
     @contextlib.contextmanager
@@ -257,6 +261,13 @@ class Runtime:
                 left.vmm.kill()
                 left.watcher.wait(5.0)
             raise
+
+    def become(self, record: Record) -> Record:
+        """Makes a clone itself that has just begun to run and was parked before (under its lock). Returns its record."""
+        wanted = _identity(record, None)
+        if wanted.renew_link:
+            record = self.instances.save(replace(record, link_down=True))
+        return self._become(record, wanted)
 
     def _become(self, record: Record, wanted: identity.Wanted) -> Record:
         # The guest runs already; only our answer waits for it.
@@ -327,7 +338,8 @@ class Runtime:
                 )
         elif ram is None and options.restore is RestorePolicy.REQUIRE:
             raise SnapshotIncompatible(
-                f"{artifact.manifest.name} has no RAM snapshot to restore", hint="leave out --restore=require"
+                f"{artifact.manifest.name} has no RAM snapshot to restore",
+                hint="leave out --restore=require; 'ovm snapshot' makes one of a running instance",
             )
         machine = vmm.machine(
             choice.accel,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from ovms import fsutil
+from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.errors import OvmsError, StateConflict
@@ -16,7 +16,7 @@ from ovms.lazy import dataclass
 from ovms.memory import capture, compat, content, snapshot
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, disks
+from ovms.runtime import attachments, disks, jail
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.runtime.scrub import Scrubbed
@@ -99,16 +99,23 @@ def take(
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
         with instances.control(newest) as control:
+            # a guest that writes to all of its memory has it twice then
+            freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
+            if freezes:
+                jail.allow_frozen(newest.jail, newest.machine)
 
             def look() -> tuple[bytes, capture.Capture]:
-                return control.save_state(), capture.take(control.ram(), memory.fileno())
+                state = control.save_state()
+                if freezes and control.freeze_ram():
+                    return state, scratch.enter_context(contextlib.closing(capture.frozen(control.ram())))
+                return state, capture.take(control.ram(), memory.fileno())
 
             frozen: _Frozen = disks.freeze(instances, newest, control, look, hold=leave is not Leave.RUNNING)
         with _left(runtime, frozen.record, leave):
             frozen.seen[1].finish()
             done = None
             if before is not None:
-                done = Scrubbed(before, content.nonzero(memory.fileno(), newest.machine.memory), bool(zeroed))
+                done = Scrubbed(before, content.nonzero(frozen.seen[1].fd, newest.machine.memory), bool(zeroed))
             parts, document, size = _add_parts(runtime, frozen, source, progress)
             artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
             if name is not None:

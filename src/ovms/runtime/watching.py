@@ -114,7 +114,7 @@ class Watcher:
         self._poll.register(self._wake_read, select.POLLIN)
         if self._inotify.fd is not None:
             self._poll.register(self._inotify.fd, select.POLLIN)
-            self._inotify.add(str(instances.root.instances), "")
+            self._inotify.add(str(instances.place), "")
         self._stopped = False
         self._look_at_all(tell=False)
 
@@ -173,9 +173,7 @@ class Watcher:
 
     def _look_at_all(self, *, tell: bool = True) -> None:
         with contextlib.suppress(OSError):
-            here = {
-                entry.name for entry in os.scandir(self._instances.root.instances) if not entry.name.startswith(".")
-            }
+            here = {entry.name for entry in os.scandir(self._instances.place) if not entry.name.startswith(".")}
             for instance_id in here | set(self._seen):
                 self._look_at(instance_id, tell=tell)
 

@@ -79,6 +79,13 @@ OPERATIONS: Final = (
     Operation("GET", "/logs/{instance_id}", "logs", None, "LogRecord", NDJSON, ("usage", *_INSTANCE, *_FAULT)),
     Operation("GET", "/instances", "instances", None, "InstanceList", JSON, ("usage", *_FAULT)),
     Operation("GET", "/events", "events", None, "Event", NDJSON, ("usage", *_FAULT)),
+    Operation("GET", "/warm", "pools", None, "PoolList", JSON, _FAULT),
+    Operation(
+        "POST", "/warm", "warm", "WarmRequest", "Pool", JSON,
+        (*_BODY, "reference-invalid", "manifest-invalid", "unsupported", "reference-not-found", "snapshot-incompatible",
+         "registry-error", "registry-unreachable", "registry-denied", "registry-protocol", "digest-mismatch",
+         "store-corrupt", "disk-full", "host", *_FAULT),
+    ),
     Operation("GET", "/healthz", "health", None, "OperationResult", JSON, _FAULT),
     Operation("GET", "/metrics", "metrics", None, None, METRICS, _FAULT),
     Operation("GET", "/version", "version", None, "Version", JSON, _FAULT),
@@ -322,7 +329,24 @@ class InjectRequest:
             )
 
 
-Request = StartRequest | StopRequest | InstanceRequest | SnapshotRequest | InjectRequest | RemoveRequest
+@dataclass(frozen=True)
+class WarmRequest:
+    """``POST /warm``: ``size`` clones of the RAM snapshot of ``manifest`` (a reference) are to wait for starts."""
+
+    manifest: str
+    size: int
+
+    @classmethod
+    def from_json(cls, document: Any) -> WarmRequest:
+        """Raises InputError (every problem, by JSON path)."""
+        problems: list[Problem] = []
+        top = _top(document, problems)
+        manifest = top.string("manifest", required=True)
+        size = top.integer("size", 0, limits.WARM_MAX, required=True, rule="RUN-21")
+        return _checked(problems, cls(manifest or "", size or 0))
+
+
+Request = StartRequest | StopRequest | InstanceRequest | SnapshotRequest | InjectRequest | RemoveRequest | WarmRequest
 
 #: The request of each schema's name.
 REQUESTS: Final[Mapping[str, type[Request]]] = {
@@ -332,6 +356,7 @@ REQUESTS: Final[Mapping[str, type[Request]]] = {
     "SnapshotRequest": SnapshotRequest,
     "InjectRequest": InjectRequest,
     "RemoveRequest": RemoveRequest,
+    "WarmRequest": WarmRequest,
 }
 
 

@@ -66,6 +66,8 @@ PROBLEMS_MAX: Final = 100
 LOG_TEXT_MAX: Final = 64 * KIB
 #: An ``Idempotency-Key``.
 KEY_MAX: Final = 255
+#: Clones that wait in one warm pool.
+WARM_MAX: Final = 1000
 #: Seconds that a caller may give a guest to power down, and those that it gets where the caller says nothing.
 STOP_TIMEOUT_MAX: Final = 86400
 STOP_TIMEOUT_DEFAULT: Final = 30

@@ -187,6 +187,8 @@ class VmConfig:
     restore: Restore | None = None
     regions: tuple[int, ...] = ()
     jail: Jail = field(default_factory=Jail)
+    #: It is loaded, and stands still until it is resumed (a restore alone).
+    parked: bool = False
     #: A program and its arguments that are run, as whoever starts the VM, when it has ended.
     at_end: tuple[str, ...] = ()
     extras: Extras = field(default_factory=Extras)

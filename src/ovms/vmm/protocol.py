@@ -16,9 +16,9 @@ from ovms.vmm.watch import Watched
 class Control(Protocol):
     """The control channel of one living VM. Every call raises VmmError or VmmTimeout when the VMM fails.
 
-    A snapshot is taken in one connection, in this order: :meth:`pause`, :meth:`add_overlay`, :meth:`save_state`, :meth:`ram`
-    (a VMM that writes state and memory in one go does so in the third, and says in the fourth where the memory is),
-    :meth:`resume`.
+    A snapshot is taken in one connection, in this order: :meth:`prepare`, :meth:`pause`, :meth:`add_overlay`,
+    :meth:`save_state`, :meth:`freeze_ram`, :meth:`ram` (a VMM that writes state and memory in one go does so in the fourth,
+    and says in the last where the memory is), :meth:`resume`.
     """
 
     def state(self) -> RunState:
@@ -48,6 +48,12 @@ class Control(Protocol):
     def active_overlay(self) -> str | None:
         """The file name of the overlay that takes the writes now; None without a disk."""
 
+    def prepare(self, overlay: Path | None) -> AbstractContextManager[None]:
+        """Does what a snapshot needs and can be done while the guest runs still. *overlay* is the one to be added, if any.
+
+        What was not used is taken back at the end.
+        """
+
     def add_overlay(self, overlay: Path) -> None:
         """Lets all further writes go to *overlay* (an empty qcow2 file); the one before is complete and read-only."""
 
@@ -65,6 +71,12 @@ class Control(Protocol):
 
     def ram(self) -> GuestRam:
         """Where the memory can be read."""
+
+    def freeze_ram(self) -> bool:
+        """Lets the paused guest go on on a private copy of its memory, whose file stays as it is now, in no time.
+
+        False where that can't be, and then nothing has changed: the memory must be copied out by way of :meth:`ram`.
+        """
 
 
 class Vmm(Protocol):
@@ -112,7 +124,9 @@ class Vmm(Protocol):
         """Why a snapshot of *machine*, taken by this VMM in *version*, can't be restored here; None when it can."""
 
     def start(self, config: VmConfig, files: VmFiles) -> Watched:
-        """Starts a VM, running, and detached from us, with its watcher. Nothing is left of it when this fails.
+        """Starts a VM, running (or loaded and paused, where it is to be *parked*), and detached from us, with its watcher.
+
+        Nothing is left of it when this fails.
 
         Raises:
             VmmError, VmmTimeout: the VMM refused, died or hung; its own words are in the message.
@@ -120,10 +134,8 @@ class Vmm(Protocol):
             JailRefused: the host does not allow a part of the jail.
         """
 
-    def connect(
-        self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool
-    ) -> AbstractContextManager[Control]:
-        """The control channel of a living VM, which was *restored* or booted."""
+    def connect(self, files: VmFiles, machine: Machine, vmm: Watched) -> AbstractContextManager[Control]:
+        """The control channel of a living VM."""
 
     def ending(self, files: VmFiles) -> Ending:
         """How a VM that is no more came to its end."""

@@ -19,7 +19,15 @@ from support.guests import MEMORY, Console
 
 from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
-from ovms.errors import DiskFull, OvmsError, SnapshotIncompatible, SnapshotInvalid, StateConflict, VmmError
+from ovms.errors import (
+    DiskFull,
+    OvmsError,
+    ReferenceNotFound,
+    SnapshotIncompatible,
+    SnapshotInvalid,
+    StateConflict,
+    VmmError,
+)
 from ovms.memory import capture, locking, snapshot
 from ovms.oci.collector import collect
 from ovms.oci.reference import Reference
@@ -31,6 +39,7 @@ from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.ramheader import Device
 from ovms.spec.states import State
+from ovms.vmm import freeze, maps
 from ovms.vmm.model import PortForward
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
@@ -233,13 +242,16 @@ def test_a_full_disk_is_said_before_the_guest_is_paused(
 
 
 @pytest.mark.spec("RUN-13")
+@pytest.mark.parametrize("call", ["frozen", "take"])
 def test_a_snapshot_that_fails_half_way_lets_the_guest_go_on(
-    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+    call: str, runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(guest: object, fd: int) -> object:
+    def fail(*arguments: object) -> object:
         raise VmmError("the memory is gone")
 
-    monkeypatch.setattr(capture, "take", fail)
+    monkeypatch.setattr(capture, call, fail)
+    if call == "take":
+        monkeypatch.setattr(freeze, "able", lambda pid: False)
     with pytest.raises(VmmError):
         take(runtime, running, "echo:snap")
     assert console(runtime, running).ping() == 1
@@ -248,6 +260,47 @@ def test_a_snapshot_that_fails_half_way_lets_the_guest_go_on(
     assert len(taken.artifact.manifest.disk_layers) == 3
     clone = runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record
     assert console(runtime, clone).ping() == 2
+
+
+def test_memory_that_the_vmm_can_still_write_to_is_no_snapshot(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one that was taken over says that it has let go
+    monkeypatch.setattr(freeze, "freeze", lambda pid, file, size: True)
+    with pytest.raises(VmmError, match="can still write"):
+        take(runtime, running, "echo:snap")
+    monkeypatch.undo()
+    with pytest.raises(ReferenceNotFound):
+        find(runtime.layout, "echo:snap")
+    assert console(runtime, running).ping() == 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_vm_that_was_snapshot_goes_on_and_can_be_snapshot_again(
+    frozen: bool, runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not frozen:
+        monkeypatch.setattr(freeze, "able", lambda pid: False)
+    for count in range(1, 4):
+        assert console(runtime, running).ping() == count
+        take(runtime, running, f"echo:snap{count}")
+        with runtime.instances.control(running) as control:
+            assert control.ram().private is frozen
+    for count in (3, 1, 2):
+        clone = runtime.start(find(runtime.layout, f"echo:snap{count}"), RESTORE).record
+        assert console(runtime, clone).ping() == count + 1
+    assert console(runtime, running).ping() == 4
+
+
+def test_a_frozen_vm_may_have_its_memory_twice(runtime: Runtime, running: Record) -> None:
+    limits = [procs.parent / "memory.limit_in_bytes" for procs in running.jail.cgroups]
+    limits += [procs.parent / "memory.max" for procs in running.jail.cgroups]
+    there = [path for path in limits if path.exists()]
+    if not there:
+        pytest.skip("no memory controller here")
+    before = int(there[0].read_text())
+    take(runtime, running, "echo:snap")
+    assert int(there[0].read_text()) == before + MEMORY
 
 
 def test_an_overlay_that_the_vmm_never_took_is_dropped(runtime: Runtime, running: Record) -> None:
@@ -269,7 +322,7 @@ def test_both_ways_to_find_written_pages_agree(runtime: Runtime, running: Record
     pid = clone.process.pid
     with runtime.instances.control(clone) as control:
         control.pause()
-        address = capture.find_mapping(pid, control.ram().file, MEMORY)
+        address = maps.find(pid, control.ram().file, MEMORY).address
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
         try:
             slow = set(_pages(capture.read_pagemap(fd, address, MEMORY)))

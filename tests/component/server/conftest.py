@@ -8,30 +8,10 @@ from pathlib import Path
 
 import pytest
 from support import guests
-from support.server import Server
-
-from ovms.artifact.build import Builder
-from ovms.oci.layout import Layout
-from ovms.runtime.root import Root
+from support.server import Server, prepare
 
 #: The least that an instance takes.
 LEAST = {"memory": "32M", "accel": "tcg"}
-
-
-def no_registry(host: str) -> object:
-    raise AssertionError(f"a test of the server asks for the registry {host}")
-
-
-def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
-    """A root with the echo guest as ``echo:1``, ``web:1``, ``web`` and ``registry.example/web:1``."""
-    root = Root(directory / "root")
-    root.prepare()
-    root.cache.symlink_to(cache)
-    layout: Layout = root.layout()
-    manifest = guests.write_project(directory / "project", kernel)
-    for name in ("echo:1", "web:1", "web", "registry.example/web:1"):
-        Builder(layout, no_registry).build(manifest, name=name)  # type: ignore[arg-type]
-    return root.path
 
 
 def clear(server: Server) -> None:
@@ -55,7 +35,17 @@ def server(tmp_path_factory: pytest.TempPathFactory, echo_kernel: Path, qemu_cac
 @pytest.fixture
 def running(server: Server) -> Iterator[str]:
     """The ID of a running instance."""
-    started = server.post("/start", {"manifest": "echo:1", "overrides": LEAST})
+    yield from started(server, "echo:1")
+
+
+@pytest.fixture
+def shared(server: Server) -> Iterator[str]:
+    """The same of one that shares the region ``mmio0``, of 4096 bytes, with its host."""
+    yield from started(server, "shared:1")
+
+
+def started(server: Server, reference: str) -> Iterator[str]:
+    started = server.post("/start", {"manifest": reference, "overrides": LEAST})
     server.wait(started["instance_id"], "running")
     yield started["instance_id"]
     server.call("POST", "/remove", {"instance_id": started["instance_id"], "force": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import signal
@@ -379,3 +380,14 @@ def _quietly(server: Server, path: str, body: Any) -> None:
         server.call("POST", path, body)
     except (OSError, http.client.HTTPException):
         return  # the server was killed meanwhile
+
+
+@pytest.mark.spec("RUN-15", "DEV-4")
+def test_what_is_injected_is_what_the_guest_reads(server: Server, shared: str) -> None:
+    console = Console(server.root / "instances" / shared)
+    console.wait_for("READY")
+    assert console.ask("n", "REGION ") != 0
+    data = base64.b64encode((0x12345678).to_bytes(4, "little")).decode()
+    content = {"mmio": {"device": "mmio0", "offset": 0, "data": data}}
+    assert server.post("/inject", {"instance_id": shared, "content": content}) == {"status": "ok"}
+    assert console.ask("g", "GOT ") == 0x12345678

@@ -262,6 +262,18 @@ def test_the_vectors_name_operations() -> None:
         assert (operation.method, path) in reached or operation.name in ("resume", "metrics"), operation.path
 
 
+@pytest.mark.spec("LIM-1", "RUN-21")
+@pytest.mark.parametrize(("size", "valid"), [(0, True), (limits.WARM_MAX, True), (limits.WARM_MAX + 1, False)])
+def test_the_size_of_a_warm_pool(size: int, valid: bool) -> None:
+    document = {"manifest": "web", "size": size}
+    assert schema("WarmRequest").is_valid(document) == valid
+    if valid:
+        assert api.WarmRequest.from_json(document) == api.WarmRequest("web", size)
+    else:
+        with pytest.raises(InputError):
+            api.WarmRequest.from_json(document)
+
+
 @pytest.mark.spec("LIM-1", "RUN-3")
 def test_as_many_ports_as_allowed() -> None:
     for count, valid in ((limits.PORTS_MAX, True), (limits.PORTS_MAX + 1, False)):

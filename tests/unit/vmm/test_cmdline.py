@@ -34,7 +34,7 @@ CONFIG = VmConfig(
     overlay=Path("/instance/overlay-0.qcow2"),
     network=Network(ports=(PortForward("127.0.0.1", 8080, 80), PortForward("0.0.0.0", 53, 5353, "udp"))),
 )
-FDS = cmdline.Descriptors(3, 4, 5, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
+FDS = cmdline.Descriptors(3, 4, 5, 12, layers=(6, 7), overlay=(8, 9), kernel=10, initrd=11, agent=14)
 SHARED = replace(CONFIG, machine=replace(MACHINE, regions=tuple(Region(f"r{i}", 4096 << i) for i in range(6))))
 RESTORED = replace(CONFIG, restore=Restore(12, b"state"))
 EXTRAS = Extras(
@@ -58,7 +58,7 @@ def test_the_whole_command_line(golden: object) -> None:
 
 @pytest.mark.spec("RAM-36", "RAM-37", "SEC-9")
 def test_the_command_line_of_a_restore(golden: object) -> None:
-    argv = build(RESTORED, replace(FDS, ram=12, state=13))
+    argv = build(RESTORED, replace(FDS, state=13))
     golden("qemu-restore.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
     # a generation ID of its own, and the host's clock
     assert "vmgenid,guid=auto" in argv
@@ -93,7 +93,7 @@ def test_every_device_has_a_place_of_its_own_on_the_bus() -> None:
 @pytest.mark.spec("RAM-35", "RAM-36")
 @pytest.mark.parametrize("version", ["8.2.0", "11.0.0"])
 def test_the_command_line_of_a_restore_by_a_newer_qemu(golden: object, version: str) -> None:
-    fds = replace(FDS, ram=12, state=13)
+    fds = replace(FDS, state=13)
     plain = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True)
     newer = cmdline.build(Path("/usr/bin/qemu"), RESTORED, fds, sandbox=True, since=Since.of(version))
     added = [word for word in newer if word not in plain]
@@ -170,7 +170,7 @@ def test_commas_in_names_are_no_options(name: str) -> None:
 
 @pytest.mark.spec("SEC-7")
 def test_no_path_of_the_host_is_told_to_qemu() -> None:
-    words = [word for argv in (build(), build(RESTORED, replace(FDS, ram=12, state=13))) for word in argv[1:]]
+    words = [word for argv in (build(), build(RESTORED, replace(FDS, state=13))) for word in argv[1:]]
     assert not [word for word in words if "/store" in word or "/instance" in word]
 
 
@@ -180,4 +180,4 @@ def test_the_shape_of_a_restore_is_that_of_the_boot() -> None:
         keep = ("-machine", "-cpu", "-smp", "-m", "-device", "-rtc", "-serial")
         return [f"{a} {b}" for a, b in itertools.pairwise(argv) if a in keep]
 
-    assert shape(build()) == shape(build(RESTORED, replace(FDS, ram=12, state=13)))
+    assert shape(build()) == shape(build(RESTORED, replace(FDS, state=13)))

@@ -17,7 +17,7 @@ from ovms.errors import InstanceNotFound, UsageError
 
 if TYPE_CHECKING:
     from ovms.runtime.record import Record
-    from ovms.runtime.runtime import RunOptions, Started
+    from ovms.runtime.runtime import Started
     from ovms.runtime.seeds import Seed
 
 #: Seconds that a guest in the foreground gets to power down after the first Ctrl-C.
@@ -26,6 +26,7 @@ GRACE = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
+    parser.set_defaults(parser=parser)
     parser.add_argument(
         "reference", metavar="REF", help="an artifact's name or digest, oci:DIR[:TAG], or oci-archive:FILE[:TAG]"
     )
@@ -152,22 +153,45 @@ _CONTRACT = frozenset(
 
 
 def _detached(args: argparse.Namespace, context: Context) -> dict[str, Any]:
-    started = _start(args, context)
-    if isinstance(started, dict):
-        return started
+    if _fits_contract(args) and context.has_server:
+        return _ask_server(args, context)
     from ovms.runtime.document import instance
 
-    return instance(context.runtime.instances.status(started.record))
+    return instance(context.runtime.instances.status(_start(args, context).record))
 
 
-def _ask_server(args: argparse.Namespace, context: Context, options: RunOptions) -> dict[str, Any]:
-    from ovms.oci.transport import parse_place
+def _ask_server(args: argparse.Namespace, context: Context) -> dict[str, Any]:
+    from ovms.runtime.remote import Remote
 
-    place = parse_place(args.reference)
-    reference = args.reference if place is None else str(place.below(Path.cwd()))
-    instance = context.client.start(reference, options, context.progress)
+    client = context.client
+    assert isinstance(client, Remote)
+    reference = args.reference
+    if ":" in reference and reference.partition(":")[0] in ("oci", "oci-archive"):
+        from ovms.oci.transport import parse_place
+
+        place = parse_place(reference)
+        reference = reference if place is None else str(place.below(Path.cwd()))
+    instance = client.ask_to_start(reference, _overrides(args), context.progress)
     _tell(str(instance.get("accel")), instance.get("accel_reason"), instance.get("not_restored"))
     return instance
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    # without what a start in this process needs: most of the time that the command takes goes into its imports
+    values: dict[str, Any] = {
+        "memory": args.memory,
+        "cpus": args.cpus,
+        "name": args.name,
+        "accel": args.accel,
+        "restore": args.restore,
+        "remove_on_exit": args.rm or None,
+    }
+    if args.publish:
+        from ovms.runtime import ports
+        from ovms.runtime.remote import port_override
+
+        values["ports"] = [port_override(ports.parse(text)) for text in args.publish]
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _tell(accel: str, accel_reason: str | None, not_restored: str | None) -> None:
@@ -178,12 +202,11 @@ def _tell(accel: str, accel_reason: str | None, not_restored: str | None) -> Non
 
 
 def _fits_contract(args: argparse.Namespace) -> bool:
-    defaults = argparse.ArgumentParser()
-    add_arguments(defaults)
-    return all(value == defaults.get_default(name) for name, value in vars(args).items() if name not in _CONTRACT)
+    default = args.parser.get_default
+    return all(value == default(name) for name, value in vars(args).items() if name not in _CONTRACT)
 
 
-def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, Any]:
+def _start(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
     from ovms.runtime import ports, restart, volumes
@@ -208,8 +231,6 @@ def _start(args: argparse.Namespace, context: Context) -> Started | dict[str, An
         seed=_seed(args),
         keep_identity=args.keep_identity,
     )
-    if args.detach and context.has_server and _fits_contract(args):
-        return _ask_server(args, context, options)
     runtime = context.runtime
     runtime.vmm(args.runtime)
     check_runnable(args.platform)

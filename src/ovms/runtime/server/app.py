@@ -27,6 +27,7 @@ from ovms.runtime.server.http import Answer, HttpError, Request
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.server.metrics import Metrics
 from ovms.runtime.starting import Start, begin, host_error
+from ovms.runtime.warm import Pools
 from ovms.runtime.watching import EventLog
 from ovms.spec import api, limits
 from ovms.spec.digest import of_bytes
@@ -60,8 +61,18 @@ Query = Mapping[str, list[str]]
 class App:
     """Answers requests."""
 
-    def __init__(self, runtime: Runtime, log: EventLog, jobs: Jobs, gate: Gate, connections: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        log: EventLog,
+        jobs: Jobs,
+        gate: Gate,
+        connections: Callable[[], int],
+        pools: Pools | None = None,
+    ) -> None:
+        """*pools*: None where another server of this root has them."""
         self._runtime = runtime
+        self._pools = pools
         self._instances = runtime.instances
         self._log = log
         self._jobs = jobs
@@ -75,12 +86,14 @@ class App:
             "snapshot": self._snapshot,
             "inject": self._inject,
             "remove": self._remove,
+            "warm": self._warm,
         }
         self._questions: Mapping[str, Callable[[str, Query], Awaitable[Answer]]] = {
             "status": self._status,
             "logs": self._logs,
             "instances": self._list,
             "events": self._events,
+            "pools": self._list_pools,
             "health": self._health,
             "metrics": self._figures,
             "version": self._version,
@@ -153,6 +166,8 @@ class App:
 
         # beside what the contract asks for: whoever follows the events from there on misses nothing of this start
         seq = self._log.last
+        if (warm := await self._take(request.manifest, options, start_key)) is not None:
+            return Answer.json({**warm, "status": "starting", "event_seq": seq})
         begun = await self._jobs.changers.run(work)
         if isinstance(begun, Record):
             document = await self._jobs.readers.run(lambda: instance(self._instances.status(begun)))
@@ -160,6 +175,25 @@ class App:
             document = instance(Status(begun.record, State.STARTING))
             await self._jobs.start(begun, PATIENCE)
         return Answer.json({**document, "status": "starting", "event_seq": seq})
+
+    async def _take(self, reference: str, options: RunOptions, key: StartKey | None) -> dict[str, Any] | None:
+        # of a warm pool, where one has what is asked for
+        if self._pools is None or not self._pools.any:
+            return None
+        handed = await self._jobs.changers.run(self._pools.take, reference, options, key)
+        if handed is None:
+            return None
+        self._jobs.finish(handed)
+        return instance(Status(handed.record, State.RUNNING))
+
+    async def _warm(self, request: api.WarmRequest) -> Answer:
+        if self._pools is None:
+            raise Unsupported("another server of this root has the warm pools", rule="RUN-21")
+        document = await self._jobs.long.run(self._pools.set, request.manifest, request.size, self._jobs.connect)
+        return Answer.json(document)
+
+    async def _list_pools(self, _argument: str, _query: Query) -> Answer:
+        return Answer.json({"pools": [] if self._pools is None else self._pools.list()})
 
     async def _stop(self, request: api.StopRequest) -> Answer:
         grace = 0 if request.force else request.timeout_s

@@ -17,6 +17,7 @@ from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.runtime.server.http import HttpError
 from ovms.runtime.starting import Start
+from ovms.runtime.warm import Handed, Pools
 from ovms.runtime.watching import EventLog
 from ovms.spec.states import State
 
@@ -33,6 +34,10 @@ WAITING_MAX: Final = 512
 LOCK_TIMEOUT: Final = 10.0
 #: Seconds that a start gets to be broken off when the server ends.
 _BREAK_OFF: Final = 3.0
+#: Seconds between two looks at the warm pools.
+_WARM_LOOK: Final = 0.05
+#: Seconds between two looks at whether what waits is still good.
+_WARM_TIDY: Final = 1.0
 #: Seconds between two reports of one piece of long work.
 _REPORT: Final = 0.5
 
@@ -138,6 +143,26 @@ class Jobs:
             print(f"ovm: internal error in a start: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
         finally:
             self._starts.discard(start)
+
+    def finish(self, handed: Handed) -> None:
+        """Writes down what a start from a warm pool had no time for."""
+        self._keep(asyncio.ensure_future(self._finish(handed)))
+
+    async def _finish(self, handed: Handed) -> None:
+        with contextlib.suppress(HttpError):
+            await self.changers.run(handed.finish)
+
+    async def keep_warm(self, pools: Pools) -> None:
+        """Fills the pools, until it is cancelled."""
+        tidied = 0.0
+        while True:
+            with contextlib.suppress(OvmsError, OSError, HttpError):
+                if pools.any and time.monotonic() - tidied > _WARM_TIDY:
+                    await self.changers.run(pools.tidy)
+                    tidied = time.monotonic()
+                while pools.any and await self.changers.run(pools.work):
+                    pass
+            await asyncio.sleep(_WARM_LOOK)
 
     # --- stops -------------------------------------------------------------------------------------------------
 

@@ -19,11 +19,13 @@ from typing import Final
 from ovms import fsutil
 from ovms.errors import Conflict, HostError, Locked, OvmsError, PortInUse, UsageError
 from ovms.lazy import dataclass
+from ovms.runtime import warm
 from ovms.runtime.runtime import Runtime
 from ovms.runtime.server.app import App
 from ovms.runtime.server.gate import Gate, Peers, TlsFiles
 from ovms.runtime.server.http import CONNECTIONS_MAX, HEAD_MAX, Http
 from ovms.runtime.server.jobs import Jobs
+from ovms.runtime.warm import Pools
 from ovms.runtime.watching import EventLog, Watcher
 
 #: Seconds that requests and starts get to come to their end when the server is to end.
@@ -167,7 +169,8 @@ class _Server:
     async def run(self, ready: Callable[[list[str]], None]) -> bool:
         most = _connections_max()
         self._jobs = Jobs(self._runtime, self._log)
-        app = App(self._runtime, self._log, self._jobs, self._gate, lambda: self._http.connections)
+        pools = self._open_pools()
+        app = App(self._runtime, self._log, self._jobs, self._gate, lambda: self._http.connections, pools)
         self._http = Http(app, refuse=self._gate.refuse, most=most)
         watcher = Watcher(self._runtime.instances, self._log)
         thread = threading.Thread(target=watcher.run, name="ovms-watch", daemon=True)
@@ -176,23 +179,38 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        tidy = asyncio.ensure_future(self._tidy())
+        tasks = [asyncio.ensure_future(self._tidy())]
         try:
             await self._listen()
+            if pools is not None:
+                tasks.append(asyncio.ensure_future(self._keep_warm(pools)))
             ready(self._sockets.places)
             _notify("READY=1", "STATUS=listening")
             await self._end.wait()
         finally:
             _notify("STOPPING=1")
-            tidy.cancel()
+            for task in tasks:
+                task.cancel()
             for server in self._servers:
                 server.close()
             app.ending.set()
             await self._http.stop(GRACE)
             idle = await self._jobs.close(GRACE)
+            if pools is not None:
+                pools.close()
             watcher.stop()
             thread.join(2.0)
         return idle
+
+    def _open_pools(self) -> Pools | None:
+        try:
+            return warm.opened(self._runtime)
+        except Conflict:
+            return None  # of another server, on another socket
+
+    async def _keep_warm(self, pools: Pools) -> None:
+        await self._jobs.long.run(pools.load, self._jobs.connect, _say)
+        await self._jobs.keep_warm(pools)
 
     async def _listen(self) -> None:
         self._servers = [
@@ -242,6 +260,10 @@ class _Server:
                 await self._jobs.see_to_all()
                 await self._jobs.changers.run(self._runtime.instances.recover)
             await asyncio.sleep(_TIDY)
+
+
+def _say(text: str) -> None:
+    print(f"ovm: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _connections_max() -> int:

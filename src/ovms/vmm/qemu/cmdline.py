@@ -57,7 +57,7 @@ class Descriptors:
         layers: one for each disk layer, read-only.
         overlay: for the overlay: to write, and to read only (what becomes of it when another takes the writes).
         kernel, initrd: to read.
-        ram, state: on a restore: the memory, and the device state.
+        ram, state: the memory; on a restore, the device state.
         extras: of the seed disk and the volumes.
         regions: the memory of each of the machine's regions.
         network: what the network card is connected to.
@@ -66,11 +66,11 @@ class Descriptors:
     control: int
     console: int
     events: int
+    ram: int
     layers: tuple[int, ...] = ()
     overlay: tuple[int, int] | None = None
     kernel: int | None = None
     initrd: int | None = None
-    ram: int | None = None
     state: int | None = None
     extras: tuple[int, ...] = ()
     agent: int | None = None
@@ -142,14 +142,12 @@ def machine_args(machine: Machine) -> list[str]:
 
 
 def _memory(config: VmConfig, fds: Descriptors, since: frozenset[Since]) -> list[str]:
+    # shared by one that boots, so that what is in the file is its memory: see ovms.vmm.freeze
+    restored = config.restore is not None
     backend: dict[str, Any] = {"id": RAM_ID, "size": config.machine.memory}
-    if config.restore is None:
-        # shared, so that a snapshot reads it through the descriptor without stopping for a copy through QEMU
-        backend.update({"qom-type": "memory-backend-memfd", "share": True})
-    else:
-        backend.update({"qom-type": "memory-backend-file", "mem-path": fd_path(fds.ram), "share": False})
-        if Since.PRIVATE_OF_READONLY in since:
-            backend.update({"readonly": True, "rom": "off"})
+    backend.update({"qom-type": "memory-backend-file", "mem-path": fd_path(fds.ram), "share": not restored})
+    if restored and Since.PRIVATE_OF_READONLY in since:
+        backend.update({"readonly": True, "rom": "off"})
     return ["-object", json.dumps(backend)]
 
 

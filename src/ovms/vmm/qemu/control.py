@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from ovms.errors import PortInUse, VmmError
 from ovms.lazy import regex
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm import freeze, maps
 from ovms.vmm.model import TEMPLATE, GuestRam, Machine, PortForward, RunState
 from ovms.vmm.qemu import cmdline, state
 from ovms.vmm.qemu.qmp import Qmp
@@ -29,11 +31,14 @@ _DISK_TIMEOUT: Final = 120.0
 class QemuControl:
     """The control channel of one QEMU."""
 
-    def __init__(self, qmp: Qmp, machine: Machine, vmm: Watched, *, restored: bool) -> None:
+    def __init__(self, qmp: Qmp, machine: Machine, vmm: Watched) -> None:
         self._qmp = qmp
         self._machine = machine
         self._vmm = vmm
-        self._restored = restored
+        # of a snapshot that is prepared: the firmware, the overlay that has nodes already, and the node that it will stand on
+        self._bios: bytes | None = None
+        self._prepared: Path | None = None
+        self._below: str | None = None
 
     def state(self) -> RunState:
         """See :class:`~ovms.vmm.protocol.Control`."""
@@ -99,26 +104,48 @@ class QemuControl:
                     return node
         return None
 
+    @contextlib.contextmanager
+    def prepare(self, overlay: Path | None) -> Iterator[None]:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        self._bios = self._read_bios()  # read-only memory: it is the same in the pause
+        with contextlib.ExitStack() as undo:
+            if overlay is not None:
+                self._prepare_overlay(overlay, undo)
+            yield
+
     def add_overlay(self, overlay: Path) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
-        below = self._active_node()
-        if below is None:
+        if self._prepared != overlay:
+            with self.prepare(overlay):
+                return self.add_overlay(overlay)
+        arguments = {"node": self._below, "overlay": cmdline.node_of(overlay)}
+        self._qmp.execute("blockdev-snapshot", arguments, timeout=_DISK_TIMEOUT)
+        self._prepared = None
+        return None
+
+    def _prepare_overlay(self, overlay: Path, undo: contextlib.ExitStack) -> None:
+        self._below = self._active_node()
+        if self._below is None:
             raise VmmError("the VM has no disk to put an overlay on")
-        node = cmdline.node_of(overlay)
-        added: list[str] = []
         fd_set = self._add_fd(overlay, os.O_RDWR)
-        try:
-            self._add_fd(overlay, os.O_RDONLY, fd_set)
-            for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
-                self._qmp.execute("blockdev-add", value)
-                added.append(str(value["node-name"]))
-            self._qmp.execute("blockdev-snapshot", {"node": below, "overlay": node}, timeout=_DISK_TIMEOUT)
-        except BaseException:
+        added: list[str] = []
+        self._prepared = overlay
+
+        def forget() -> None:
+            if self._prepared is None:
+                return
+            self._prepared = None
             for name in reversed(added):
                 with contextlib.suppress(VmmError):
                     self._qmp.execute("blockdev-del", {"node-name": name})
             self._remove_fds(fd_set)
-            raise
+
+        undo.callback(forget)
+        self._add_fd(overlay, os.O_RDONLY, fd_set)
+        node = cmdline.node_of(overlay)
+        for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
+            self._qmp.execute("blockdev-add", value)
+            added.append(str(value["node-name"]))
 
     def _add_fd(self, path: Path, flags: int, fd_set: int | None = None) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -145,7 +172,7 @@ class QemuControl:
             machine_type=self._machine.machine_type,
             ram_block=cmdline.RAM_ID,
             ram_size=self._machine.memory,
-            bios=self._bios(),
+            bios=self._bios or self._read_bios(),
         )
 
     def _devices(self) -> bytes:
@@ -168,7 +195,7 @@ class QemuControl:
                 raise VmmError(f"QEMU wrote a device state of {size} bytes")
             return os.pread(memory, size, 0)
 
-    def _bios(self) -> bytes:
+    def _read_bios(self) -> bytes:
         # pmemsave takes a path alone: one in QEMU's own /tmp, which is nobody else's where it has a root of its own
         name = f"/tmp/ovms-{fsutil.unique(8)}"  # noqa: S108
         arguments = {"val": state.BIOS_ADDRESS, "size": state.BIOS_SIZE, "filename": name}
@@ -222,9 +249,13 @@ class QemuControl:
     def ram(self) -> GuestRam:
         """See :class:`~ovms.vmm.protocol.Control`."""
         pid, size = self._vmm.vmm.pid, self._machine.memory
-        if self._restored:
-            return GuestRam(pid, size, _memfd_of(self._vmm.watcher.pid, size), private=True)
-        return GuestRam(pid, size, _memfd_of(pid, size), private=False)
+        file = _memfd_of(self._vmm.watcher.pid, size)
+        return GuestRam(pid, size, file, private=maps.find(pid, file, size).private)
+
+    def freeze_ram(self) -> bool:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        pid, size = self._vmm.vmm.pid, self._machine.memory
+        return freeze.freeze(pid, _memfd_of(pid, size), size)
 
     def _query(self, command: str) -> dict[str, Any]:
         answer = self._qmp.execute(command)
@@ -234,14 +265,12 @@ class QemuControl:
 
 
 def _memfd_of(pid: int, size: int) -> Path:
-    """The descriptor of the guest's memory in QEMU or its watcher: the one memfd of exactly the guest's size."""
+    """The descriptor of the guest's memory in QEMU or its watcher: the one memfd of its name and exactly its size."""
     directory = Path(f"/proc/{pid}/fd")
     try:
         for entry in directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                target = str(entry.readlink())
-                ours = "memfd:memory-backend" in target or f"memfd:{TEMPLATE}" in target
-                if ours and entry.stat().st_size == size:
+                if f"memfd:{TEMPLATE}:" in str(entry.readlink()) and entry.stat().st_size == size:
                     return entry
     except OSError as exc:
         raise VmmError(f"the memory of process {pid} cannot be read: {exc.strerror}") from exc

@@ -17,10 +17,10 @@ from ovms.lazy import regex
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm import watch
+from ovms.vmm import freeze, watch
 from ovms.vmm.capabilities import Capabilities
 from ovms.vmm.extras import SHARED_BY, VOLUMES_MAX, Share
-from ovms.vmm.model import AccelChoice, Ending, Machine, Region, Restore, Uplink, VmConfig, VmFiles
+from ovms.vmm.model import TEMPLATE, AccelChoice, Ending, Machine, Region, Restore, Uplink, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline, versions
 from ovms.vmm.qemu.control import QemuControl
@@ -146,6 +146,8 @@ class QemuVmm:
             console, our_console = watch.socket_pair(held)
             events, our_events = watch.socket_pair(held)
             fds = _open(config, files, held, console, events)
+            library = os.open(freeze.LIBRARY, os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, library)
             launch = watch.Launch(
                 argv=cmdline.build(
                     self._binary.path,
@@ -154,10 +156,10 @@ class QemuVmm:
                     sandbox=self._binary.sandbox,
                     since=versions.Since.of(self._binary.version),
                 ),
-                keep=fds.all(),
+                keep=[*fds.all(), library],
                 # a volume that is opened anew, for reading, loses the lock that its descriptor has
                 hold=(
-                    *(() if fds.ram is None else (fds.ram,)),
+                    fds.ram,
                     *fds.regions,
                     *(disk.fd for disk in config.extras.volumes if disk.read_only),
                 ),
@@ -169,6 +171,7 @@ class QemuVmm:
                 read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
+                env={"LD_PRELOAD": cmdline.fd_path(library)},
             )
             try:
                 return watch.start(launch, config.jail, files)
@@ -178,10 +181,10 @@ class QemuVmm:
                 raise
 
     @contextlib.contextmanager
-    def connect(self, files: VmFiles, machine: Machine, vmm: Watched, *, restored: bool) -> Iterator[QemuControl]:
+    def connect(self, files: VmFiles, machine: Machine, vmm: Watched) -> Iterator[QemuControl]:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
         with Qmp.connect(files.control) as qmp:
-            yield QemuControl(qmp, machine, vmm, restored=restored)
+            yield QemuControl(qmp, machine, vmm)
 
     def ending(self, files: VmFiles) -> Ending:
         """See :class:`~ovms.vmm.protocol.Vmm`."""
@@ -232,7 +235,7 @@ def _open(
         overlay=None if overlay is None else (must(overlay, os.O_RDWR), must(overlay, os.O_RDONLY)),
         kernel=opened(config.kernel, os.O_RDONLY),
         initrd=opened(config.initrd, os.O_RDONLY),
-        ram=None if config.restore is None else config.restore.ram,
+        ram=_memory_file(config, held) if config.restore is None else config.restore.ram,
         state=None if config.restore is None else _state_file(config.restore, held),
         extras=tuple(config.extras.fds()),
         agent=held.enter_context(fsutil.listen_unix(files.agent)).fileno() if config.machine.agent else None,
@@ -246,6 +249,14 @@ def _read_only(config: VmConfig, fds: cmdline.Descriptors) -> dict[int, Path]:
     numbers = [*fds.layers, fds.kernel, fds.initrd]
     ours = {fd: path for fd, path in zip(numbers, paths, strict=True) if fd is not None and path is not None}
     return ours | {disk.fd: disk.path for disk in config.extras.disks() if disk.read_only}
+
+
+def _memory_file(config: VmConfig, held: contextlib.ExitStack) -> int:
+    # ours from the start, for a snapshot makes a template of it
+    fd = os.memfd_create(f"{TEMPLATE}:{config.uuid}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    held.callback(os.close, fd)
+    os.ftruncate(fd, config.machine.memory)
+    return fd
 
 
 def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
@@ -286,9 +297,11 @@ def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:
             qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": linked})
         if restored:
             loaded = time.monotonic()
-            qmp.execute("cont")
+            if not config.parked:
+                qmp.execute("cont")
         answer = qmp.execute("query-status")
-        if not isinstance(answer, dict) or answer.get("status") not in ("running", "shutdown"):
+        expected = ("paused", "prelaunch") if config.parked else ("running", "shutdown")
+        if not isinstance(answer, dict) or answer.get("status") not in expected:
             raise VmmError(f"the VM does not run: its status is {answer!r:.200}")
     return loaded
 

@@ -56,6 +56,7 @@ class Launch:
         devices: further device nodes, by their names in ``/dev``.
         read_only: where those of *keep* come from that the VMM must not be able to write to.
         at_end: a program and its arguments that the watcher becomes when the VMM has ended.
+        env: variables of its environment, beside a clean one's.
     """
 
     argv: Sequence[str]
@@ -69,6 +70,7 @@ class Launch:
     devices: Sequence[str] = ()
     read_only: Mapping[int, Path] = field(default_factory=dict)
     at_end: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStac
     words.append(f"dir={inherit(files.directory, os.O_PATH | os.O_DIRECTORY)}")
     words += _jail_words(launch, jail, inherit)
     words += [f"at-end={word}" for word in launch.at_end]
+    words += [f"env={name}={value}" for name, value in launch.env.items()]
     return words, inherited
 
 

@@ -40,6 +40,7 @@
  *                            otherwise change its mode, and write to it through /proc (repeated; with root= only)
  *     limit=RESOURCE:VALUE   setrlimit, both (repeated)
  *     seccomp=0              no filter of ours
+ *     env=NAME=VALUE         a variable of the VMM's environment, beside those that we have (repeated)
  *     at-end=WORD            a program and its arguments, run by the watcher when the VMM has ended (repeated)
  */
 
@@ -246,6 +247,8 @@ static struct {
     struct { int resource; u64 value; } limit[16];
     int at_end_count;
     char *at_end[MANY];
+    int variables;
+    char *variable[MANY];
     char **program;
 } o;
 
@@ -316,6 +319,8 @@ static int parse(char **words)
             o.limit[o.limits].resource = (int)number(&v), v++, o.limit[o.limits++].value = number(&v);
         else if ((v = value_of(word, "at-end")) && o.at_end_count < MANY - 1)
             o.at_end[o.at_end_count++] = v;
+        else if ((v = value_of(word, "env")) && o.variables < MANY / 2)
+            o.variable[o.variables++] = v;
         else
             return 0;
     }
@@ -550,9 +555,11 @@ static void run_program(int go, int said, char **environment)
     if (!(o.ns & CLONE_NEWUSER))
         become_user();
     drop_capabilities();
+    for (; *environment && o.variables < MANY - 1; environment++)
+        o.variable[o.variables++] = *environment;
     if (o.seccomp)
         filter_vmm();
-    must(sys(SYS_execve, o.program[0], o.program, environment, 0, 0), "exec");
+    must(sys(SYS_execve, o.program[0], o.program, o.variable, 0, 0), "exec");
 }
 
 /* --- the copier -------------------------------------------------------------------------------------------------- */

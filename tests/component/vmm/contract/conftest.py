@@ -42,8 +42,7 @@ class Vm:
         self.console = Console(self.files.directory)
 
     def control(self) -> Any:
-        restored = self.config.restore is not None
-        return self.vmm.connect(self.files, self.config.machine, self.watched, restored=restored)
+        return self.vmm.connect(self.files, self.config.machine, self.watched)
 
     def wait(self) -> watch.Exit:
         assert self.watched.vmm.wait(20.0), "the VMM is still there"

@@ -249,3 +249,68 @@ def test_the_console_is_one_for_those_who_come_and_go(maker: Maker) -> None:
             while f"PONG {number:08x}\n".encode() not in said:
                 said += client.recv(256)
     assert "PONG 00000002" in vm.console.text()
+
+
+def test_what_was_prepared_and_not_used_is_taken_back(maker: Maker) -> None:
+    need(maker.vmm, maker.vmm.capabilities.live_overlay, "live overlays")
+    vm = maker.start()
+    assert vm.config.overlay is not None
+    new = vm.config.overlay.with_name("overlay-1.qcow2")
+    qcow2.create_overlay(new, vm.config.machine.disk_size or 0)
+    with vm.control() as control:
+        for _ in range(2):
+            with control.prepare(new):
+                pass
+            assert control.active_overlay() == vm.config.overlay.name
+        with control.prepare(new):
+            control.pause()
+            control.add_overlay(new)
+            control.resume()
+        assert control.active_overlay() == new.name
+    assert vm.console.ping() == 1
+
+
+def test_a_vm_goes_on_on_a_private_copy_of_its_memory(maker: Maker) -> None:
+    need(maker.vmm, maker.vmm.capabilities.state_formats, "snapshots")
+    vm = maker.start()
+    assert [vm.console.ping() for _ in range(3)] == [1, 2, 3]
+    with vm.control() as control:
+        control.pause()
+        state = control.save_state()
+        if not control.freeze_ram():
+            pytest.skip("this VMM copies")
+        ram = control.ram()
+        assert ram.private
+        taken = capture.frozen(ram)
+        control.resume()
+        taken.finish()
+    try:
+        before = of_bytes(os.pread(taken.fd, MEMORY, 0))
+        assert [vm.console.ping() for _ in range(2)] == [4, 5]
+        assert of_bytes(os.pread(taken.fd, MEMORY, 0)) == before
+        # a clone of that moment, beside the original
+        clone = maker.start(maker.config(vm.config.machine, restore=Restore(taken.fd, state)))
+        assert [clone.console.ping(), vm.console.ping()] == [4, 6]
+        with vm.control() as control:
+            control.pause()
+            assert not control.freeze_ram()  # it is private already
+            control.resume()
+        assert vm.console.ping() == 7
+    finally:
+        taken.close()
+
+
+def test_a_parked_vm_runs_when_it_is_resumed(maker: Maker) -> None:
+    need(maker.vmm, maker.vmm.capabilities.state_formats, "snapshots")
+    vm = maker.start()
+    assert vm.console.ping() == 1
+    with tempfile.TemporaryDirectory() as scratch:
+        state, image = snapshot(vm, Path(scratch))
+        with template.opened(image, of_bytes(state), ()) as ram:
+            config = maker.config(vm.config.machine, restore=Restore(ram, state), parked=True)
+            parked = maker.start(config)
+        with parked.control() as control:
+            assert control.state() is RunState.PAUSED
+            control.resume()
+            assert control.state() is RunState.RUNNING
+        assert parked.console.ping() == 2
