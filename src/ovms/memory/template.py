@@ -8,9 +8,11 @@ watcher of each keeps it open, and whoever starts another takes it from there. W
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 from ovms import fsutil
 from ovms.errors import ResourceError
@@ -18,12 +20,16 @@ from ovms.memory import sealing
 from ovms.spec.digest import Digest, hex_of, is_digest, parse_digest
 from ovms.vmm.model import TEMPLATE
 
+# mman.h
+_POPULATE_READ: Final = 22
+
 
 @contextlib.contextmanager
-def opened(image: Path, digest: Digest, holders: Iterable[int]) -> Iterator[int]:
+def opened(image: Path, digest: Digest, holders: Iterable[int], *, preload: bool = False) -> Iterator[int]:
     """A descriptor of the sealed memory of the snapshot *digest*, whose unpacked memory is *image*.
 
-    *holders* are processes of ours (watchers of running clones) that may have it already.
+    *holders* are processes of ours (watchers of running clones) that may have it already. A memfd is in memory once it is made;
+    with *preload* what of it was swapped out since is read in again, and none of its holes is filled.
 
     Raises:
         ResourceError: too little memory for it.
@@ -32,9 +38,22 @@ def opened(image: Path, digest: Digest, holders: Iterable[int]) -> Iterator[int]
     if fd is None:
         fd = _make(image, digest)
     try:
+        if preload:
+            _read_in(fd)
         yield fd
     finally:
         os.close(fd)
+
+
+def _read_in(fd: int) -> None:
+    size = os.fstat(fd).st_size
+    # MAP_PRIVATE: before Linux 6.7 a sealed file is not mapped shared; what is only read is the file's own all the same
+    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as memory:
+        for start, end in fsutil.data_extents(fd, size):
+            try:
+                memory.madvise(_POPULATE_READ, start, end - start)
+            except OSError:  # before Linux 5.14; a hint is a hint
+                memory.madvise(mmap.MADV_WILLNEED, start, end - start)
 
 
 def _name(digest: Digest) -> str:

@@ -33,19 +33,18 @@ def may_hold_secrets(machine: Machine, told: Seed | None) -> bool:
     return machine.seed_size is not None or (told is not None and told.user_data is not None)
 
 
-def require_none(volumes: Sequence[Volume], told: Seed | None) -> None:
-    """Whether nothing is asked for that a VM of a RAM snapshot can't have.
+def require_none(volumes: Sequence[Volume], told: Seed | None, *, agent: bool) -> None:
+    """Whether nothing is asked for that a VM of a RAM snapshot can't have. *agent*: it has a port for the guest's agent.
 
     Raises:
         SnapshotIncompatible: it is.
     """
     if volumes:
         wrong, option = "its machine has no volumes, and some are asked for", "--volume"
-    elif told:
-        wrong, option = (
-            "its guest has booted, and user data is for one that boots",
-            "--user-data, --ssh-key and --hostname",
-        )
+    elif told and (told.user_data is not None or told.ssh_keys):
+        wrong, option = "its guest has booted, and user data is for one that boots", "--user-data and --ssh-key"
+    elif told and not agent:
+        wrong, option = "its machine has no port for the agent that would give its guest a host name", "--hostname"
     else:
         return
     raise SnapshotIncompatible(

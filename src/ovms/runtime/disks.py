@@ -48,8 +48,13 @@ class Frozen(Generic[T]):
     downtime_ms: float
 
 
-def freeze(instances: Instances, record: Record, control: Control, look: Callable[[], T]) -> Frozen[T]:
-    """Pauses a VM, puts a new overlay on its disk, calls *look*, and lets it go on (under the instance's lock)."""
+def freeze(
+    instances: Instances, record: Record, control: Control, look: Callable[[], T], *, hold: bool = False
+) -> Frozen[T]:
+    """Pauses a VM, puts a new overlay on its disk, calls *look*, and lets it go on (under the instance's lock).
+
+    With *hold* it stands still when this returns, as a snapshot that goes on: whoever finds it unlocked lets it go on.
+    """
     directory = instances.directory(record.id)
     record = _drop_unused(directory, record, control.active_overlay())
     used = record.overlays
@@ -62,6 +67,7 @@ def freeze(instances: Instances, record: Record, control: Control, look: Callabl
     was_running = control.state() is RunState.RUNNING
     # Noted first: should we be killed, the next command lets the guest go on.
     record = instances.save(replace(record, pausing=was_running))
+    held = False
     try:
         with control.prepare(new):
             began = time.monotonic()
@@ -70,12 +76,13 @@ def freeze(instances: Instances, record: Record, control: Control, look: Callabl
                 if new is not None:
                     control.add_overlay(new)
                 seen = look()
+                held = hold
             finally:
-                if was_running:
+                if was_running and not held:
                     control.resume()
                 downtime = round((time.monotonic() - began) * 1000, 1)
     finally:
-        record = instances.save(replace(record, pausing=False))
+        record = instances.save(replace(record, pausing=was_running and held))
     return Frozen(record, tuple(directory / name for name in used), seen, downtime)
 
 

@@ -224,13 +224,12 @@ def _why_unreadable(jail: Jail) -> str | None:
 
 
 def _memlock() -> list[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if os.geteuid() == 0 or soft == resource.RLIM_INFINITY:
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)  # who needs more than the soft limit raises it
+    if os.geteuid() == 0 or hard == resource.RLIM_INFINITY:
         return [Finding("memlock", Verdict.OK, "no limit")]
-    text = f"{soft >> 20} MiB" + ("" if hard == soft else ", and no limit can be asked for")
     lost = "snapshots whose memory must be locked (mlock_required)"
     remedy = "a line 'USER - memlock unlimited' in /etc/security/limits.d/ovms.conf, and log in anew"
-    return [Finding("memlock", Verdict.WARN, text, lost, remedy)]
+    return [Finding("memlock", Verdict.WARN, f"{hard >> 20} MiB", lost, remedy)]
 
 
 # --- programs beside QEMU --------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def instance(
         "start_ms": record.start_ms,
         "restored": record.restored,
         "not_restored": record.not_restored,
+        "identity": None if record.identity is None else record.identity.to_json(),
+        "memory_locked": record.memory_locked,
         "vmm": record.vmm,
         "runtime": record.vmm,
         "accel": str(record.machine.accel),

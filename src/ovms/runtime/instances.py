@@ -444,6 +444,10 @@ class Instances:
                 with self.control(record) as control:
                     control.resume()
                 record = self.save(replace(record, pausing=False))
+            if record.link_down and record.process is not None and record.process.alive():
+                with self.control(record) as control:
+                    control.set_link(True)
+                record = self.save(replace(record, link_down=False))
             if _ended(record):
                 network.sweep(directory)
             elif self._is_cut_off(record):
@@ -456,7 +460,11 @@ class Instances:
                 self.remove(record)
 
     def _needs_recovery(self, record: Record) -> bool:
-        if record.pausing or (record.process is None and record.problem is None and not record.stop_requested):
+        if (
+            record.pausing
+            or record.link_down
+            or (record.process is None and record.problem is None and not record.stop_requested)
+        ):
             return True
         if not _ended(record):
             return self._is_cut_off(record)

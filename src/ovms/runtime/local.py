@@ -75,11 +75,8 @@ class Local:
         if pushed:
             push(self._runtime.layout, self._connect, str(name), progress)
         return {
-            "snapshot_ref": taken.artifact.digest,
+            **taken.to_json(),
             **({} if name is None else {"reference": str(name)}),
-            "size": taken.artifact.size,
-            "ram_bytes": taken.ram_size,
-            "downtime_ms": taken.downtime_ms,
             "pushed": pushed,
         }
 

@@ -26,6 +26,7 @@ from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
 from ovms.lazy import dataclass
 from ovms.process import ProcessId
+from ovms.runtime.identity import Identity
 from ovms.runtime.network import Attachment, Kind
 from ovms.runtime.volumes import Volume
 from ovms.spec import limits, strictjson
@@ -85,7 +86,9 @@ class Record:
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
     says that the user wants its CPUs to stand still; it is written before they do, and taken back after they run.
-    ``timings`` are milliseconds of the phases of the start.
+    ``timings`` are milliseconds of the phases of the start. ``identity`` is what a restored VM's guest has of its own by now; ``link_down``
+    says that its network card's link was taken for a moment: whoever finds it so, and unlocked, gives it back. ``memory_locked``
+    says that the memory that it came from cannot be swapped out.
     """
 
     id: str
@@ -120,6 +123,9 @@ class Record:
     volumes: tuple[Volume, ...] = ()
     user_data: bool = False
     workload: bool = False
+    identity: Identity | None = None
+    link_down: bool = False
+    memory_locked: bool = False
     warm: bool = False
     still: Still | None = None
 
@@ -169,6 +175,9 @@ class Record:
             "volumes": [volume.to_json() for volume in self.volumes],
             "user_data": self.user_data,
             "workload": self.workload,
+            "identity": None if self.identity is None else self.identity.to_json(),
+            "link_down": self.link_down,
+            "memory_locked": self.memory_locked,
             "warm": self.warm,
             "still": None if self.still is None else asdict(self.still),
             "started": self.started,
@@ -216,6 +225,9 @@ class Record:
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),
+            identity=None if value["identity"] is None else Identity.from_json(value["identity"]),
+            link_down=bool(value["link_down"]),
+            memory_locked=bool(value["memory_locked"]),
             warm=bool(value.get("warm", False)),
             still=None
             if (still := value.get("still")) is None

@@ -286,6 +286,7 @@ def _overrides(options: RunOptions) -> Document:
         "accel": None if options.accel is None else str(options.accel),
         "restore": str(options.restore),
         "remove_on_exit": options.remove_on_exit or None,
+        "keep_identity": options.keep_identity or None,
         "ports": [port_override(port) for port in options.ports],
     }
     return {key: value for key, value in values.items() if value is not None}

@@ -30,19 +30,19 @@ from ovms.errors import (
     VmmError,
 )
 from ovms.lazy import dataclass
-from ovms.memory import chain, compat, snapshot, template
+from ovms.memory import chain, compat, locking, snapshot, template
 from ovms.oci import absent
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, cgroups, jail, network, regions, restart, workload
+from ovms.runtime import attachments, cgroups, identity, jail, network, regions, restart, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart, overlay_name
 from ovms.runtime.root import Root
 from ovms.runtime.volumes import Volume
-from ovms.spec import limits, ramheader, ramsnap
+from ovms.spec import bootstrap, limits, ramheader, ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat, Manifest
@@ -83,6 +83,8 @@ class RunOptions:
     volumes: tuple[Volume, ...] = ()
     seed: Seed | None = None
     parked: bool = False
+    #: A restored guest goes on as the one that the snapshot was taken of: nothing is asked of its agent.
+    keep_identity: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,13 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What is restored: the snapshot's blob, its unpacked memory, and its device state."""
+    """What is restored: the snapshot's blob, its unpacked memory, its device state; and whether the memory is locked, or read in."""
 
     digest: Digest
     image: Path
     state: bytes
+    lock: bool
+    preload: bool
 
 
 class Runtime:
@@ -161,6 +165,9 @@ class Runtime:
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, found, options, told, progress)
+        hostname = None if told is None or plan.restore is None else told.hostname
+        if plan.restore is not None:
+            told = None  # its guest has booted: what it is told, its agent is
         ports = port_forwards.settle(options.ports) if pending is None else pending.ports
 
         def make(instance_id: str, name: str) -> Record:
@@ -191,6 +198,7 @@ class Runtime:
                 volumes=options.volumes,
                 user_data=attachments.may_hold_secrets(plan.machine, told),
                 workload=artifact.manifest.bootstrap is not None,
+                memory_locked=plan.restore is not None and plan.restore.lock,
             )
 
         with (
@@ -207,21 +215,26 @@ class Runtime:
             config = replace(config, parked=options.parked)
             if config.overlay is not None and plan.machine.disk_size is not None:
                 qcow2.create_overlay(config.overlay, plan.machine.disk_size)
+            if record.memory_locked:
+                cgroups.forbid_swap([procs.parent for procs in record.jail.cgroups])
             disks = {"disks": ms_since(began)}
             made = replace(record, timings={**record.timings, **disks}, not_restored=plan.not_restored)
             if pending is not None and self.instances.stop_asked(made):
                 raise Interrupted(f"the start of {made.name} was broken off")
-            return Started(self._launch(vmm, config, made), plan.not_restored)
+            keeps = plan.restore is None or options.keep_identity or options.parked
+            become = None if keeps else _identity(made, hostname)
+            return Started(self._launch(vmm, config, made, become), plan.not_restored)
 
     @contextlib.contextmanager
     def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
         if snapshot is None:
             yield None
             return
-        with template.opened(snapshot.image, snapshot.digest, self.instances.watchers()) as ram:
-            yield Restore(ram, snapshot.state)
+        holders = self.instances.watchers()
+        with template.opened(snapshot.image, snapshot.digest, holders, preload=snapshot.preload) as ram:
+            yield Restore(ram, snapshot.state, snapshot.lock)
 
-    def _launch(self, vmm: Vmm, config: VmConfig, record: Record) -> Record:
+    def _launch(self, vmm: Vmm, config: VmConfig, record: Record, become: identity.Wanted | None = None) -> Record:
         files = self.instances.files(record)
         try:
             began = time.monotonic()
@@ -232,7 +245,7 @@ class Runtime:
                 running = vmm.start(replace(config, network=link.network, regions=shared), files)
                 link.settle()
             timings = {**record.timings, **running.timings}
-            return self.instances.save(
+            record = self.instances.save(
                 replace(
                     record,
                     process=running.vmm,
@@ -240,14 +253,31 @@ class Runtime:
                     started=now(),
                     start_ms=ms_since(began),
                     timings=timings,
+                    link_down=become is not None and become.renew_link,
                 )
             )
+            return record if become is None else self._become(record, become)
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
             if (left := watch.find(files)) is not None:
                 left.vmm.kill()
                 left.watcher.wait(5.0)
             raise
+
+    def become(self, record: Record) -> Record:
+        """Makes a clone itself that has just begun to run and was parked before (under its lock). Returns its record."""
+        wanted = _identity(record, None)
+        if wanted.renew_link:
+            record = self.instances.save(replace(record, link_down=True))
+        return self._become(record, wanted)
+
+    def _become(self, record: Record, wanted: identity.Wanted) -> Record:
+        # The guest runs already; only our answer waits for it.
+        began = time.monotonic()
+        with self.instances.control(record) as control:
+            done = identity.become(control, self.instances.files(record), wanted, port=record.machine.agent)
+        timings = {**record.timings, "identity": ms_since(began)}
+        return self.instances.save(replace(record, identity=done, link_down=False, timings=timings))
 
     def gate(self, options: RunOptions) -> Gate:
         """What a pull for a start asks before the bulk comes: why the RAM snapshot is left aside; None: it is needed.
@@ -322,7 +352,7 @@ class Runtime:
                     compat.machine_of(control.header),
                     reason,
                     layers,
-                    _Snapshot(digest, image, control.state),
+                    _Snapshot(digest, image, control.state, ram.mlock_required, ram.preload_hint),
                     None,
                     network.choose(options.network, state=compat.network_of(control.header), ports=options.ports),
                 )
@@ -360,6 +390,8 @@ class Runtime:
                 replace(
                     newest,
                     ram_image=None,
+                    identity=None,
+                    memory_locked=False,
                     restart=count,
                     stop_requested=False,
                     pausing=False,
@@ -451,7 +483,7 @@ class Runtime:
         """Ends a VM at once. Its disks are as after a power failure."""
         self.break_off(record)
         with self.instances.locked(record) as newest:
-            self._end(newest)
+            self.end(newest)
 
     def _note_stop(self, record: Record, *, going: bool = False) -> Record:
         try:
@@ -462,7 +494,8 @@ class Runtime:
                 raise
             return record
 
-    def _end(self, record: Record, *, going: bool = False) -> None:
+    def end(self, record: Record, *, going: bool = False) -> None:
+        """Ends the VM of an instance at once (under its lock); *going*: the instance is removed then."""
         running = record.process
         if running is None or not running.alive():
             return
@@ -505,7 +538,7 @@ class Runtime:
             # A start holds the lock: one that is "starting" under it was broken off.
             if state is not State.STARTING:
                 after(state, call, newest.name)
-                self._end(newest, going=True)
+                self.end(newest, going=True)
             self.instances.remove(newest)
 
     def pause(self, record: Record) -> Record:
@@ -567,18 +600,20 @@ def _why_cold(
     ramsnap.check_codecs(control, ram.compression)
     ramheader.check_belongs(header, manifest, disk_size)
     compat.require_shape(header, memory=options.memory, vcpus=options.vcpus)
-    attachments.require_none(options.volumes, options.seed)
-    why = compat.why_not(vmm, header, accel)
+    attachments.require_none(options.volumes, options.seed, agent=header.device("virtio-serial") is not None)
+    if options.keep_identity and options.seed is not None and options.seed.hostname is not None:
+        raise UsageError("a guest that keeps its identity gets no host name", hint="leave out one of the two")
+    why, unlocked = compat.why_not(vmm, header, accel), None
     if why is None:
         why = network.why_not(options.network, compat.network_of(header))
     if why is None and ram.mlock_required:
-        why = "its memory must be locked (mlock_required), which this version does not do"
+        why = unlocked = locking.why_not(header.memory)
     if why is None and manifest.bootstrap is not None:
         why = "its bootstrap config was on a disk that cannot be made again with the same bytes"
     if why is not None and options.restore is RestorePolicy.REQUIRE:
         raise SnapshotIncompatible(
             f"the RAM snapshot cannot be restored: {why}",
-            hint="with --restore=auto it boots from the disk instead",
+            hint="with --restore=auto it boots from the disk instead" if unlocked is None else locking.HINT,
             rule="RAM-50",
         )
     return why
@@ -588,6 +623,17 @@ def _check_supported(artifact: Artifact) -> None:
     manifest = artifact.manifest
     if manifest.kernel is None and not manifest.disk_layers:
         raise InputError(f"{manifest.name} has neither a kernel nor a disk to boot from", rule="BIN-3")
+
+
+def _identity(record: Record, hostname: str | None) -> identity.Wanted:
+    return identity.Wanted(
+        hostname or bootstrap.host_name(record.name, record.id),
+        # as systemd makes that of a VM that boots: of the machine's UUID, which is the instance's
+        record.id.replace("-", ""),
+        asked=hostname is not None,
+        # a user network gives every VM the same address, and no other VM is in it
+        renew_link=record.network.kind in (network.Kind.TAP, network.Kind.BRIDGE, network.Kind.NETNS),
+    )
 
 
 def _new_mac() -> str:

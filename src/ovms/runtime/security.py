@@ -52,6 +52,7 @@ def in_force(record: Record) -> dict[str, Any]:
             "own_root": namespaces[Namespace.MOUNT.proc_name] and record.jail.own_root,
             "limits": _limits(directory),
             "cgroups": _cgroups(record),
+            "memory": {"required": record.memory_locked, "locked_bytes": _locked(record)},
             "missing": _missing(record, namespaces),
         }
     except (OSError, KeyError, ValueError) as exc:
@@ -83,11 +84,18 @@ def _limits(directory: Path) -> dict[str, int | None]:
     return answer
 
 
+def _locked(record: Record) -> int:
+    # of what it was restored from: its watcher has that locked
+    if record.watcher is None or not record.watcher.alive():
+        return 0
+    return int(_status(Path(f"/proc/{record.watcher.pid}"))["VmLck"].split()[0]) * 1024
+
+
 def _cgroups(record: Record) -> list[dict[str, Any]]:
     answer = []
     for procs in record.jail.cgroups:
         group: dict[str, Any] = {"path": str(procs.parent)}
-        for name in ("memory.max", "memory.limit_in_bytes", "pids.max"):
+        for name in ("memory.max", "memory.limit_in_bytes", "memory.swap.max", "memory.swappiness", "pids.max"):
             try:
                 group[name] = (procs.parent / name).read_text().strip()
             except OSError:

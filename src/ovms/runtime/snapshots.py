@@ -5,33 +5,38 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
-from ovms.errors import OvmsError
+from ovms.errors import OvmsError, StateConflict
 from ovms.lazy import dataclass
-from ovms.memory import capture, chain, compat, snapshot, template
+from ovms.memory import capture, chain, compat, content, snapshot, template
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks, jail
 from ovms.runtime.record import Record, Still
 from ovms.runtime.runtime import Runtime
+from ovms.runtime.scrub import Scrubbed
 from ovms.spec import ramsnap
+from ovms.spec.choices import Leave
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
-from ovms.spec.states import Call, after
+from ovms.spec.states import Call, State, after
 from ovms.vmm.capabilities import require_snapshots
+from ovms.vmm.qemu.binary import Cache
 
 
 @dataclass(frozen=True)
 class Taken:
     """A snapshot in the store. ``downtime_ms`` is how long the guest stood still; ``ram_size`` the blob's bytes.
 
-    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets.
+    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets. ``reseeds``: whether the guest's kernel makes random
+    numbers of its own in each clone (None: that can't be told). ``scrubbed``: what a scrub made of the memory.
     """
 
     artifact: model.Artifact
@@ -39,23 +44,54 @@ class Taken:
     ram_size: int
     user_data: bool = False
     parents: int = 0
+    reseeds: bool | None = None
+    scrubbed: Scrubbed | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What of it is told, as a JSON object."""
+        return {
+            "snapshot_ref": self.artifact.digest,
+            "size": self.artifact.size,
+            "ram_bytes": self.ram_size,
+            "parents": self.parents,
+            "downtime_ms": self.downtime_ms,
+            "reseeds": self.reseeds,
+            "scrubbed": None if self.scrubbed is None else asdict(self.scrubbed),
+        }
 
 
 #: What was taken while the VM stood still: its device state and its memory.
 _Frozen = disks.Frozen[tuple[bytes, capture.Capture]]
 
 
-def take(runtime: Runtime, record: Record, name: Reference | None, progress: Progress = NULL) -> Taken:
-    """Takes a snapshot of a running instance, which goes on, and lets *name* stand for it in the store.
+def take(
+    runtime: Runtime,
+    record: Record,
+    name: Reference | None,
+    progress: Progress = NULL,
+    *,
+    leave: Leave = Leave.RUNNING,
+    scrub: bool = False,
+) -> Taken:
+    """Takes a snapshot of a running instance, and lets *name* stand for it in the store.
+
+    *leave* is what the instance does then: what is to be paused or stopped does not run on after the moment of the snapshot, and
+    goes on where that fails. With *scrub* the guest's agent makes its memory small before (:mod:`ovms.runtime.scrub`).
 
     Raises:
         StateConflict: the instance does not run.
+        AgentUnavailable, GuestError, ResourceError: it cannot be scrubbed; nothing was done.
         DiskFull: said before the guest is paused, wherever the need is known.
         VmmError, HostError: the VMM or the host refused; the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
     # before the lock, which a start may hold for long
     after(instances.status(record).state, Call.SNAPSHOT, record.name)
+    before = zeroed = None
+    if scrub:
+        # else the guest would have worked for nothing
+        attachments.require_snapshot(record)
+        before, zeroed = _scrub(runtime, record)
     with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
@@ -81,15 +117,79 @@ def take(runtime: Runtime, record: Record, name: Reference | None, progress: Pro
                 copy = capture.take(control.ram(), memory.fileno(), room)
                 return state, scratch.enter_context(contextlib.closing(copy))
 
-            frozen: _Frozen = disks.freeze(instances, newest, control, look)
-        parts, document, size = _add_parts(runtime, frozen, source, progress)
-        artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
-        if name is not None:
-            layout.set_name(str(name), artifact.image.descriptor())
-        copy = frozen.seen[1]
-        if copy.shared:
-            instances.save(replace(frozen.record, still=Still(os.fstat(copy.fd).st_ino, artifact.digest)))
-        return Taken(artifact, frozen.downtime_ms, size, newest.user_data, len(parts.ram_snapshots) - 1)
+            frozen: _Frozen = disks.freeze(instances, newest, control, look, hold=leave is not Leave.RUNNING)
+        with _left(runtime, frozen.record, leave):
+            copy, done = frozen.seen[1], None
+            if before is not None:
+                copy.finish()  # a diff has only what was written
+                done = Scrubbed(before, content.nonzero(copy.fd, newest.machine.memory), bool(zeroed))
+            parts, document, size = _add_parts(runtime, frozen, source, progress)
+            artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
+            if name is not None:
+                layout.set_name(str(name), artifact.image.descriptor())
+            if copy.shared:
+                still = Still(os.fstat(copy.fd).st_ino, artifact.digest)
+                instances.save(replace(instances.newest(newest) or frozen.record, still=still))
+        parents = len(parts.ram_snapshots) - 1
+        taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, parents, scrubbed=done)
+    return replace(taken, reseeds=_reseeds(runtime, source))
+
+
+def _scrub(runtime: Runtime, record: Record) -> tuple[int, bool]:
+    from ovms.runtime import scrub
+
+    if runtime.instances.status(record).state is State.PAUSED:
+        raise StateConflict(
+            f"the instance {record.name} is paused, and its agent can do nothing",
+            hint="'ovm resume' it first, or leave out --scrub",
+            instance=record.name,
+        )
+    # an agent that is not there is told before anything is read
+    scrub.check(runtime.instances, record)
+    before = scrub.measure(runtime.instances, record)
+    return before, scrub.scrub(runtime.instances, record)
+
+
+@contextlib.contextmanager
+def _left(runtime: Runtime, record: Record, leave: Leave) -> Iterator[None]:
+    # A VM that is held goes on, unless all is well (under its lock).
+    if leave is Leave.RUNNING:
+        yield
+        return
+    instances = runtime.instances
+    try:
+        yield
+    except BaseException:
+        if record.pausing:
+            with instances.control(record) as control:
+                control.resume()
+            instances.save(replace(record, pausing=False))
+        raise
+    if leave is Leave.STOPPED:
+        runtime.end(record)
+        ended = instances.newest(record)
+        if ended is not None:
+            instances.save(replace(ended, pausing=False))
+    else:
+        instances.save(replace(instances.newest(record) or record, pausing=False, paused=True))
+
+
+def _reseeds(runtime: Runtime, source: model.Artifact) -> bool | None:
+    kernel = source.manifest.kernel
+    if kernel is None:
+        return None
+    from ovms.artifact import reseeding
+
+    digest = Digest(kernel.ref)
+    cache = Cache(runtime.root.cache / "kernels.json")
+    known = cache.get(digest, reseeding.STAMP)
+    if known is None:
+        # the snapshot is there already: nothing here may take it back
+        with contextlib.suppress(OvmsError), fsutil.open_input(runtime.layout.path(digest), "the kernel") as file:
+            known = {"reseeds": reseeding.reseeds(file.fileno())}
+            cache.put(digest, reseeding.STAMP, known)
+    answer = known.get("reseeds") if isinstance(known, dict) else None
+    return answer if isinstance(answer, bool) else None
 
 
 def _add_parts(

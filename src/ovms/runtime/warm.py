@@ -109,15 +109,18 @@ class _Pool:
 class Handed:
     """An instance that runs. :meth:`finish` writes down what had no time before, and lets go of its lock."""
 
-    def __init__(self, runtime: Runtime, record: Record, held: contextlib.ExitStack) -> None:
+    def __init__(self, runtime: Runtime, record: Record, held: contextlib.ExitStack, *, keep_identity: bool) -> None:
         self.record = record
+        self._keep_identity = keep_identity
         self._runtime = runtime
         self._held = held
 
     def finish(self) -> None:
         """To be called once, after the caller has been answered."""
         with self._held, contextlib.suppress(OvmsError):
-            self._runtime.instances.save(self.record)
+            record = self._runtime.instances.save(self.record)
+            if not self._keep_identity:
+                self._runtime.become(record)
 
 
 class Pools:
@@ -310,7 +313,7 @@ class Pools:
             ready_ms = round((time.monotonic() - began) * 1000, 2)
             pool.handed_out += 1
             record = replace(record, pausing=False, start_ms=ready_ms, timings={"resume": ready_ms})
-            return Handed(self._runtime, record, held.pop_all())
+            return Handed(self._runtime, record, held.pop_all(), keep_identity=options.keep_identity)
 
     def _forward(self, parked: _Parked, ports: tuple[PortForward, ...]) -> None:
         record = parked.record
@@ -475,7 +478,7 @@ def _kill(record: Record) -> None:
 
 def _plain(options: RunOptions) -> bool:
     # one that asks for nothing which is settled when a clone is spawned
-    asked = replace(options, name=None, remove_on_exit=False, ports=(), restore=RestorePolicy.AUTO)
+    asked = replace(options, name=None, remove_on_exit=False, ports=(), restore=RestorePolicy.AUTO, keep_identity=False)
     return asked == RunOptions() and options.restore is not RestorePolicy.NEVER
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
 from ovms.lazy import dataclass, regex
 from ovms.spec import limits, sizes, strictjson
-from ovms.spec.choices import Accel, RestorePolicy
+from ovms.spec.choices import Accel, Leave, RestorePolicy
 from ovms.spec.document import Reader, kind_of, shown
 
 JSON: Final = "application/json"
@@ -68,7 +68,8 @@ OPERATIONS: Final = (
     Operation(
         "POST", "/snapshot", "snapshot", "SnapshotRequest", "SnapshotResult", JSON,
         (*_BODY, "reference-invalid", *_INSTANCE, *_STATE, "unsupported", "registry-error", "registry-unreachable",
-         "registry-denied", "registry-protocol", "store-corrupt", "disk-full", "host", *_VMM, *_FAULT),
+         "registry-denied", "registry-protocol", "store-corrupt", "resource", "disk-full", "host", "agent-unavailable",
+         "guest-failed", "guest-timeout", *_VMM, *_FAULT),
     ),
     Operation("POST", "/inject", "inject", "InjectRequest", "OperationResult", JSON,
               (*_BODY, *_INSTANCE, "not-found", *_STATE, *_FAULT)),
@@ -198,6 +199,7 @@ class Overrides:
     accel: Accel | None = None
     restore: RestorePolicy = RestorePolicy.AUTO
     remove_on_exit: bool = False
+    keep_identity: bool = False
     bootstrap: Mapping[str, Any] | None = None
 
 
@@ -267,17 +269,23 @@ class RemoveRequest:
 
 @dataclass(frozen=True)
 class SnapshotRequest:
-    """``POST /snapshot``; ``tag`` is the reference that the snapshot gets, in a registry where it names one."""
+    """``POST /snapshot``; ``tag`` is the reference that the snapshot gets, in a registry where it names one.
+
+    ``leave`` is what the instance does then; ``scrub``: its guest's agent makes its memory small before.
+    """
 
     instance_id: str
     tag: str | None = None
+    leave: Leave = Leave.RUNNING
+    scrub: bool = False
 
     @classmethod
     def from_json(cls, document: Any) -> SnapshotRequest:
         """Raises InputError (every problem, by JSON path)."""
         problems: list[Problem] = []
         top = _top(document, problems)
-        return _checked(problems, cls(_instance_id(top), top.string("tag")))
+        leave = top.choice("leave", Leave) or Leave.RUNNING
+        return _checked(problems, cls(_instance_id(top), top.string("tag"), leave, top.boolean("scrub", False)))
 
 
 @dataclass(frozen=True)
@@ -426,6 +434,7 @@ def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:
         accel=item.choice("accel", Accel),
         restore=item.choice("restore", RestorePolicy, rule="RUN-9") or RestorePolicy.AUTO,
         remove_on_exit=item.boolean("remove_on_exit", False),
+        keep_identity=item.boolean("keep_identity", False),
         bootstrap=None if bootstrap is None else bootstrap.value,
     )
 

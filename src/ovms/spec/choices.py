@@ -1,4 +1,4 @@
-"""What a caller may choose when an instance is started."""
+"""What a caller may choose when an instance is started, or a snapshot taken of it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ class RestorePolicy(StrEnum):
     REQUIRE = "require"
     #: Leave it aside.
     NEVER = "never"
+
+
+class Leave(StrEnum):
+    """What an instance does after a snapshot of it (RUN-13)."""
+
+    #: What it did before.
+    RUNNING = "running"
+    #: It stands still, at the moment of the snapshot.
+    PAUSED = "paused"
+    #: It was ended at that moment.
+    STOPPED = "stopped"

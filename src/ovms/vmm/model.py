@@ -160,11 +160,12 @@ class Restore:
     """What a VM is restored from: its memory, in an open file of exactly the machine's size, and its device state.
 
     ``ram`` is the descriptor of a memfd that is sealed against writes; it is mapped privately. ``state`` is in the VMM's
-    own form.
+    own form. With ``lock`` none of that memory is swapped out as long as the VM lives.
     """
 
     ram: int
     state: bytes
+    lock: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class Control(Protocol):
     def figures(self) -> Mapping[str, int]:
         """What the guest has moved so far: ``disk_read_bytes``, ``disk_written_bytes``, … as far as the VMM counts it."""
 
+    def set_link(self, up: bool) -> None:
+        """Plugs the network card's cable in, or out."""
+
     def agent_listens(self) -> bool:
         """Whether the guest has opened the port for its agent."""
 

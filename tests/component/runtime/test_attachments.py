@@ -164,7 +164,7 @@ def test_a_seed_is_known_of_before_there_is_a_vm(
 ) -> None:
     noted: list[Record] = []
 
-    def launch(vmm: object, config: VmConfig, record: Record) -> Record:
+    def launch(vmm: object, config: VmConfig, record: Record, become: object) -> Record:
         noted.append(runtime.instances.find(record.id))
         raise KeyboardInterrupt
 

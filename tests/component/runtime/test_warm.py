@@ -28,6 +28,7 @@ from ovms.errors import (
 from ovms.oci.collector import Options, collect
 from ovms.oci.reference import Reference
 from ovms.runtime import snapshots, warm
+from ovms.runtime.identity import Identity
 from ovms.runtime.record import Record, StartKey
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.runtime.warm import Pools
@@ -97,7 +98,9 @@ def test_each_start_gets_a_clone_of_its_own(runtime: Runtime, snap: str, pools: 
     assert {record.id for record in runtime.instances.records()} == {first.id, second.id}
     for record in (first, second):
         newest = runtime.instances.find(record.id)
-        assert newest == record
+        # written down afterwards, when it has become itself
+        assert newest.identity == Identity(note="no agent runs in the guest")
+        assert replace(newest, identity=None, timings=record.timings) == record
         assert (newest.warm, newest.restored, newest.pausing) == (True, True, False)
         assert runtime.instances.status(newest).state is State.RUNNING
         assert newest.start_ms is not None
@@ -111,6 +114,13 @@ def test_each_start_gets_a_clone_of_its_own(runtime: Runtime, snap: str, pools: 
     assert more.artifact.manifest.ram_snapshot is not None
     runtime.kill(first)
     assert runtime.instances.status(runtime.instances.find(first.id)).state is State.STOPPED
+
+
+def test_who_wants_a_double_gets_one_from_a_pool_too(runtime: Runtime, snap: str, pools: Pools) -> None:
+    fill(pools, snap, 1)
+    record = taken(pools, snap, replace(ANY, keep_identity=True))
+    assert record.warm
+    assert runtime.instances.find(record.id).identity is None
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,27 @@ def test_a_snapshot_is_restored(server: Server, running: str) -> None:
     post(server, "/remove", clone["instance_id"], force=True)
 
 
+@pytest.mark.spec("RUN-3", "RUN-13")
+def test_what_a_snapshot_leaves(server: Server, running: str) -> None:
+    console(server, running).wait_for("READY")
+    taken = post(server, "/snapshot", running, tag="echo:left", leave="paused")
+    assert (taken["reseeds"], taken["scrubbed"]) == (None, None)  # the echo guest is no Linux
+    assert server.state(running) == "paused"
+    refused = server.call("POST", "/snapshot", {"instance_id": running, "leave": "gone"})
+    assert (refused.status, refused.json["code"]) == (400, "invalid-input")
+    post(server, "/resume", running)
+    refused = server.call("POST", "/snapshot", {"instance_id": running, "scrub": True})
+    assert (refused.status, refused.json["code"]) == (503, "agent-unavailable")
+    assert refused.json["hint"]
+    assert server.state(running) == "running"
+    post(server, "/snapshot", running, leave="stopped")
+    assert server.state(running) == "stopped"
+    clone = server.post("/start", {"manifest": "echo:left", "overrides": {"keep_identity": True, "accel": "tcg"}})
+    document = server.wait(clone["instance_id"], "running")
+    assert (document["restored"], document["identity"], document["memory_locked"]) == (True, None, False)
+    post(server, "/remove", clone["instance_id"], force=True)
+
+
 @pytest.mark.spec("RUN-16")
 def test_logs(server: Server, running: str) -> None:
     console(server, running).wait_for("READY")

@@ -520,13 +520,15 @@ def test_what_the_schemas_ask_for_changes_on_purpose_only(golden: Any) -> None:
 
 
 def test_the_choices_of_the_contract_are_the_code_s() -> None:
-    from ovms.spec.choices import Accel, RestorePolicy
+    from ovms.spec.choices import Accel, Leave, RestorePolicy
     from ovms.spec.states import State
 
     found = dict(keywords(document(OPENAPI)))
     assert found[f"{_SCHEMA}/Overrides/properties/accel/enum"] == list(Accel)
     assert found[f"{_SCHEMA}/Overrides/properties/restore/enum"] == list(RestorePolicy)
     assert found[f"{_SCHEMA}/Overrides/properties/restore/default"] == api.Overrides().restore
+    assert found[f"{_SCHEMA}/SnapshotRequest/properties/leave/enum"] == list(Leave)
+    assert found[f"{_SCHEMA}/SnapshotRequest/properties/leave/default"] == api.SnapshotRequest("x").leave
     assert found[f"{_SCHEMA}/State/enum"] == list(State)
     assert found[f"{_SCHEMA}/Port/properties/protocol/enum"] == list(api.Protocol)
     port = api.Port(1)

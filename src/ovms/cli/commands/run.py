@@ -73,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="public keys that may log in as the guest's first user; may be repeated",
     )
-    told.add_argument("--hostname", metavar="NAME", help="the guest's host name (default: the instance's name)")
+    told.add_argument(
+        "--hostname",
+        metavar="NAME",
+        help="the guest's host name (default: the instance's name); also for a restored guest that has an agent",
+    )
     parser.add_argument("--rm", action="store_true", help="remove the instance when it has ended")
     restore = parser.add_mutually_exclusive_group()
     restore.add_argument(
@@ -84,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     restore.add_argument(
         "--cold", dest="restore", action="store_const", const="never", help="the same as --restore=never"
+    )
+    parser.add_argument(
+        "--keep-identity",
+        action="store_true",
+        help="a restored guest keeps the clock, host name, machine ID and addresses of the snapshot (default: its agent gives it"
+        " its own)",
     )
     parser.add_argument(
         "--pull", choices=("missing", "always", "never"), default="missing", help="when to pull (default: missing)"
@@ -125,7 +135,20 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 #: What the runtime contract can say of a start; with any other option, this process does it, beside the server.
 _CONTRACT = frozenset(
-    {"reference", "detach", "interactive", "json", "name", "memory", "cpus", "publish", "rm", "restore", "accel"}
+    {
+        "reference",
+        "detach",
+        "interactive",
+        "json",
+        "name",
+        "memory",
+        "cpus",
+        "publish",
+        "rm",
+        "restore",
+        "accel",
+        "keep_identity",
+    }
 )
 
 
@@ -162,6 +185,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
         "accel": args.accel,
         "restore": args.restore,
         "remove_on_exit": args.rm or None,
+        "keep_identity": args.keep_identity or None,
     }
     if args.publish:
         from ovms.runtime import ports
@@ -206,6 +230,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         network=Wanted.parse(args.network),
         volumes=volumes.parse(args.volume),
         seed=_seed(args),
+        keep_identity=args.keep_identity,
     )
     runtime = context.runtime
     runtime.vmm(args.runtime)

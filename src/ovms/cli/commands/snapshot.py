@@ -1,6 +1,6 @@
 """Snapshot a running instance: memory, devices and disk, as an artifact that 'ovm run' restores.
 
-The instance goes on. With a name that has a registry in it, the artifact is pushed. A snapshot of an instance that was itself
+The instance goes on, unless it is to be paused or stopped. With a name that has a registry in it, the artifact is pushed. A snapshot of an instance that was itself
 restored from one is a diff on that: it holds the pages that were written since, and its artifact the blobs of the others, too.
 
 'ovm snapshot flatten REF' makes an artifact with the whole memory in one blob of what is a chain of diffs. (With one word after
@@ -26,13 +26,30 @@ _FLATTEN: Final = "flatten"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.usage = (
-        "ovm snapshot [-h] [--json] INSTANCE -t NAME[:TAG] [--no-push] [--tls-verify true|false]\n"
+        "ovm snapshot [-h] [--json] INSTANCE -t NAME[:TAG] [--pause|--stop] [--scrub] [--no-push] [--tls-verify true|false]\n"
         "       ovm snapshot flatten REF [-t NAME[:TAG]] [--no-push] [--tls-verify true|false]"
     )
     parser.add_argument("instance", metavar="INSTANCE", help="a name, an ID, or the first digits of one")
     parser.add_argument("reference", metavar="flatten REF", nargs="?", help="an artifact with a RAM snapshot")
     parser.add_argument(
         "-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact; what is flattened needs none"
+    )
+    leave = parser.add_mutually_exclusive_group()
+    leave.add_argument(
+        "--pause",
+        dest="leave",
+        action="store_const",
+        const="paused",
+        help="leave it paused, at the moment of the snapshot",
+    )
+    leave.add_argument(
+        "--stop", dest="leave", action="store_const", const="stopped", help="end it at the moment of the snapshot"
+    )
+    parser.set_defaults(leave="running")
+    parser.add_argument(
+        "--scrub",
+        action="store_true",
+        help="before, let the guest's agent write out and drop its caches, and zero its free memory: a smaller snapshot",
     )
     parser.add_argument("--no-push", action="store_true", help="keep it in the local store only")
     values.add_tls_verify(parser)
@@ -47,6 +64,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
             f"there is one word too many: {args.reference[:80]!a}",
             hint="'ovm snapshot INSTANCE -t NAME', or 'ovm snapshot flatten REF'",
         )
+    if args.leave != "running" or args.scrub:
+        raise UsageError(
+            "--pause, --stop and --scrub are for instances", hint="'ovm snapshot flatten REF' has none of them"
+        )
     return _flatten(args, context)
 
 
@@ -55,6 +76,7 @@ def _take(args: argparse.Namespace, context: Context) -> int:
     from ovms.oci.reference import Reference
     from ovms.oci.transport import new_name
     from ovms.runtime import snapshots
+    from ovms.spec.choices import Leave
 
     if args.tag is None:
         raise UsageError(
@@ -65,7 +87,21 @@ def _take(args: argparse.Namespace, context: Context) -> int:
         raise UsageError(f"{name}: a new name has no digest", hint="leave out what follows '@'")
     name = new_name(args.tag)
     runtime = context.runtime
-    taken = snapshots.take(runtime, runtime.instances.find(args.instance), name, context.progress)
+    taken = snapshots.take(
+        runtime,
+        runtime.instances.find(args.instance),
+        name,
+        context.progress,
+        leave=Leave(args.leave),
+        scrub=args.scrub,
+    )
+    if taken.reseeds is False:
+        output.say(
+            "the guest's kernel does not notice that it was cloned (no CONFIG_VMGENID): clones may give the same random numbers for"
+            " a while"
+        )
+    if taken.scrubbed is not None and not taken.scrubbed.zeroed:
+        output.say("the guest dropped its caches, and could not zero its free memory")
     if taken.user_data:
         output.say("the guest was given user data: whoever has the snapshot can read what secrets are in its memory")
     pushed = name.registry is not None and not args.no_push
@@ -74,12 +110,8 @@ def _take(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         output.answer_json(
             {
-                "snapshot_ref": taken.artifact.digest,
+                **taken.to_json(),
                 "name": str(name),
-                "size": taken.artifact.size,
-                "ram_bytes": taken.ram_size,
-                "parents": taken.parents,
-                "downtime_ms": taken.downtime_ms,
                 "pushed": pushed,
                 "user_data": taken.user_data,
             }

@@ -245,14 +245,8 @@ class App:
 
         def work() -> dict[str, Any]:
             record = self._instances.find(request.instance_id)
-            taken = snapshots.take(self._runtime, record, name)
-            answer: dict[str, Any] = {
-                "snapshot_ref": taken.artifact.digest,
-                "downtime_ms": taken.downtime_ms,
-                "pushed": False,
-                "size": taken.artifact.size,
-                "ram_bytes": taken.ram_size,
-            }
+            taken = snapshots.take(self._runtime, record, name, leave=request.leave, scrub=request.scrub)
+            answer: dict[str, Any] = {**taken.to_json(), "pushed": False}
             if name is not None:
                 answer["reference"] = str(name)
                 if name.registry is not None:
@@ -442,6 +436,7 @@ def _options(overrides: api.Overrides) -> RunOptions:
         accel=overrides.accel,
         restore=overrides.restore,
         remove_on_exit=overrides.remove_on_exit,
+        keep_identity=overrides.keep_identity,
     )
 
 

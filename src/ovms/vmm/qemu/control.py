@@ -71,6 +71,10 @@ class QemuControl:
                     totals[name] += value if isinstance(value, int) and value >= 0 else 0
         return totals
 
+    def set_link(self, up: bool) -> None:
+        """See :class:`~ovms.vmm.protocol.Control`."""
+        self._qmp.execute("set_link", {"name": cmdline.NIC_ID, "up": up})
+
     def agent_listens(self) -> bool:
         """See :class:`~ovms.vmm.protocol.Control`."""
         answer = self._qmp.execute("query-chardev")

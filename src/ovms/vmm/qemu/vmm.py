@@ -163,6 +163,7 @@ class QemuVmm:
                     *fds.regions,
                     *(disk.fd for disk in config.extras.volumes if disk.read_only),
                 ),
+                lock=fds.ram if config.restore is not None and config.restore.lock else None,
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,

@@ -49,6 +49,7 @@ class Launch:
         argv: its program (a path) and arguments.
         keep: descriptors that it inherits, under their numbers.
         hold: descriptors that the watcher keeps open, under their numbers.
+        lock: the one of those that is a file in memory, of which nothing may be swapped out.
         console, listen, events: our end of the console's socket pair, the socket for those who want it, and our end of a
             QMP channel.
         trees: files and directories of its own root, beside the system's: path there (no slash before it) → path here.
@@ -64,6 +65,7 @@ class Launch:
     listen: int
     events: int
     hold: Sequence[int] = ()
+    lock: int | None = None
     trees: Mapping[str, Path] = field(default_factory=dict)
     devices: Sequence[str] = ()
     read_only: Mapping[int, Path] = field(default_factory=dict)
@@ -141,6 +143,11 @@ def _read(answer: bytes, files: VmFiles) -> Watched:
     if len(words) == 3 and words[0] == "error":
         if words[1] == "exec":
             raise VmmError(f"the VMM cannot be executed: {os.strerror(int(words[2]))}")
+        if words[1] == "lock":
+            raise HostError(
+                f"the memory of the snapshot cannot be locked: {os.strerror(int(words[2]))}",
+                hint="'ovm doctor' tells the limit",
+            )
         raise JailRefused(words[1], int(words[2]))
     raise VmmError(f"the watcher of {files.directory} died")
 
@@ -155,6 +162,7 @@ def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStac
     words = [f"console={launch.console}", f"listen={launch.listen}", f"events={launch.events}", f"log-max={LOG_MAX}"]
     words += [f"keep={fd}" for fd in launch.keep]
     words += [f"hold={fd}" for fd in launch.hold]
+    words += [] if launch.lock is None else [f"lock={launch.lock}"]
 
     def inherit(path: Path, flags: int, mode: int = 0o600) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC, mode)

@@ -28,6 +28,7 @@
  *     log-max=BYTES          when console.log is this large, it becomes console.log.1
  *     keep=FD                inherited by the VMM (repeated)
  *     hold=FD                kept open by the watcher (repeated)
+ *     lock=FD                a file in memory: what there is of it is not swapped out as long as the watcher lives
  *     cgroup=FD              a cgroup.procs file that the VMM's number is written to (repeated)
  *     ns=MASK                CLONE_NEW* flags, a decimal number
  *     user=UID:GID           the user of the VMM, on the host
@@ -59,7 +60,7 @@ enum {
     SYS_prctl = 157, SYS_setrlimit = 160, SYS_mount = 165, SYS_umount2 = 166, SYS_sethostname = 170,
     SYS_clock_gettime = 228, SYS_exit_group = 231, SYS_openat = 257, SYS_mkdirat = 258, SYS_unlinkat = 263,
     SYS_renameat = 264, SYS_symlinkat = 266, SYS_accept4 = 288, SYS_dup3 = 292, SYS_getpid = 39, SYS_kill = 62,
-    SYS_sendto = 44, SYS_recvfrom = 45, SYS_fstat = 5, SYS_close_range = 436, SYS_mount_setattr = 442, SYS_umask = 95,
+    SYS_mmap = 9, SYS_munmap = 11, SYS_getrlimit = 97, SYS_mlock2 = 325, SYS_sendto = 44, SYS_recvfrom = 45, SYS_fstat = 5, SYS_close_range = 436, SYS_mount_setattr = 442, SYS_umask = 95,
 };
 
 static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
@@ -89,6 +90,12 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define O_NONBLOCK 04000
 #define SEEK_SET 0
 #define SEEK_END 2
+#define SEEK_DATA 3
+#define SEEK_HOLE 4
+#define PROT_READ 1
+#define MAP_PRIVATE 2
+#define MLOCK_ONFAULT 1
+#define RLIMIT_MEMLOCK 8
 #define EAGAIN 11
 #define EINTR 4
 #define EPERM 1
@@ -230,7 +237,7 @@ struct list { int count; int fd[MANY]; };
 struct maps { int count; struct mapping item[MANY]; };
 
 static struct {
-    int dir, console, listen, events, log, old, index, old_index, said, event_log;
+    int dir, console, listen, events, log, old, index, old_index, said, event_log, lock;
     u64 log_max, ns, uid, gid;
     int has_user, seccomp;
     char *root;
@@ -269,7 +276,7 @@ static int parse(char **words)
     static const struct { const char *name; int *to; } numbers[] = {
         {"dir", &o.dir}, {"console", &o.console}, {"listen", &o.listen}, {"events", &o.events}, {"log", &o.log},
         {"old", &o.old}, {"index", &o.index}, {"old-index", &o.old_index}, {"said", &o.said},
-        {"event-log", &o.event_log}, {"seccomp", &o.seccomp},
+        {"event-log", &o.event_log}, {"seccomp", &o.seccomp}, {"lock", &o.lock},
     };
     for (u64 i = 0; i < sizeof numbers / sizeof *numbers; i++)
         *numbers[i].to = -1;
@@ -817,6 +824,30 @@ static i64 map_user(i64 pid)
     return result;
 }
 
+static i64 locked;
+static u64 locked_size;
+
+/* Locks the pages that a file has. Its holes stay holes: whoever reads one fills it, so only what is data is touched. */
+static void lock_pages(int fd)
+{
+    u64 info[18];
+    must(sys(SYS_fstat, fd, info, 0, 0, 0), "lock");
+    locked_size = info[6]; /* st_size */
+    struct rlimit limit;
+    must(sys(SYS_getrlimit, RLIMIT_MEMLOCK, &limit, 0, 0, 0), "lock");
+    limit.soft = limit.hard;
+    must(sys(SYS_setrlimit, RLIMIT_MEMLOCK, &limit, 0, 0, 0), "lock");
+    /* private, and never written to: those are the file's own pages, and a sealed file is not mapped shared before 6.7 */
+    locked = sys6(SYS_mmap, 0, (i64)locked_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    must(locked > -4096 && locked < 0 ? locked : 0, "lock");
+    must(sys(SYS_mlock2, locked, locked_size, MLOCK_ONFAULT, 0, 0), "lock");
+    i64 start, end = 0;
+    while ((start = sys(SYS_lseek, fd, end, SEEK_DATA, 0, 0)) >= 0
+           && (end = sys(SYS_lseek, fd, start, SEEK_HOLE, 0, 0)) > start)
+        for (i64 at = start; at < end; at += 4096)
+            (void)*(volatile u8 *)(locked + at);
+}
+
 static void watch(char **environment)
 {
     int go[2], said[2];
@@ -824,6 +855,8 @@ static void watch(char **environment)
     must(sys(SYS_pipe2, said, O_CLOEXEC, 0, 0, 0), "pipe");
     i64 answer_to = sys(SYS_fcntl, 1, 1030 /* F_DUPFD_CLOEXEC */, 3, 0, 0);
     must(answer_to, "pipe");
+    if (o.lock >= 0)
+        lock_pages(o.lock);
     must(sys(SYS_pipe2, status_pipe, O_CLOEXEC, 0, 0, 0), "pipe");
 
     i64 vmm = sys(SYS_clone, o.ns | SIGCHLD, 0, 0, 0, 0);
@@ -885,6 +918,8 @@ static void watch(char **environment)
     if (copier == 0) {
         int own[] = {o.console, o.listen, o.events, o.log, o.old, o.index, o.old_index, o.said, o.event_log, said[0]};
         close_all_but(own, sizeof own / sizeof *own);
+        if (o.lock >= 0) /* a fork locks nothing, but has it mapped */
+            sys(SYS_munmap, locked, locked_size, 0, 0, 0);
         copy(said[0]);
     }
     struct text ok = {.used = 0};
