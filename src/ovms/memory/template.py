@@ -2,7 +2,8 @@
 
 QEMU before 8.2 opens its memory for writing even where it maps it privately, so a VMM that a guest has taken over could
 write to what later clones start from. Seals deny that, whoever holds the descriptor. All clones of a snapshot share one: the
-watcher of each keeps it open, and whoever starts another takes it from there. With the last clone it is gone.
+watcher of each keeps it open, and whoever starts another takes it from there. With the last clone it is gone. A VM that was
+snapshot after a boot goes on from the memory of its snapshot, and so has it, too: its clones need no unpacking.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from ovms import fsutil
 from ovms.errors import ResourceError
@@ -24,19 +25,31 @@ from ovms.vmm.model import TEMPLATE
 _POPULATE_READ: Final = 22
 
 
-@contextlib.contextmanager
-def opened(image: Path, digest: Digest, holders: Iterable[int], *, preload: bool = False) -> Iterator[int]:
-    """A descriptor of the sealed memory of the snapshot *digest*, whose unpacked memory is *image*.
+class Holder(NamedTuple):
+    """A process of ours (the watcher of a VM) that may have the memory of a snapshot already.
 
-    *holders* are processes of ours (watchers of running clones) that may have it already. A memfd is in memory once it is made;
-    with *preload* what of it was swapped out since is read in again, and none of its holes is filled.
+    ``inode``: of the memfd that is that memory, where its name does not say so: the one that was the VM's own, until it stood still.
+    """
+
+    pid: int
+    inode: int | None = None
+
+
+@contextlib.contextmanager
+def opened(
+    image: Callable[[], Path], size: int, digest: Digest, holders: Iterable[Holder], *, preload: bool = False
+) -> Iterator[int]:
+    """A descriptor of the sealed memory of the snapshot *digest*, of *size* bytes; *image* unpacks it where no holder has it.
+
+    A memfd is in memory once it is made; with *preload* what of it was swapped out since is read in again, and none of its holes
+    is filled.
 
     Raises:
         ResourceError: too little memory for it.
     """
-    fd = _from_holder(digest, image.stat().st_size, holders)
+    fd = find(digest, size, holders)
     if fd is None:
-        fd = _make(image, digest)
+        fd = _make(image(), digest)
     try:
         if preload:
             _read_in(fd)
@@ -70,16 +83,19 @@ def digest_of(fd: int) -> Digest | None:
     return parse_digest(digest) if is_digest(digest) else None
 
 
-def _from_holder(digest: Digest, size: int, holders: Iterable[int]) -> int | None:
+def find(digest: Digest, size: int, holders: Iterable[Holder]) -> int | None:
+    """A descriptor of it, from whoever has it; None where nobody has."""
     wanted = f"/memfd:{_name(digest)} (deleted)"
-    for pid in holders:
+    for pid, inode in holders:
         try:
             entries = list(Path(f"/proc/{pid}/fd").iterdir())
         except OSError:
             continue  # it has ended meanwhile
         for entry in entries:
             with contextlib.suppress(OSError):
-                if str(entry.readlink()) == wanted:
+                name = str(entry.readlink())
+                own = inode is not None and name.startswith(f"/memfd:{TEMPLATE}:") and entry.stat().st_ino == inode
+                if name == wanted or own:
                     fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
                     if sealing.is_sealed(fd) and os.fstat(fd).st_size == size:
                         return fd

@@ -19,11 +19,13 @@ from typing import Final
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
 from ovms.lazy import dataclass, regex
+from ovms.memory.template import Holder
 from ovms.oci.collector import Needs
 from ovms.runtime import cgroups, names, network, workload
 from ovms.runtime.record import FILE, Record, load, save
 from ovms.runtime.root import Root
 from ovms.spec import api
+from ovms.spec.digest import Digest
 from ovms.spec.states import State
 from ovms.vmm import watch
 from ovms.vmm.model import Ending, VmFiles
@@ -214,9 +216,16 @@ class Instances:
         }
         return Needs(frozenset(record.digest for record in records if record.digest is not None), frozenset(images))
 
-    def watchers(self) -> list[int]:
-        """The watchers of VMs that were restored: each holds the memory that its VM came from."""
-        return [record.watcher.pid for record in self.everyone() if record.restored and record.watcher is not None]
+    def holders(self, ram: Digest) -> list[Holder]:
+        """Who may hold the memory of the RAM snapshot *ram*: the watchers of its clones, and of the VM that it was taken of."""
+        found = []
+        for record in self.everyone():
+            if record.watcher is not None:
+                still = record.still is not None and record.still.ram == ram
+                if still or record.restored:
+                    inode = record.still.inode if still and record.still is not None else None
+                    found.append(Holder(record.watcher.pid, inode))
+        return found
 
     def users(self) -> set[int]:
         """The users that VMs of instances run as, or ran."""

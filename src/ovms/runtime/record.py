@@ -65,10 +65,14 @@ class StartKey:
 
 @dataclass(frozen=True)
 class Still:
-    """A VM's memory that stands still in a snapshot of it: the VM goes on on a private copy of the memfd of this *inode*."""
+    """A VM's memory that stands still in a snapshot of it: the VM goes on on a private copy of the memfd of this *inode*.
+
+    Of the VM that was snapshot, and of clones that came from that memfd. ``ram`` is the RAM snapshot's blob, in ``artifact``.
+    """
 
     inode: int
     artifact: Digest
+    ram: Digest
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Record:
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
     that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool. ``still`` is the first snapshot
-    of a VM that was booted.
+    of a VM that was booted, or what a clone of it came from.
 
     An instance has a record before its artifact is found: as long as it is not ``resolved``, ``machine`` is what was asked
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
@@ -231,7 +235,7 @@ class Record:
             warm=bool(value.get("warm", False)),
             still=None
             if (still := value.get("still")) is None
-            else Still(int(still["inode"]), parse_digest(still["artifact"])),
+            else Still(int(still["inode"]), parse_digest(still["artifact"]), parse_digest(still["ram"])),
         )
 
     def with_overlay(self) -> Record:

@@ -39,7 +39,7 @@ from ovms.runtime import attachments, cgroups, identity, jail, network, regions,
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
-from ovms.runtime.record import Record, Restart, overlay_name
+from ovms.runtime.record import Record, Restart, Still, overlay_name
 from ovms.runtime.root import Root
 from ovms.runtime.volumes import Volume
 from ovms.spec import bootstrap, limits, ramheader, ramsnap
@@ -112,7 +112,8 @@ class _Snapshot:
     """What is restored: the snapshot's blob, its unpacked memory, its device state; and whether the memory is locked, or read in."""
 
     digest: Digest
-    image: Path
+    size: int
+    image: Callable[[], Path]
     state: bytes
     lock: bool
     preload: bool
@@ -184,7 +185,7 @@ class Runtime:
                 ports=ports,
                 overlays=() if plan.machine.disk_size is None else (overlay_name(0),),
                 remove_on_exit=options.remove_on_exit,
-                ram_image=None if plan.restore is None else plan.restore.image,
+                ram_image=None if plan.restore is None else snapshot.image_of(self.layout, plan.restore.digest),
                 restart=options.restart,
                 network=plan.network,
                 jail=jail.plan(
@@ -207,8 +208,12 @@ class Runtime:
             if pending is None
             else self.instances.settle(pending, make) as bare,
             self._memory(plan.restore) as restore,
-            attachments.seeded(self.instances.directory(bare.id), bare, told) as (record, seed),
+            attachments.seeded(self.instances.directory(bare.id), bare, told) as (seeded, seed),
         ):
+            record = seeded
+            if plan.restore is not None and restore is not None and template.digest_of(restore.ram) is None:
+                inode = os.fstat(restore.ram).st_ino
+                record = replace(seeded, still=Still(inode, artifact.digest, plan.restore.digest))
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
@@ -230,8 +235,8 @@ class Runtime:
         if snapshot is None:
             yield None
             return
-        holders = self.instances.watchers()
-        with template.opened(snapshot.image, snapshot.digest, holders, preload=snapshot.preload) as ram:
+        holders = self.instances.holders(snapshot.digest)
+        with template.opened(snapshot.image, snapshot.size, snapshot.digest, holders, preload=snapshot.preload) as ram:
             yield Restore(ram, snapshot.state, snapshot.lock)
 
     def _launch(self, vmm: Vmm, config: VmConfig, record: Record, become: identity.Wanted | None = None) -> Record:
@@ -347,12 +352,21 @@ class Runtime:
                 ram_blobs = blobs_of(artifact.image, artifact.manifest)
                 absent.require_here(self.layout, artifact.digest, ram_blobs, f"{found.name} can't be restored")
                 chain.check(self.layout, digest, control, ram.parents)
-                image = snapshot.materialise(self.layout, digest, progress, compression=ram.compression)
+                size, compression = control.prefix.memory_size, ram.compression
+
+                def image() -> Path:
+                    return snapshot.materialise(self.layout, digest, progress, compression=compression)
+
+                held = template.find(digest, size, self.instances.holders(digest))
+                if held is None:
+                    image()  # what is wrong with it is told before anything exists
+                else:
+                    os.close(held)
                 return _Plan(
                     compat.machine_of(control.header),
                     reason,
                     layers,
-                    _Snapshot(digest, image, control.state, ram.mlock_required, ram.preload_hint),
+                    _Snapshot(digest, size, image, control.state, ram.mlock_required, ram.preload_hint),
                     None,
                     network.choose(options.network, state=compat.network_of(control.header), ports=options.ports),
                 )
@@ -390,6 +404,7 @@ class Runtime:
                 replace(
                     newest,
                     ram_image=None,
+                    still=None,
                     identity=None,
                     memory_locked=False,
                     restart=count,

@@ -128,7 +128,8 @@ def take(
             if name is not None:
                 layout.set_name(str(name), artifact.image.descriptor())
             if copy.shared:
-                still = Still(os.fstat(copy.fd).st_ino, artifact.digest)
+                newest_ram = Digest(parts.ram_snapshots[-1].digest)
+                still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram)
                 instances.save(replace(instances.newest(newest) or frozen.record, still=still))
         parents = len(parts.ram_snapshots) - 1
         taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, parents, scrubbed=done)

@@ -215,7 +215,7 @@ def test_a_vm_that_is_started_again_has_another_memory(runtime: Runtime, booted:
     again = runtime.start_again(runtime.instances.find(booted.id))
     console(runtime, again).wait_for("READY")
     assert console(runtime, again).ping() == 1
-    assert again.still is not None, "which is of the one before"
+    assert again.still is None, "it was of the one before"
     # also where its memory stands still, and nobody could note in which snapshot
     patch = pytest.MonkeyPatch()
     patch.setattr(snapshot, "store", lambda *_, **__: (_ for _ in ()).throw(VmmError("no")))
@@ -471,3 +471,33 @@ def test_a_clones_pages_are_copied_while_it_is_paused_and_its_disk_is_a_layer(
     taken = take(runtime, record, "echo:b")
     assert len(taken.artifact.manifest.disk_layers) == before + 1
     assert hmp(runtime, record, "info status").strip().endswith("running")
+
+
+def test_clones_of_a_vm_that_lives_share_its_memory_and_unpack_nothing(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = runtime.start(echo, RunOptions(memory=MEMORY, accel=Accel.TCG)).record
+    console(runtime, running).wait_for("READY")
+    assert console(runtime, running).ping() == 1
+    take(runtime, running, "echo:snap")
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("nothing has to be unpacked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "materialise", fail)
+        clones = [runtime.start(find(runtime.layout, "echo:snap"), RESTORE).record for _ in range(2)]
+    assert console(runtime, running).ping() == 2
+    assert [console(runtime, clone).ping() for clone in clones] == [2, 2]
+    files = []
+    for record in (running, *clones):
+        with runtime.instances.control(runtime.instances.find(record.id)) as control:
+            files.append(control.ram().file.stat().st_ino)
+    assert len(set(files)) == 1
+    # a clone's snapshot is a diff on what it came from, and is restored when its parent's VM is gone
+    taken = take(runtime, clones[0], "echo:again")
+    assert taken.parents == 1
+    for record in (running, *clones):
+        runtime.remove(runtime.instances.find(record.id), force=True)
+    again = runtime.start(find(runtime.layout, "echo:again"), RESTORE).record
+    assert console(runtime, again).ping() == 3

@@ -24,6 +24,7 @@ import pytest
 from ovms import fsutil
 from ovms.errors import VmmError
 from ovms.memory import template
+from ovms.memory.template import Holder
 from ovms.process import ProcessId
 from ovms.runtime import jail as jails
 from ovms.spec.digest import of_bytes
@@ -414,7 +415,7 @@ def test_it_does_not_get_out(tmp_path: Path, jail: Jail) -> None:
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.socket(socket.AF_UNIX) as abstract,
         layer.open("rb") as opened,
-        template.opened(image, of_bytes(b"x"), ()) as memory,
+        template.opened(lambda: image, image.stat().st_size, of_bytes(b"x"), ()) as memory,
     ):
         port = server.getsockname()[1]
         abstract.bind(f"\0ovms-test-{port}")
@@ -495,14 +496,24 @@ def test_a_jail_that_cannot_be_made_is_said_and_leaves_nothing(tmp_path: Path, j
 def test_a_template_is_shared_by_those_who_hold_it(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"memory" * 4096)
-    digest = of_bytes(b"snapshot")
+    digest, size = of_bytes(b"snapshot"), image.stat().st_size
+
+    def unwanted() -> Path:
+        raise AssertionError("it is there")
+
     with (
-        template.opened(image, digest, ()) as first,
+        template.opened(lambda: image, size, digest, ()) as first,
         started(tmp_path / "vm", ["/bin/sleep", "60"], hold=(first,)) as vm,
     ):
         inode = os.fstat(first).st_ino
-        with template.opened(image, digest, (1, vm.watched.watcher.pid)) as second:
+        pid = vm.watched.watcher.pid
+        with template.opened(unwanted, size, digest, (Holder(1), Holder(pid))) as second:
             assert os.fstat(second).st_ino == inode
-        with template.opened(image, of_bytes(b"another"), (vm.watched.watcher.pid,)) as other:
+        other_digest = of_bytes(b"another")
+        with template.opened(lambda: image, size, other_digest, (Holder(pid), Holder(pid, inode + 1))) as other:
             assert os.fstat(other).st_ino != inode
+        with template.opened(unwanted, size, other_digest, (Holder(pid, inode),)) as same:
+            assert os.fstat(same).st_ino == inode
+        with template.opened(lambda: image, size + 4096, digest, (Holder(pid),)) as larger:
+            assert os.fstat(larger).st_ino != inode
     assert ProcessId.of(vm.watched.watcher.pid) is None

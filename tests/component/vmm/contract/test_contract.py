@@ -214,7 +214,7 @@ def test_a_vm_goes_on_elsewhere_and_its_memory_is_not_written_to(maker: Maker) -
         state, image = snapshot(vm, Path(scratch))
         digest = of_bytes(state)
         before = image.read_bytes()
-        with template.opened(image, digest, ()) as ram:
+        with template.opened(lambda: image, MEMORY, digest, ()) as ram:
             clones = [maker.start(maker.config(vm.config.machine, restore=Restore(ram, state))) for _ in range(2)]
             assert [clone.console.ping() for clone in clones] == [4, 4]
             assert clones[0].console.ping() == 5
@@ -225,7 +225,7 @@ def test_a_vm_goes_on_elsewhere_and_its_memory_is_not_written_to(maker: Maker) -
         # a clone is a VM like another: a snapshot of it has what it wrote
         (Path(scratch) / "again").mkdir()
         state, image = snapshot(clones[0], Path(scratch) / "again")
-        with template.opened(image, of_bytes(state), ()) as ram:
+        with template.opened(lambda: image, MEMORY, of_bytes(state), ()) as ram:
             again = maker.start(maker.config(vm.config.machine, restore=Restore(ram, state)))
             assert again.console.ping() == 6
 
@@ -236,7 +236,7 @@ def test_a_state_that_is_none_is_refused(maker: Maker) -> None:
         image = Path(scratch) / "memory"
         with image.open("xb") as file:
             os.ftruncate(file.fileno(), MEMORY)
-        with template.opened(image, of_bytes(b"x"), ()) as ram, pytest.raises(VmmError):
+        with template.opened(lambda: image, MEMORY, of_bytes(b"x"), ()) as ram, pytest.raises(VmmError):
             maker.start(maker.config(restore=Restore(ram, b"no state at all")))
 
 
@@ -306,7 +306,7 @@ def test_a_parked_vm_runs_when_it_is_resumed(maker: Maker) -> None:
     assert vm.console.ping() == 1
     with tempfile.TemporaryDirectory() as scratch:
         state, image = snapshot(vm, Path(scratch))
-        with template.opened(image, of_bytes(state), ()) as ram:
+        with template.opened(lambda: image, MEMORY, of_bytes(state), ()) as ram:
             config = maker.config(vm.config.machine, restore=Restore(ram, state), parked=True)
             parked = maker.start(config)
         with parked.control() as control:
