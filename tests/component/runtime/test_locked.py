@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import mmap
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.resolve import Found
 from ovms.errors import SnapshotIncompatible
-from ovms.memory import locking, template
+from ovms.memory import locking, sealing, template
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference
 from ovms.runtime import security, snapshots
@@ -163,3 +166,16 @@ def test_what_is_read_in_fills_no_holes(tmp_path: Path) -> None:
         file.write(b"x" * 8192)
     with template.opened(lambda: image, image.stat().st_size, of_bytes(b"preload"), (), preload=True) as fd:
         assert list(fsutil.data_extents(fd, 64 << 20)) == [(32 << 20, (32 << 20) + 8192)]
+
+
+def test_a_mapping_that_is_just_going_is_waited_for() -> None:
+    fd = os.memfd_create("seal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, 4096)
+        memory = mmap.mmap(fd, 4096)
+        threading.Timer(0.1, memory.close).start()
+        sealing.seal(fd)
+        assert sealing.is_sealed(fd)
+        sealing.seal(fd)
+    finally:
+        os.close(fd)
