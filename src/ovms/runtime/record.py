@@ -229,9 +229,9 @@ class Record:
             volumes=tuple(Volume.from_json(volume) for volume in value["volumes"]),
             user_data=bool(value["user_data"]),
             workload=bool(value["workload"]),
-            identity=None if value["identity"] is None else Identity.from_json(value["identity"]),
-            link_down=bool(value["link_down"]),
-            memory_locked=bool(value["memory_locked"]),
+            identity=None if value.get("identity") is None else Identity.from_json(value["identity"]),
+            link_down=bool(value.get("link_down", False)),
+            memory_locked=bool(value.get("memory_locked", False)),
             warm=bool(value.get("warm", False)),
             still=None
             if (still := value.get("still")) is None
