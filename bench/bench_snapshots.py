@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support import guests
 from support.cli import OVM
-from support.server import Server, UnixHttp
+from support.server import Server
 
 from ovms import fsutil, process
 from ovms.artifact.build import Builder
@@ -86,9 +86,9 @@ def pages_of_memory(count: int, seed: int) -> bytes:
     return bytes(out[: count * 4096])
 
 
-def fill(path: str, start: int, size: int) -> None:
+def fill(path: str, start: int, size: int, *, seed: int = 1) -> None:
     """Writes *size* bytes of memory at *start* of a file."""
-    block = pages_of_memory(256, 1)
+    block = pages_of_memory(256, seed)
     with Path(path).open("r+b", buffering=0) as file:
         for at in range(0, size, len(block)):
             stamped = bytearray(block[: size - at])
@@ -107,11 +107,11 @@ def booted(runtime: Runtime, found: Found, memory: int, *, part: float = 0.5) ->
 
 
 def dirty(record: Record, runtime: Runtime, size: int) -> None:
-    """Lets a clone have written *size* bytes: to pages of its own."""
+    """Lets a clone have written *size* bytes, of another content, to pages of its own."""
     with runtime.instances.control(record) as control:
         ram = control.ram()
     address = maps.find(ram.pid, ram.file, ram.size).address
-    fill(f"/proc/{ram.pid}/mem", address + 16 * MIB, size)
+    fill(f"/proc/{ram.pid}/mem", address + 16 * MIB, size, seed=2)
 
 
 # --- warm ------------------------------------------------------------------------------------------------------------
@@ -127,14 +127,17 @@ def wait_ready(server: Server, count: int) -> None:
 def warm(server: Server, name: str) -> dict[str, Any]:
     """From the request until the guest runs, and until it has answered."""
     starts, replies, inside = [], [], []
-    connection = UnixHttp(server.socket)
+    body = json.dumps({"manifest": name}).encode()
+    head = f"POST /start HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = fsutil.connect_unix(server.socket, timeout=30)
     for _ in range(STARTS):
         wait_ready(server, POOL)
         time.sleep(0.1)
         began = time.perf_counter()
-        connection.request("POST", "/start", json.dumps({"manifest": name}), {"Content-Type": "application/json"})
-        answer = json.loads(connection.getresponse().read())
+        connection.sendall(head.encode() + body)
+        said = connection.recv(65536)
         starts.append((time.perf_counter() - began) * 1000)
+        answer = json.loads(said.partition(b"\r\n\r\n")[2])
         assert answer["state"] == "running", answer
         with fsutil.connect_unix(
             server.root / "instances" / answer["instance_id"] / "console.sock", timeout=10

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from pathlib import Path
@@ -255,7 +256,8 @@ def save(directory: Path, record: Record, *, durable: bool = True) -> None:
     Raises:
         DiskFull: there is no room for it, not even what was kept.
     """
-    data = strictjson.canonical(record.to_json())
+    # in one line: indented, Python writes it ten times as slowly
+    data = json.dumps(record.to_json(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     spare = directory / _SPARE
     try:
         fsutil.atomic_write(directory / FILE, data, mode=0o600, durable=durable, spare=spare)

@@ -34,7 +34,6 @@ from ovms.errors import (
     OvmsError,
     ReferenceNotFound,
     SnapshotIncompatible,
-    StateConflict,
     VmmError,
 )
 from ovms.lazy import dataclass
@@ -48,6 +47,7 @@ from ovms.runtime.runtime import RunOptions, Runtime, now
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import RestorePolicy
 from ovms.spec.digest import Digest
+from ovms.vmm import watch
 from ovms.vmm.model import PortForward
 from ovms.vmm.protocol import Control
 
@@ -58,6 +58,8 @@ RESERVE: Final = 512 * limits.MIB
 _RESERVE_PART: Final = 20
 #: Seconds after a hand-out in which nothing is spawned: the next one may come at once, and should find the host idle.
 QUIET: Final = 0.05
+#: Seconds that a clone has for its resume where nobody may wait for long: else it is given up.
+PATIENCE: Final = 0.25
 #: Seconds until a spawn is tried again that failed.
 _RETRY: Final = 10.0
 _OWNER: Final = ".owner"
@@ -68,11 +70,15 @@ _KNOWN_MAX: Final = 4096
 
 @dataclass(frozen=True)
 class _Parked:
-    """A clone that waits: its record, its open control channel, and when it was made."""
+    """A clone that waits: its record, its open control channel, its lock, and when it was made.
+
+    The record is on disk as that of an instance already, so that a start that asks for nothing has nothing to write.
+    """
 
     record: Record
     control: Control
-    held: contextlib.ExitStack
+    channel: contextlib.ExitStack
+    lock: contextlib.ExitStack
     born: float
 
     @property
@@ -224,11 +230,17 @@ class Pools:
 
     # --- handing out -------------------------------------------------------------------------------------------
 
-    def take(self, reference: str, options: RunOptions, key: StartKey | None = None) -> Handed | None:
+    def take(
+        self, reference: str, options: RunOptions, key: StartKey | None = None, *, wait: bool = True
+    ) -> Handed | None:
         """An instance that runs, from a pool; None where none waits for such a start. Its lock is held until ``finish``.
+
+        Without *wait* it takes some milliseconds, and in no case more than :data:`PATIENCE` seconds: for a thread in which others
+        wait.
 
         Raises:
             NameTaken: another instance has the name.
+            Locked: without *wait*, where another command is adding an instance just now.
         """
         if not self._pools or not _plain(options):
             return None
@@ -246,7 +258,7 @@ class Pools:
             self._end(parked)
         self._last = time.monotonic()
         try:
-            return self._hand_out(pool, parked, options, key)
+            return self._hand_out(pool, parked, options, key, wait)
         except BaseException:
             # what was moved already is an instance, and is found as one
             if parked not in pool.ready and self._parked.instances.directory(parked.record.id).exists():
@@ -265,13 +277,19 @@ class Pools:
             self._known[reference] = None if known is None else known[1]
         return self._known[reference]
 
-    def _hand_out(self, pool: _Pool, parked: _Parked, options: RunOptions, key: StartKey | None) -> Handed | None:
+    def _hand_out(
+        self, pool: _Pool, parked: _Parked, options: RunOptions, key: StartKey | None, wait: bool
+    ) -> Handed | None:
         instances, began = self._runtime.instances, time.monotonic()
         instance_id = parked.record.id
         source, target = self._parked.instances.directory(instance_id), instances.directory(instance_id)
         with contextlib.ExitStack() as held:
-            held.enter_context(fsutil.file_lock(source / LOCK))
-            with fsutil.file_lock(instances.lock_path):
+            try:
+                held.enter_context(fsutil.file_lock(instances.lock_path, timeout=None if wait else 0))
+            except Locked:
+                pool.ready.appendleft(parked)
+                raise
+            with held.pop_all():
                 taken = {record.name: record for record in instances.records()}
                 twice = key is not None and any(r.start_key and r.start_key.key == key.key for r in taken.values())
                 if twice or (options.name is not None and names.check(options.name) in taken):
@@ -284,26 +302,22 @@ class Pools:
                         hint=f"choose another, or remove that one: 'ovm rm {options.name}'",
                         instance=taken[options.name].id,
                     )
-                when = now()
+                record = parked.record
                 if options.ports:
                     self._forward(parked, options.ports)
-                record = replace(
-                    parked.record,
-                    ports=options.ports,
-                    name=options.name or names.make(pool.found.artifact.manifest.name, instance_id, taken),
-                    created=when,
-                    started=when,
-                    reference=pool.found.name,
-                    remove_on_exit=options.remove_on_exit,
-                    start_key=key,
-                    warm=True,
-                    pausing=True,  # should we be killed, the next command lets it go on
-                )
-                save(source, record, durable=False)
+                if options.name is not None:
+                    record = replace(record, name=options.name)
+                elif record.name in taken:
+                    record = replace(record, name=names.make(pool.found.artifact.manifest.name, instance_id, taken))
+                if options.ports or options.remove_on_exit or key is not None:
+                    record = replace(record, ports=options.ports, remove_on_exit=options.remove_on_exit, start_key=key)
+                if record is not parked.record:
+                    save(source, record, durable=False)
                 source.rename(target)
+            held.push(parked.lock.pop_all())
             try:
-                with parked.held:
-                    parked.control.resume()
+                with parked.channel:
+                    parked.control.resume(timeout=None if wait else PATIENCE)
             except VmmError:
                 # it died in this very moment: whoever asked gets another
                 with contextlib.suppress(OvmsError):
@@ -312,7 +326,8 @@ class Pools:
                 return None
             ready_ms = round((time.monotonic() - began) * 1000, 2)
             pool.handed_out += 1
-            record = replace(record, pausing=False, start_ms=ready_ms, timings={"resume": ready_ms})
+            when, timings = now(), {"resume": ready_ms}
+            record = replace(record, pausing=False, created=when, started=when, start_ms=ready_ms, timings=timings)
             return Handed(self._runtime, record, held.pop_all(), keep_identity=options.keep_identity)
 
     def _forward(self, parked: _Parked, ports: tuple[PortForward, ...]) -> None:
@@ -363,14 +378,18 @@ class Pools:
         runtime = self._parked
         with runtime.layout.using():
             started = runtime.start(pool.found, RunOptions(restore=RestorePolicy.REQUIRE, parked=True))
-        record = started.record
-        with contextlib.ExitStack() as held:
+        directory = runtime.instances.directory(started.record.id)
+        # should who hands it out be killed, the next command lets it go on: as after a snapshot
+        record = replace(started.record, reference=pool.found.name, warm=True, pausing=True)
+        with contextlib.ExitStack() as channel, contextlib.ExitStack() as lock:
             try:
-                control = held.enter_context(runtime.instances.control(record))
-            except (VmmError, StateConflict):
+                lock.enter_context(fsutil.file_lock(directory / LOCK))
+                control = channel.enter_context(runtime.instances.control(record))
+                save(directory, record, durable=False)
+            except BaseException:
                 self._discard(record)
                 raise
-            return _Parked(record, control, held.pop_all(), time.monotonic())
+            return _Parked(record, control, channel.pop_all(), lock.pop_all(), time.monotonic())
 
     def tidy(self) -> None:
         """Ends clones that are too old, dead or too many; all of those of a name that stands for something else now."""
@@ -414,8 +433,9 @@ class Pools:
 
     def _end(self, parked: _Parked) -> None:
         with contextlib.suppress(VmmError):
-            parked.held.close()
+            parked.channel.close()
         self._discard(parked.record)
+        parked.lock.close()
 
     def _discard(self, record: Record) -> None:
         _kill(record)
@@ -462,11 +482,15 @@ def sweep_left(root: Root) -> None:
 def sweep(parked: Runtime) -> None:
     """Ends everything that is parked (under the owner's lock)."""
     instances = parked.instances
-    instances.recover()  # one that was just being made has no process in its record yet
     for record in instances.records():
-        _kill(record)
+        # one that was just being made is not in its record yet
+        left = watch.find(instances.files(record)) if record.process is None else record.watched
+        if left is not None:
+            left.vmm.kill()
+            left.watcher.wait(5.0)
         with contextlib.suppress(OvmsError, OSError):
             instances.remove(record)
+    instances.recover()  # directories without a record
 
 
 def _kill(record: Record) -> None:

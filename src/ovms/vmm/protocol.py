@@ -27,8 +27,8 @@ class Control(Protocol):
     def pause(self) -> None:
         """Stops all CPUs; what the disk was told is flushed."""
 
-    def resume(self) -> None:
-        """Lets the CPUs go on."""
+    def resume(self, *, timeout: float | None = None) -> None:
+        """Lets the CPUs go on. *timeout*: seconds for it, where the usual ones are too many."""
 
     def power_down(self) -> None:
         """Presses the power button; what the guest makes of it is its own matter."""

@@ -182,7 +182,7 @@ def test_a_start_that_fails_before_it_is_an_instance_leaves_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(DiskFull):
         patch.setattr(warm, "save", full)
-        pools.take(snap, ANY)
+        pools.take(snap, replace(ANY, name="mine"))
     assert runtime.instances.records() == []
     assert parked(runtime) == []
     assert qemu_children(runtime.root.path) == []

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ovms import __version__
 from ovms.artifact.resolve import push
-from ovms.errors import InputError, NotFound, OvmsError, Unsupported, UsageError
+from ovms.errors import InputError, Locked, NotFound, OvmsError, Unsupported, UsageError
 from ovms.lazy import regex
 from ovms.oci import transport
 from ovms.runtime import logrecords, snapshots
@@ -180,7 +180,14 @@ class App:
         # of a warm pool, where one has what is asked for
         if self._pools is None or not self._pools.any:
             return None
-        handed = await self._jobs.changers.run(self._pools.take, reference, options, key)
+        take = self._pools.take
+        try:
+            if options.ports:
+                raise Locked("forwards take their time")
+            # here, and in no other thread: to wake one, and to be woken by it, takes as long as all the rest
+            handed = take(reference, options, key, wait=False)
+        except Locked:
+            handed = await self._jobs.changers.run(take, reference, options, key)
         if handed is None:
             return None
         self._jobs.finish(handed)
@@ -190,6 +197,7 @@ class App:
         if self._pools is None:
             raise Unsupported("another server of this root has the warm pools", rule="RUN-21")
         document = await self._jobs.long.run(self._pools.set, request.manifest, request.size, self._jobs.connect)
+        self._jobs.refill()
         return Answer.json(document)
 
     async def _list_pools(self, _argument: str, _query: Query) -> Answer:

@@ -34,8 +34,10 @@ WAITING_MAX: Final = 512
 LOCK_TIMEOUT: Final = 10.0
 #: Seconds that a start gets to be broken off when the server ends.
 _BREAK_OFF: Final = 3.0
-#: Seconds between two looks at the warm pools.
-_WARM_LOOK: Final = 0.05
+#: Seconds after an answer in which nothing is done but to write it.
+_FINISH: Final = 0.005
+#: Seconds between two looks at the warm pools, while nobody takes from them.
+_WARM_LOOK: Final = 1.0
 #: Seconds between two looks at whether what waits is still good.
 _WARM_TIDY: Final = 1.0
 #: Seconds between two reports of one piece of long work.
@@ -95,6 +97,7 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping: dict[str, asyncio.Task[None]] = {}
         self._closing = False
+        self._taken = asyncio.Event()
         runtime.instances.lock_timeout = LOCK_TIMEOUT
 
     @staticmethod
@@ -149,8 +152,14 @@ class Jobs:
         self._keep(asyncio.ensure_future(self._finish(handed)))
 
     async def _finish(self, handed: Handed) -> None:
+        await asyncio.sleep(_FINISH)
         with contextlib.suppress(HttpError):
             await self.changers.run(handed.finish)
+        self.refill()
+
+    def refill(self) -> None:
+        """The warm pools are looked at now."""
+        self._taken.set()
 
     async def keep_warm(self, pools: Pools) -> None:
         """Fills the pools, until it is cancelled."""
@@ -162,7 +171,9 @@ class Jobs:
                     tidied = time.monotonic()
                 while pools.any and await self.changers.run(pools.work):
                     pass
-            await asyncio.sleep(_WARM_LOOK)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._taken.wait(), _WARM_LOOK)
+            self._taken.clear()
 
     # --- stops -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -184,6 +185,9 @@ class _Server:
             await self._listen()
             if pools is not None:
                 tasks.append(asyncio.ensure_future(self._keep_warm(pools)))
+            # what is there now stays for good: a collection that looks through all of it holds everybody up
+            gc.collect()
+            gc.freeze()
             ready(self._sockets.places)
             _notify("READY=1", "STATUS=listening")
             await self._end.wait()

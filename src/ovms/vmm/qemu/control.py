@@ -51,9 +51,9 @@ class QemuControl:
         """See :class:`~ovms.vmm.protocol.Control`."""
         self._qmp.execute("stop", timeout=_DISK_TIMEOUT)
 
-    def resume(self) -> None:
+    def resume(self, *, timeout: float | None = None) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
-        self._qmp.execute("cont")
+        self._qmp.execute("cont", timeout=timeout)
 
     def power_down(self) -> None:
         """See :class:`~ovms.vmm.protocol.Control`."""
