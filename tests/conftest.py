@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ settings.register_profile(
     "long", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=5000, print_blob=True
 )
 settings.load_profile(os.environ.get("OVMS_TEST_PROFILE", "ovms"))
+
+# In the background of a shell without job control SIGINT is ignored, and so by all that the tests start: some of them send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "vectors" / "golden"
 
