@@ -62,6 +62,8 @@ def freeze(
     if disk_size is not None:
         record = record.with_overlay()
         new = directory / record.overlays[-1]
+        # of a snapshot that was killed before it noted it: no VM writes to it
+        new.unlink(missing_ok=True)
         with fsutil.noticing_full_disk("a new overlay", directory):
             qcow2.create_overlay(new, disk_size)
     was_running = control.state() is RunState.RUNNING

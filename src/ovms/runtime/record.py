@@ -82,7 +82,7 @@ class Record:
 
     ``ram_image`` is what the VM was restored from (None: it was booted). ``overlays`` are file names, oldest first;
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
-    VM: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
+    VM, or that it is being restored: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
     ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
     that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool. ``still`` is the first snapshot

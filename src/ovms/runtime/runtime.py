@@ -200,6 +200,8 @@ class Runtime:
                 user_data=attachments.may_hold_secrets(plan.machine, told),
                 workload=artifact.manifest.bootstrap is not None,
                 memory_locked=plan.restore is not None and plan.restore.lock,
+                # loaded, it stands still: should we be killed before it goes on, the next command lets it go
+                pausing=plan.restore is not None,
             )
 
         with (
@@ -258,6 +260,7 @@ class Runtime:
                     started=now(),
                     start_ms=ms_since(began),
                     timings=timings,
+                    pausing=False,
                     link_down=become is not None and become.renew_link,
                 )
             )

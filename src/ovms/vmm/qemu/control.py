@@ -127,6 +127,10 @@ class QemuControl:
         self._below = self._active_node()
         if self._below is None:
             raise VmmError("the VM has no disk to put an overlay on")
+        node = cmdline.node_of(overlay)
+        # what a snapshot that was killed has left of the same number; none that is in use can be deleted
+        for name in (node, f"{node}-file"):
+            self._forget_node(name)
         fd_set = self._add_fd(overlay, os.O_RDWR)
         added: list[str] = []
         self._prepared = overlay
@@ -136,16 +140,18 @@ class QemuControl:
                 return
             self._prepared = None
             for name in reversed(added):
-                with contextlib.suppress(VmmError):
-                    self._qmp.execute("blockdev-del", {"node-name": name})
+                self._forget_node(name)
             self._remove_fds(fd_set)
 
         undo.callback(forget)
         self._add_fd(overlay, os.O_RDONLY, fd_set)
-        node = cmdline.node_of(overlay)
         for value in cmdline.layer_nodes(node, fd_set, DiskFormat.QCOW2, below=None, read_only=False):
             self._qmp.execute("blockdev-add", value)
             added.append(str(value["node-name"]))
+
+    def _forget_node(self, name: str) -> None:
+        with contextlib.suppress(VmmError):
+            self._qmp.execute("blockdev-del", {"node-name": name})
 
     def _add_fd(self, path: Path, flags: int, fd_set: int | None = None) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -4,6 +4,7 @@
 
     instances/<uuid>/
     ├── vmm.pid                 "VMM-PID WATCHER-PID", written before the VMM runs
+    ├── start.lock              locked until that is written, also when whoever starts the VM is killed
     ├── exit                    how the VMM ended: wait status, time (ns), CPU times (µs), most memory (bytes)
     ├── console.log(.1)         what the serial console printed; at LOG_MAX the one becomes the other
     ├── console.idx(.1)         pairs of 64-bit numbers: the console's byte of that number came at that time (ns)
@@ -16,6 +17,7 @@ Why it is a program of its own, and in C: ADR 0017.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -25,7 +27,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Final
 
-from ovms import process
+from ovms import fsutil, process
 from ovms.errors import HostError, VmmError, VmmTimeout
 from ovms.lazy import dataclass
 from ovms.process import ProcessId
@@ -39,6 +41,7 @@ LOG_MAX: Final = 16 * limits.MIB
 #: Seconds from the watcher's start until the VMM was executed.
 _TIMEOUT: Final = 30.0
 _ANSWER_MAX: Final = 512
+_START_LOCK: Final = "start.lock"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def start(launch: Launch, jail: Jail, files: VmFiles) -> Watched:
     """
     with contextlib.ExitStack() as held:
         words, inherited = _words(launch, jail, files, held)
+        # no word tells the watcher of it: it closes what it does not know once the VMM was executed, and the lock goes with that
+        inherited.append(_locked(files, held))
         try:
             running = subprocess.Popen(
                 [str(PROGRAM), *words, "--", *launch.argv],
@@ -121,6 +126,13 @@ def start(launch: Launch, jail: Jail, files: VmFiles) -> Watched:
             ) from exc
         answer = _answer(running)
     return _read(answer, files)
+
+
+def _locked(files: VmFiles, held: contextlib.ExitStack) -> int:
+    fd = os.open(files.directory / _START_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    held.callback(os.close, fd)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
 
 
 def _answer(running: subprocess.Popen[bytes]) -> bytes:
@@ -233,7 +245,16 @@ def system_trees() -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def find(files: VmFiles) -> Watched | None:
-    """The living VMM of an instance whose starter died before it could note it."""
+    """The living VMM of an instance whose starter died before it could note it.
+
+    Raises:
+        Locked: its watcher does not come to the end of the start.
+    """
+    lock = files.directory / _START_LOCK
+    with contextlib.suppress(FileNotFoundError):
+        if lock.exists():
+            with fsutil.file_lock(lock, timeout=_TIMEOUT):
+                pass
     try:
         vmm_pid, watcher_pid = (int(word) for word in files.pid.read_bytes()[:64].split())
     except (OSError, ValueError):
