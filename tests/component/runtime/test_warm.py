@@ -206,7 +206,7 @@ def test_one_that_dies_as_it_is_resumed_is_no_instance(
 ) -> None:
     fill(pools, snap, 1)
 
-    def fail(self: QemuControl) -> None:
+    def fail(self: QemuControl, **_: object) -> None:
         raise VmmError("gone")
 
     with monkeypatch.context() as patch:
@@ -224,7 +224,7 @@ def test_whoever_is_killed_before_the_resume_leaves_an_instance_that_the_next_le
     class Killed(BaseException):
         pass
 
-    def kill(self: QemuControl) -> None:
+    def kill(self: QemuControl, **_: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
