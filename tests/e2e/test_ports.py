@@ -77,6 +77,7 @@ def test_a_host_without_a_route(ovm: Ovm, echo: str, route: str | None) -> None:
         inside.ok("rm", "-f", "one")
 
 
+@pytest.mark.long
 @pytest.mark.spec("RUN-19")
 def test_a_start_or_a_change_that_is_killed_leaves_nothing(ovm: Ovm, echo: str) -> None:
     if reason := netns.allowed():

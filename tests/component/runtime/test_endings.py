@@ -64,6 +64,7 @@ def test_a_signal_is_told(runtime: Runtime, echo: Found) -> None:
 
 def test_a_guest_that_powers_off_is_no_failure(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
+    Console(runtime.instances.directory(record.id)).wait_for("READY")  # before it, nobody hears the button
     status = runtime.stop(record, grace=20)
     assert not status.failed
     assert status.exit is not None

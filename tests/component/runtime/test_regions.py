@@ -77,6 +77,7 @@ def test_regions_are_on_the_bus_in_the_order_of_the_manifest(runtime: Runtime, m
     assert seen == [100 + i for i in range(count)]
 
 
+@pytest.mark.long
 @pytest.mark.spec("DEV-3")
 def test_as_many_regions_as_a_manifest_may_have(runtime: Runtime, make: Make) -> None:
     listing = ", ".join(f"{{type: ivshmem, name: r{i}, size: 4096}}" for i in range(limits.DEVICES_MAX))

@@ -24,7 +24,8 @@ from ovms.spec.states import State
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 RESTORE = RunOptions(accel=Accel.TCG, restore=RestorePolicy.REQUIRE)
-KILLS = int(os.environ.get("OVMS_KILLS", "12"))
+#: Few in the quick tests: each is another moment.
+KILLS = int(os.environ.get("OVMS_KILLS", "4"))
 
 
 def console(runtime: Runtime, record: Record) -> Console:

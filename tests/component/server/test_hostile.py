@@ -142,6 +142,7 @@ def test_expectations_and_pipelines(server: Server) -> None:
     assert server.raw(b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.long
 def test_slow_callers_do_not_hold_others_up(server: Server) -> None:
     """Many that never end their requests; all others are answered, and the slow ones are told after HEAD_TIMEOUT."""
     slow = []

@@ -293,6 +293,7 @@ def test_sigterm_ends_streams_and_leaves_vms(server: Server, running: str) -> No
     assert server.state(running) == "running"
 
 
+@pytest.mark.long
 @pytest.mark.spec("RUN-19")
 def test_a_start_that_hangs_does_not_hold_the_end_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -306,6 +307,7 @@ def test_a_start_that_hangs_does_not_hold_the_end_up(server: Server, monkeypatch
         server.post("/remove", {"instance_id": instance_id})
 
 
+@pytest.mark.long
 def test_nothing_grows_over_many_starts(server: Server) -> None:
     def cycle() -> None:
         started = server.post("/start", START)
