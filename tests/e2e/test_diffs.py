@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -70,3 +71,37 @@ def test_files_in_memory_outlast_a_chain(ovm: Ovm) -> None:
         ovm.ok("run", "-d", "--name", "c", "--restore", "require", name)
         assert sh(ovm, "c", SUMS) == changed
         ovm.ok("rm", "-f", "c")
+
+
+#: Answers with what it is told, on one connection.
+ECHO = (
+    "socket(S, PF_INET, SOCK_STREAM, 0); bind(S, sockaddr_in(90, INADDR_ANY)) or die; listen(S, 1); accept(C, S);"
+    " while (sysread(C, $b, 64)) { syswrite(C, $b) }"
+)
+
+
+@pytest.mark.spec("RUN-13")
+def test_an_open_connection_outlasts_snapshots(ovm: Ovm) -> None:
+    sh(ovm, "web", f"perl -MSocket -e '{ECHO}' </dev/null >/dev/null 2>&1 & sleep 1")
+    (forward,) = ovm.ok("port", "web", "--add", "90", "--json").json
+    with socket.create_connection(("127.0.0.1", forward["host_port"]), timeout=60) as connection:
+
+        def ask(word: bytes) -> bytes:
+            connection.sendall(word)
+            got = b""
+            while len(got) < len(word):
+                more = connection.recv(64)
+                assert more, got
+                got += more
+            return got
+
+        assert ask(b"before") == b"before"
+        first = ovm.ok("snapshot", "web", "-t", "debian:open", "--json").json
+        assert ask(b"after the first") == b"after the first"
+        second = ovm.ok("snapshot", "web", "-t", "debian:open2", "--json").json
+        assert ask(b"after the second") == b"after the second"
+        assert (first["parents"], second["parents"]) == (0, 1)
+        # a clone has the guest's half of it, which leads nowhere; the original goes on
+        ovm.ok("run", "-d", "--name", "clone", "--restore", "require", "debian:open2")
+        assert "perl" in sh(ovm, "clone", "cat /proc/[0-9]*/comm")
+        assert ask(b"beside a clone") == b"beside a clone"

@@ -26,13 +26,13 @@ _FLATTEN: Final = "flatten"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.usage = (
-        "ovm snapshot [-h] [--json] INSTANCE -t NAME[:TAG] [--pause|--stop] [--scrub] [--no-push] [--tls-verify true|false]\n"
+        "ovm snapshot [-h] [--json] INSTANCE [-t NAME[:TAG]] [--pause|--stop] [--scrub] [--no-push] [--tls-verify true|false]\n"
         "       ovm snapshot flatten REF [-t NAME[:TAG]] [--no-push] [--tls-verify true|false]"
     )
     parser.add_argument("instance", metavar="INSTANCE", help="a name, an ID, or the first digits of one")
     parser.add_argument("reference", metavar="flatten REF", nargs="?", help="an artifact with a RAM snapshot")
     parser.add_argument(
-        "-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact; what is flattened needs none"
+        "-t", "--tag", metavar="NAME[:TAG]", help="the name of the new artifact; without one it has its digest alone"
     )
     leave = parser.add_mutually_exclusive_group()
     leave.add_argument(
@@ -78,23 +78,23 @@ def _take(args: argparse.Namespace, context: Context) -> int:
     from ovms.runtime import snapshots
     from ovms.spec.choices import Leave
 
-    if args.tag is None:
-        raise UsageError(
-            "the snapshot needs a name: -t NAME[:TAG]", hint="'ovm snapshot flatten REF' is what flattens an artifact"
-        )
-    name = Reference.parse(args.tag)
-    if name.digest is not None:
-        raise UsageError(f"{name}: a new name has no digest", hint="leave out what follows '@'")
-    name = new_name(args.tag)
+    name = None
+    if args.tag is not None:
+        if (wrong := Reference.parse(args.tag)).digest is not None:
+            raise UsageError(f"{wrong}: a new name has no digest", hint="leave out what follows '@'")
+        name = new_name(args.tag)
     runtime = context.runtime
-    taken = snapshots.take(
-        runtime,
-        runtime.instances.find(args.instance),
-        name,
-        context.progress,
-        leave=Leave(args.leave),
-        scrub=args.scrub,
-    )
+    with runtime.layout.using():
+        taken = snapshots.take(
+            runtime,
+            runtime.instances.find(args.instance),
+            name,
+            context.progress,
+            leave=Leave(args.leave),
+            scrub=args.scrub,
+        )
+        if name is None:
+            runtime.layout.add_nameless(taken.artifact.image.descriptor())
     if taken.reseeds is False:
         output.say(
             "the guest's kernel does not notice that it was cloned (no CONFIG_VMGENID): clones may give the same random numbers for"
@@ -104,14 +104,14 @@ def _take(args: argparse.Namespace, context: Context) -> int:
         output.say("the guest dropped its caches, and could not zero its free memory")
     if taken.user_data:
         output.say("the guest was given user data: whoever has the snapshot can read what secrets are in its memory")
-    pushed = name.registry is not None and not args.no_push
+    pushed = name is not None and name.registry is not None and not args.no_push
     if pushed:
         push(runtime.layout, context.connect, str(name), context.progress)
     if args.json:
         output.answer_json(
             {
                 **taken.to_json(),
-                "name": str(name),
+                "name": None if name is None else str(name),
                 "pushed": pushed,
                 "user_data": taken.user_data,
             }
