@@ -15,6 +15,7 @@ A server holds the pools, and ends what is parked when it ends. What a killed se
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -143,6 +144,8 @@ class Pools:
         self._stamp: tuple[int, int, int] | None = None
         self._known: dict[str, Digest | None] = {}
         self._closed = False
+        #: What takes its time, and is nobody's to wait for: done by the next :meth:`work`, :meth:`tidy` or :meth:`close`.
+        self._chores: deque[Callable[[], None]] = deque()
 
     @property
     def any(self) -> bool:
@@ -255,7 +258,7 @@ class Pools:
                 return None
             if parked.lives:
                 break
-            self._end(parked)
+            self._chores.append(functools.partial(self._end, parked))
         self._last = time.monotonic()
         try:
             return self._hand_out(pool, parked, options, key, wait)
@@ -320,15 +323,23 @@ class Pools:
                     parked.control.resume(timeout=None if wait else PATIENCE)
             except VmmError:
                 # it died in this very moment: whoever asked gets another
-                with contextlib.suppress(OvmsError):
-                    _kill(record)
-                    instances.remove(record)
+                self._chores.append(functools.partial(self._bury, record))
                 return None
             ready_ms = round((time.monotonic() - began) * 1000, 2)
             pool.handed_out += 1
             when, timings = now(), {"resume": ready_ms}
             record = replace(record, pausing=False, created=when, started=when, start_ms=ready_ms, timings=timings)
             return Handed(self._runtime, record, held.pop_all(), keep_identity=options.keep_identity)
+
+    def _bury(self, record: Record) -> None:
+        with contextlib.suppress(OvmsError, OSError):
+            _kill(record)
+            self._runtime.instances.remove(record)
+
+    def _do_chores(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._chores.popleft()()
 
     def _forward(self, parked: _Parked, ports: tuple[PortForward, ...]) -> None:
         record = parked.record
@@ -343,6 +354,7 @@ class Pools:
 
     def work(self) -> bool:
         """One step: spawns one clone where one is missing. Whether there is more to do just now."""
+        self._do_chores()
         if self._closed or not (pool := self._neediest()):
             return False
         if pool.ready and (quiet := self._last + QUIET - time.monotonic()) > 0:
@@ -393,6 +405,7 @@ class Pools:
 
     def tidy(self) -> None:
         """Ends clones that are too old, dead or too many; all of those of a name that stands for something else now."""
+        self._do_chores()
         with self._guard:
             pools = list(self._pools.values())
         short = _short_of_memory()
@@ -449,6 +462,7 @@ class Pools:
             pools = list(self._pools.values())
         for pool in pools:
             self._drop(pool)
+        self._do_chores()
         self._lock.close()
 
 

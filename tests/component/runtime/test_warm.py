@@ -198,6 +198,8 @@ def test_dead_ones_are_never_handed_out(runtime: Runtime, snap: str, pools: Pool
     first.process.wait(20)
     assert console(runtime, taken(pools, snap)).ping() == 3
     assert pools.take(snap, ANY) is None
+    pools.set(snap, 0, no_registry)  # type: ignore[arg-type]
+    pools.tidy()
     assert parked(runtime) == []
 
 
@@ -212,6 +214,8 @@ def test_one_that_dies_as_it_is_resumed_is_no_instance(
     with monkeypatch.context() as patch:
         patch.setattr(QemuControl, "resume", fail)
         assert pools.take(snap, ANY) is None
+    pools.set(snap, 0, no_registry)  # type: ignore[arg-type]
+    pools.tidy()
     assert runtime.instances.records() == []
     assert qemu_children(runtime.root.path) == []
 

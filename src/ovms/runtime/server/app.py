@@ -189,6 +189,7 @@ class App:
         except Locked:
             handed = await self._jobs.changers.run(take, reference, options, key)
         if handed is None:
+            self._jobs.refill()
             return None
         self._jobs.finish(handed)
         return instance(Status(handed.record, State.RUNNING))
