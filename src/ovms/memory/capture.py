@@ -275,9 +275,11 @@ def scan_pagemap(fd: int, address: int, size: int) -> Iterator[Run]:
         numbers = regions[: 3 * min(count, _REGIONS)]
         starts, ends = ([at - address for at in numbers[i::3]] for i in (0, 1))
         found.extend(map(Run, starts, ends))
-        if walked <= start:
+        # Of many regions Linux (6.18) tells more than it says that it has walked: the last ones would come twice.
+        reached = max(walked, address + (ends[-1] if ends else 0))
+        if reached <= start:
             break
-        start = walked
+        start = reached
     # Only when all of it went well: the caller falls back to the other way on an error.
     yield from found
 

@@ -337,7 +337,7 @@ def test_on_the_command_line(runtime: Runtime, base: snapshots.Taken, capsys: py
     root = ["--root", str(runtime.root.path), "--host", "local"]
     assert main([*root, "snapshot", "other", "echo:b"]) == 2
     assert "flatten REF" in capsys.readouterr().err
-    assert main([*root, "snapshot", "flatten"]) == 2
+    assert main([*root, "snapshot", "flatten"]) == 4  # with one word it is an instance, and there is none of that name
     assert "-t NAME" in capsys.readouterr().err
 
 
