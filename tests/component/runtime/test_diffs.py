@@ -338,7 +338,7 @@ def test_on_the_command_line(runtime: Runtime, base: snapshots.Taken, capsys: py
     assert main([*root, "snapshot", "other", "echo:b"]) == 2
     assert "flatten REF" in capsys.readouterr().err
     assert main([*root, "snapshot", "flatten"]) == 4  # with one word it is an instance, and there is none of that name
-    assert "-t NAME" in capsys.readouterr().err
+    assert "no instance 'flatten'" in capsys.readouterr().err
 
 
 # --- what else is done with artifacts --------------------------------------------------------------------------------
