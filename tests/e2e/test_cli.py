@@ -162,6 +162,15 @@ def test_snapshot_and_restore(ovm: Ovm, built: str) -> None:
     assert (meta["vmm"]["name"], meta["source"]) == ("qemu", built)
 
 
+def test_a_snapshot_without_a_name_is_kept_by_its_digest(ovm: Ovm, built: str) -> None:
+    assert start(ovm, "--name", "web").ping() == 1
+    digest = ovm.ok("snapshot", "web").out.strip()
+    ovm.ok("rm", "-f", "web")
+    ovm.ok("prune")
+    clone = ovm.ok("run", "-d", "--restore", "require", digest).out.strip()
+    assert console(ovm, clone).ping() == 2
+
+
 def test_killing_ovm_run_leaves_a_vm_that_ps_shows_and_stop_stops(ovm: Ovm, built: str) -> None:
     with ovm.popen(
         "run", "--accel", "tcg", "--memory", "32m", "--name", "web", "echo:1", stdin=subprocess.DEVNULL,

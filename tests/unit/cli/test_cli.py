@@ -274,7 +274,6 @@ def test_progress_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
         ["run", "-d", "-p", "x", "x"],
         ["run", "-d", "--runtime", "bochs", "x"],
         ["stop"],
-        ["snapshot", "x"],
         ["tag", "a"],
         ["tag", "a", f"b@sha256:{'0' * 64}"],
         ["logs", "-n", "x", "y"],
