@@ -35,6 +35,10 @@ does so in one table (``ovms.cli.exitcodes``).
     ├── IntegrityError              integrity
     │   ├── DigestMismatch          digest-mismatch
     │   └── StoreCorrupt            store-corrupt
+    ├── Untrusted                   untrusted
+    │   ├── SignatureMissing        signature-missing
+    │   ├── SignatureInvalid        signature-invalid
+    │   └── PolicyRefused           policy-refused
     ├── ResourceError               resource
     │   ├── DiskFull                disk-full
     │   └── PortInUse               port-in-use
@@ -79,6 +83,7 @@ __all__ = [
     "NameTaken",
     "NotFound",
     "OvmsError",
+    "PolicyRefused",
     "PortInUse",
     "Problem",
     "ReferenceInvalid",
@@ -88,6 +93,8 @@ __all__ = [
     "RegistryProtocol",
     "RegistryUnreachable",
     "ResourceError",
+    "SignatureInvalid",
+    "SignatureMissing",
     "SnapshotIncompatible",
     "SnapshotInvalid",
     "StateConflict",
@@ -95,6 +102,7 @@ __all__ = [
     "ToolMissing",
     "Unauthorized",
     "Unsupported",
+    "Untrusted",
     "UsageError",
     "VmmError",
     "VmmTimeout",
@@ -312,6 +320,30 @@ class StoreCorrupt(IntegrityError):
     """The local store, or an instance's record, does not hold what it should."""
 
     code = "store-corrupt"
+
+
+class Untrusted(OvmsError):
+    """What was asked for may be whole, but nobody who is trusted stands for it."""
+
+    code = "untrusted"
+
+
+class SignatureMissing(Untrusted):
+    """There is no signature where one is needed."""
+
+    code = "signature-missing"
+
+
+class SignatureInvalid(Untrusted):
+    """There are signatures, and none of them is good."""
+
+    code = "signature-invalid"
+
+
+class PolicyRefused(Untrusted):
+    """The policy does not allow it."""
+
+    code = "policy-refused"
 
 
 class ResourceError(OvmsError):

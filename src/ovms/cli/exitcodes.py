@@ -26,6 +26,7 @@ class Exit(IntEnum):
     VMM = 11
     TIMEOUT = 12
     GUEST = 13
+    UNTRUSTED = 14
     #: Ctrl-C: 128 + SIGINT, as shells have it.
     INTERRUPTED = 130
     #: ``ovm run`` in the foreground: the VM was killed (128 + SIGKILL).
@@ -46,6 +47,7 @@ TABLE: Final[tuple[tuple[type[errors.OvmsError], Exit], ...]] = (
     (errors.ResourceError, Exit.RESOURCE),
     (errors.HostError, Exit.HOST),
     (errors.IntegrityError, Exit.INTEGRITY),
+    (errors.Untrusted, Exit.UNTRUSTED),
     (errors.VmmTimeout, Exit.TIMEOUT),
     (errors.VmmError, Exit.VMM),
     (errors.GuestTimeout, Exit.TIMEOUT),
