@@ -139,15 +139,17 @@ class Answer:
         text = self.header("content-length")
         return int(text) if text is not None and text.isdigit() and len(text) < 20 else None
 
-    def chunks(self, seconds: float | None = None) -> Iterator[memoryview]:
+    def chunks(self, seconds: float | None = None, buffer: memoryview | None = None) -> Iterator[memoryview]:
         """The body, as it comes, all in one buffer: a piece is overwritten when the next is asked for.
+
+        *buffer* is that buffer, where the caller has a reason to make it.
 
         Raises:
             Broken: it ends too early, stalls, comes slower than :data:`RATE_MIN`, takes more than *seconds* in all (of
                 waiting for it), or the connection breaks.
         """
         length = self.length()
-        buffer = memoryview(bytearray(BUFFER if length is None else max(1, min(BUFFER, length))))
+        buffer = buffer or memoryview(bytearray(BUFFER if length is None else max(1, min(BUFFER, length))))
         received = 0
         pace = _Pace(self.url, seconds)
         with _translated(self.url, reached=True):

@@ -23,14 +23,13 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.errors import DigestMismatch, Locked
+from ovms.oci import appending
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.spec.digest import from_hasher, hex_of
 
 #: Seconds for which a partial file is worth keeping: the collector takes those that are older.
 KEPT: Final = 7 * 24 * 3600.0
-#: Bytes after which the kernel is asked to begin to write: the fsync at the end has little left to wait for then.
-_FLUSH_EVERY: Final = 16 << 20
 
 
 class Partial:
@@ -42,10 +41,14 @@ class Partial:
         self._path = path
         self._descriptor = descriptor
         self._hasher = hashlib.sha256()
-        self.size = 0
-        self._flushed = 0
+        self._file = appending.Appender(fd, path, direct=appending.past_cache(descriptor))
         #: Whether bytes of an earlier pull are in it.
         self.resumed = False
+
+    @property
+    def size(self) -> int:
+        """How many bytes have come."""
+        return self._file.size
 
     def load(self) -> None:
         """Takes over what an earlier pull has left."""
@@ -54,14 +57,14 @@ class Partial:
             self.reset()
             return
         fsutil.hash_file(self._fd, self._hasher)
-        self.size = self._flushed = length
+        self._file.start(length)
         self.resumed = length > 0
 
     def reset(self) -> None:
         """Throws away what there is."""
         os.ftruncate(self._fd, 0)
         self._hasher = hashlib.sha256()
-        self.size = self._flushed = 0
+        self._file.start(0)
         self.resumed = False
 
     def write(self, data: bytes | memoryview) -> None:
@@ -71,15 +74,21 @@ class Partial:
             DiskFull: the file system has no room; what came before stays.
         """
         self._hasher.update(data)
+        with self._noticing():
+            self._file.write(data)
+
+    def close(self) -> None:
+        """Leaves what has come to the next pull."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
         try:
-            fsutil.pwrite_sparse(self._fd, data, self.size)
+            yield
         except OSError as exc:
             raise (fsutil.disk_full(exc, "writing a blob", self._path) or exc) from exc
-        self.size += len(data)
-        if self.size - self._flushed >= _FLUSH_EVERY:
-            # Linux begins to write what is dirty in the range, and does not wait for it.
-            os.posix_fadvise(self._fd, self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.size
 
     def commit(self) -> None:
         """Checks the whole of it, makes it durable, and gives it its name in the store (which ``Layout.sync`` makes durable).
@@ -100,6 +109,8 @@ class Partial:
                 got=digest,
                 rule="OCI-21",
             )
+        with self._noticing():
+            self._file.flush()
         self._layout.publish(self._fd, self._path, digest, durable=False)
 
 
@@ -149,8 +160,11 @@ def _opened(layout: Layout, path: Path, descriptor: Descriptor) -> Iterator[Part
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         partial = Partial(layout, fd, path, descriptor)
-        partial.load()
-        yield partial
+        try:
+            partial.load()
+            yield partial
+        finally:
+            partial.close()
     finally:
         os.close(fd)
 

@@ -21,7 +21,7 @@ from ovms.errors import (
     RegistryProtocol,
 )
 from ovms.lazy import dataclass, regex
-from ovms.oci import auth
+from ovms.oci import appending, auth
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import (
     BUFFER,
@@ -220,7 +220,8 @@ class RegistryClient:
             if length is not None and length != descriptor.size - received:
                 raise _wrong_size(answer, descriptor, received + length)
             try:
-                for data in answer.chunks():
+                buffer = appending.pages(appending.BUFFER) if appending.past_cache(descriptor) else None
+                for data in answer.chunks(buffer=buffer):
                     received += len(data)
                     if received > descriptor.size:
                         raise _wrong_size(answer, descriptor, received)
