@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, Self
 from urllib.parse import urljoin, urlsplit
 
-from ovms.errors import RegistryProtocol, RegistryUnreachable
+from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
+from ovms.oci.connections import AddressInvalid, Connections, Release
 from ovms.oci.realm import is_loopback
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class Untrusted(RegistryUnreachable):
 class Answer:
     """A status, headers, and a body that is read in pieces. Use it as a context manager."""
 
-    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str) -> None:
-        self._raw = raw
+    def __init__(self, response: http.client.HTTPResponse, url: str, release: Release) -> None:
+        """*release* is called once, at the end, and told whether the connection can be used again."""
+        self._response = response
+        self._release = release
         self.url = url
-        self.status = raw.status
+        self.status = response.status
         #: The registry that was asked, its scheme and host, and whether credentials of the user stood behind the request.
         self.asked = host_of(url)
         self.home = origin(url)
@@ -87,18 +90,14 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(Exception):
-            if kind is None:
-                if self._at_end() or (self._small() and self._drained()):
-                    self._raw.drain_conn()
-                else:
-                    self._raw.close()
-                self._raw.release_conn()
-            else:
-                self._raw.close()
+        again = False
+        try:
+            again = kind is None and (self._response.isclosed() or (self._small() and self._drained()))
+        finally:
+            with contextlib.suppress(OSError):
+                self._release(again)
 
     def _drained(self) -> bool:
-        # not urllib3's own: it would wait for ever for a body that drips
         buffer = memoryview(bytearray(16 * 1024))
         pace = _Pace(self.url, _DRAIN_TIME)
         try:
@@ -111,8 +110,7 @@ class Answer:
 
     def _patient(self, seconds: float) -> None:
         # The socket's own time limit, which the next request on it sets anew.
-        inner = getattr(self._raw, "_fp", None)
-        connection = getattr(getattr(getattr(inner, "fp", None), "raw", None), "_sock", None)
+        connection = getattr(getattr(self._response.fp, "raw", None), "_sock", None)
         if connection is not None and (connection.gettimeout() or seconds + 1) > seconds:
             connection.settimeout(seconds)
 
@@ -121,18 +119,13 @@ class Answer:
         length = self.header("content-length")
         return length is not None and length.isdigit() and int(length) <= BUFFER
 
-    def _at_end(self) -> bool:
-        inner = getattr(self._raw, "_fp", None)
-        return isinstance(inner, http.client.HTTPResponse) and inner.isclosed()
-
     def header(self, name: str) -> str | None:
         """A header's value."""
-        value: str | None = self._raw.headers.get(name)
-        return value
+        return self._response.getheader(name)
 
     def headers(self, name: str) -> list[str]:
         """Every value of a header that may come several times."""
-        return list(self._raw.headers.getlist(name))
+        return self._response.headers.get_all(name) or []
 
     def length(self) -> int | None:
         """What Content-Length says, None where it says nothing."""
@@ -161,23 +154,18 @@ class Answer:
             raise _broken_off(self.url, "the connection was closed too early")
 
     def _read_into(self, buffer: memoryview, pace: _Pace) -> int:
-        # Past urllib3, which allocates and copies each piece: a sixth of a pull's processor time. Nothing is ever decoded.
-        inner = getattr(self._raw, "_fp", None)
-        if isinstance(inner, http.client.HTTPResponse):
-            filled, began = 0, pace.waited
-            # not readinto, which comes back when the buffer is full, however long that takes
-            while filled < len(buffer) and pace.waited - began < _HAND_ON:
-                with pace:
-                    count = _read_once(inner, buffer[filled:])
-                if not count:
-                    break
-                filled += count
-                pace.received(count)
-            # which closes the answer where it has been read to its end
-            return filled or inner.readinto(buffer)
-        data = self._raw.read(len(buffer), decode_content=False)
-        buffer[: len(data)] = data
-        return len(data)
+        # not read, which allocates and copies each piece: a sixth of a pull's processor time. Nothing is ever decoded.
+        filled, began = 0, pace.waited
+        # not readinto, which comes back when the buffer is full, however long that takes
+        while filled < len(buffer) and pace.waited - began < _HAND_ON:
+            with pace:
+                count = _read_once(self._response, buffer[filled:])
+            if not count:
+                break
+            filled += count
+            pace.received(count)
+        # which closes the answer where it has been read to its end
+        return filled or self._response.readinto(buffer)
 
     def read(self, limit: int, seconds: float = DOCUMENT_TIME, *, what: str = "a document") -> bytes:
         """The whole body, of a document that is small; *what* was asked for.
@@ -262,49 +250,47 @@ class Transport:
         self._proxies = proxies
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
-        self._pools: dict[tuple[ssl.SSLContext | None, Proxy | None], urllib3.PoolManager] = {}
+        self._connections = Connections(connect_timeout, read_timeout)
+        self._proxied: dict[tuple[ssl.SSLContext | None, Proxy], urllib3.ProxyManager] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Closes the connections that are kept."""
+        self._connections.close()
         with self._lock:
-            for pool in self._pools.values():
+            for pool in self._proxied.values():
                 pool.clear()
-            self._pools.clear()
+            self._proxied.clear()
 
-    def _manager(self, url: str) -> urllib3.PoolManager:
+    def _context(self, url: str) -> ssl.SSLContext | None:
         parts = urlsplit(url)
-        context = None
-        if parts.scheme == "https":
-            from ovms.oci.tls import Trust
+        if parts.scheme != "https":
+            return None
+        from ovms.oci.tls import Trust
 
-            self._trust = self._trust or Trust(parts.netloc)
-            context = self._trust.context(parts.netloc)
-        proxy = None if self._proxies is None else self._proxies.find(url)
         with self._lock:
-            key = (context, proxy)
-            if key not in self._pools:
-                self._pools[key] = self._open(context, proxy)
-            return self._pools[key]
+            self._trust = self._trust or Trust(parts.netloc)
+        return self._trust.context(parts.netloc)
 
-    def _open(self, context: ssl.SSLContext | None, proxy: Proxy | None) -> urllib3.PoolManager:
+    def _through(self, proxy: Proxy, context: ssl.SSLContext | None) -> urllib3.ProxyManager:
+        # urllib3 speaks to proxies for us, also to those that want TLS; it takes its time to import.
         import urllib3
 
-        # Where no certificate is checked, the user has said so: urllib3 need not warn of every request.
-        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        timeout = urllib3.Timeout(connect=self._connect_timeout, read=self._read_timeout)
-        if proxy is None:
-            return urllib3.PoolManager(retries=False, timeout=timeout, maxsize=8, blocksize=BUFFER, ssl_context=context)
-        headers = None if proxy.credentials is None else urllib3.make_headers(proxy_basic_auth=proxy.credentials)
-        return urllib3.ProxyManager(
-            proxy.url,
-            proxy_headers=headers,
-            retries=False,
-            timeout=timeout,
-            maxsize=8,
-            blocksize=BUFFER,
-            ssl_context=context,
-        )
+        with self._lock:
+            if (context, proxy) not in self._proxied:
+                # Where no certificate is checked, the user has said so: urllib3 need not warn of every request.
+                urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+                credentials = proxy.credentials
+                self._proxied[context, proxy] = urllib3.ProxyManager(
+                    proxy.url,
+                    proxy_headers=None if credentials is None else urllib3.make_headers(proxy_basic_auth=credentials),
+                    retries=False,
+                    timeout=urllib3.Timeout(connect=self._connect_timeout, read=self._read_timeout),
+                    maxsize=8,
+                    blocksize=BUFFER,
+                    ssl_context=context,
+                )
+            return self._proxied[context, proxy]
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None = None
@@ -340,10 +326,27 @@ class Transport:
         )
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None) -> Answer:
-        manager = self._manager(url)
         with _translated(url):
-            raw = manager.request(method, url, headers=dict(headers), body=body, preload_content=False, redirect=False)
-            return Answer(raw, url)
+            context = self._context(url)
+            proxy = None if self._proxies is None else self._proxies.find(url)
+            if proxy is None:
+                response, release = self._connections.request(method, url, headers, body, context)
+                return Answer(response, url, release)
+            raw = self._through(proxy, context).request(
+                method, url, headers=dict(headers), body=body, preload_content=False, redirect=False
+            )
+            return _answer_through(raw, url)
+
+
+def _answer_through(raw: urllib3.BaseHTTPResponse, url: str) -> Answer:
+    def release(again: bool) -> None:
+        if again:
+            raw.drain_conn()
+        else:
+            raw.close()
+        raw.release_conn()
+
+    return Answer(raw._fp, url, release)  # type: ignore[attr-defined]  # noqa: SLF001 - its own reads copy everything
 
 
 def origin(url: str) -> tuple[str, str]:
@@ -388,44 +391,54 @@ def shown(text: str) -> str:
 
 @contextlib.contextmanager
 def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
-    from urllib3 import exceptions
-
-    unreachable = _broken_off if reached else _unreachable
-
     try:
         yield
-    except exceptions.ProxyError as exc:
-        reason = _reason(exc)
+    except OvmsError:
+        raise
+    except AddressInvalid as exc:
+        raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
+    except Exception as exc:
+        # what urllib3 raises derives from nothing that is known here, and it is imported for a proxy alone
+        if not isinstance(exc, (http.client.HTTPException, OSError, ValueError)) and not _of_urllib3(exc):
+            raise
+        raise _translate(exc, url, reached=reached) from exc
+
+
+def _of_urllib3(exc: Exception) -> bool:
+    return type(exc).__module__.startswith("urllib3.")
+
+
+def _translate(exc: Exception, url: str, *, reached: bool) -> OvmsError:
+    name = type(exc).__name__ if _of_urllib3(exc) else ""
+    inner = _innermost(exc)
+    if name == "ProxyError":
         # a proxy that refuses (407, 403) does so again
-        raise (RegistryUnreachable if "failed: 4" in reason else Broken)(
+        reason = _reason(exc)
+        return (RegistryUnreachable if "failed: 4" in reason else Broken)(
             f"the registry {host_of(url)} cannot be reached through the proxy: {shown(reason)}",
             hint="check HTTPS_PROXY and HTTP_PROXY, or name the registry in NO_PROXY",
-        ) from exc
-    except exceptions.NewConnectionError as exc:
-        cause = exc.__cause__ or exc
-        if isinstance(cause, ConnectionRefusedError):
-            raise Refused(
-                f"the registry {host_of(url)} cannot be reached: connection refused",
-                hint="check the host and the port, and that the registry runs",
-            ) from exc
-        raise _unreachable(url, str(getattr(cause, "strerror", None) or cause)) from exc
-    except (exceptions.TimeoutError, TimeoutError) as exc:
-        raise unreachable(url, "nothing more comes" if reached else "it does not answer in time") from exc
-    except (exceptions.LocationValueError, exceptions.LocationParseError) as exc:
-        raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
-    except (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as exc:
-        from ovms.oci import tls
+        )
+    if name in ("LocationValueError", "LocationParseError"):
+        return RegistryProtocol(f"{shown(url)!a} is no address")
+    if isinstance(inner, ConnectionRefusedError):
+        return Refused(
+            f"the registry {host_of(url)} cannot be reached: connection refused",
+            hint="check the host and the port, and that the registry runs",
+        )
+    unreachable = _broken_off if reached else _unreachable
+    if isinstance(exc, TimeoutError) or name.endswith("TimeoutError"):
+        return unreachable(url, "nothing more comes" if reached else "it does not answer in time")
+    from ovms.oci import tls
 
-        if (explained := tls.explain(_innermost(exc), host_of(url))) is not None:
-            why, hint = explained
-            raise Untrusted(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint) from exc
-        inner = _innermost(exc)
-        if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
-            raise Broken(
-                f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",
-                hint="check the host and the port, and what lies between (a proxy, a firewall)",
-            ) from exc
-        raise unreachable(url, _reason(exc)) from exc
+    if (explained := tls.explain(inner, host_of(url))) is not None:
+        why, hint = explained
+        return Untrusted(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint)
+    if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
+        return Broken(
+            f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",
+            hint="check the host and the port, and what lies between (a proxy, a firewall)",
+        )
+    return unreachable(url, _reason(exc))
 
 
 def _broken_off(url: str, reason: str) -> Broken:

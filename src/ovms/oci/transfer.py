@@ -38,10 +38,14 @@ from ovms.spec import limits, mediatypes
 from ovms.spec.digest import Digest, hex_of
 
 if TYPE_CHECKING:
+    import socket
+
     from ovms.oci import reuse
 
 #: A connection that brought this much before it broke is not counted as a failure.
 _PROGRESS: Final = 1 * limits.MIB
+#: Bytes of an upload after which progress is told, and it is asked whether to go on.
+_SENT_AT_ONCE: Final = 1 * limits.MIB
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
 
@@ -689,6 +693,13 @@ class _Reader:
     def __iter__(self) -> Iterator[bytes]:
         while data := self.read(fsutil.COPY_BUFFER):
             yield data
+
+    def send_to(self, sock: socket.socket) -> None:
+        """All that is left, from the page cache into the socket: no copy comes by here."""
+        while self._left and (sent := sock.sendfile(self._file, self._at, min(self._left, _SENT_AT_ONCE))):
+            self._at += sent
+            self._left -= sent
+            self._advance(sent)
 
     def close(self) -> None:
         self._file.close()

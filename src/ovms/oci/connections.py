@@ -1,0 +1,176 @@
+"""Connections to servers, kept open and used again: the standard library's HTTP, without what sits on top of it elsewhere.
+
+A connection belongs to one request at a time; who is given an answer says at its end whether the connection can be used
+again. Several threads may ask at once. Errors leave as Python has them; :mod:`ovms.oci.http` tells what they mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import select
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Final
+from urllib.parse import quote, urlsplit
+
+from ovms.oci.appending import BUFFER
+
+if TYPE_CHECKING:
+    import ssl
+
+#: Connections without work that are kept for each server.
+_IDLE_MAX: Final = 8
+#: What may stand in a request's target as it is. All else is encoded: nothing that a server sends us to breaks a line.
+_AS_IT_IS: Final = "!#$%&'()*+,/:;=?@[]~"
+#: A server that has said no before it read the whole body: its answer is what counts.
+_CUT_OFF: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
+
+#: Gives a connection back: it can be used again, or not.
+Release = Callable[[bool], None]
+_Key = tuple[str, str, int, "ssl.SSLContext | None"]
+
+
+class AddressInvalid(ValueError):
+    """A URL that leads nowhere."""
+
+
+class Connections:
+    """Connections of one program to any number of servers."""
+
+    def __init__(self, connect_timeout: float, read_timeout: float) -> None:
+        """Both in seconds: until a connection is there, and between two pieces of an answer."""
+        self._connect_timeout = connect_timeout
+        self._read_timeout = read_timeout
+        self._idle: dict[_Key, list[http.client.HTTPConnection]] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes those that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | IO[bytes] | None,
+        context: ssl.SSLContext | None,
+    ) -> tuple[http.client.HTTPResponse, Release]:
+        """Sends a request, and reads the answer up to its body. *context* is for ``https``.
+
+        Raises:
+            AddressInvalid: *url* is none.
+            OSError, http.client.HTTPException: as it went.
+        """
+        key, target = _parse(url, context)
+        connection = self._idle_one(key) or self._open(key)
+        try:
+            connection.sock.settimeout(self._read_timeout)
+            _send(connection, method, target, headers, body)
+            response = connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+
+        def release(again: bool) -> None:
+            # a server that does not keep it open has it closed by now
+            if again and response.isclosed() and connection.sock is not None:
+                self._keep(key, connection)
+            else:
+                response.close()
+                connection.close()
+
+        return response, release
+
+    def _open(self, key: _Key) -> http.client.HTTPConnection:
+        scheme, host, port, context = key
+        connection: http.client.HTTPConnection
+        if scheme == "https":
+            connection = http.client.HTTPSConnection(
+                host, port, timeout=self._connect_timeout, blocksize=BUFFER, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _idle_one(self, key: _Key) -> http.client.HTTPConnection | None:
+        while True:
+            with self._lock:
+                idle = self._idle.get(key)
+                if not idle:
+                    return None
+                connection = idle.pop()
+            if _alive(connection.sock):
+                return connection
+            connection.close()
+
+    def _keep(self, key: _Key, connection: http.client.HTTPConnection) -> None:
+        with self._lock:
+            idle = self._idle.setdefault(key, [])
+            if len(idle) < _IDLE_MAX:
+                idle.append(connection)
+                return
+        connection.close()
+
+
+def _parse(url: str, context: ssl.SSLContext | None) -> tuple[_Key, str]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        if host:
+            host.encode("idna")
+    except ValueError as exc:
+        raise AddressInvalid(str(exc)) from exc
+    if not host or parts.scheme not in ("http", "https"):
+        raise AddressInvalid("no host")
+    port = port or (443 if parts.scheme == "https" else 80)
+    target = quote(parts.path or "/", _AS_IT_IS) + (f"?{quote(parts.query, _AS_IT_IS)}" if parts.query else "")
+    return (parts.scheme, host, port, context if parts.scheme == "https" else None), target
+
+
+def _alive(sock: socket.socket) -> bool:
+    # What can be read of a connection without a request is its end, or what nobody asked for.
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLPRI)
+    return not poll.poll(0)
+
+
+def _send(
+    connection: http.client.HTTPConnection,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    body: bytes | IO[bytes] | None,
+) -> None:
+    connection.putrequest(method, target)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    if isinstance(body, bytes) and not any(name.lower() == "content-length" for name in headers):
+        connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    if not body:
+        return
+    try:
+        if isinstance(body, bytes):
+            connection.send(body)
+            return
+        send_to = getattr(body, "send_to", None)
+        if send_to is not None and type(connection.sock) is socket.socket:
+            send_to(connection.sock)
+            return
+        while data := body.read(BUFFER):
+            connection.send(data)
+    except OSError as exc:
+        if exc.errno not in _CUT_OFF:
+            raise
