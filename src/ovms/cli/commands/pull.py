@@ -1,7 +1,8 @@
 """Fetch an artifact from a registry, or from an OCI layout on disk, into the local store. Every blob is checked.
 
 REF is HOST[:PORT]/NAME[:TAG][@DIGEST], oci:DIR[:TAG] or oci-archive:FILE[:TAG]; the last two are what skopeo and podman
-read and write. TAG is what the layout calls the artifact; it can be left out where there is only one.
+read and write. TAG is what the layout calls the artifact; it can be left out where there is only one. Several are fetched
+one after the other, over the same connections, up to the first that fails.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
+from ovms.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument(
-        "reference", metavar="REF", help="a name in a registry, oci:DIR[:TAG], or oci-archive:FILE[:TAG]"
+        "references", metavar="REF", nargs="+", help="a name in a registry, oci:DIR[:TAG], or oci-archive:FILE[:TAG]"
     )
     parser.add_argument(
         "-t", "--tag", metavar="NAME[:TAG]", help="what to call it here (default: as it is called there)"
@@ -40,22 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    if args.tag is not None and len(args.references) > 1:
+        raise UsageError("-t names one artifact, and several are to be pulled", hint="pull them one by one")
+    pulled: list[dict[str, Any]] = []
+    with context.pulling():
+        for reference in args.references:
+            pulled.append(_pull(reference, args, context))
+            if not args.json:
+                name, digest = pulled[-1]["name"], pulled[-1]["digest"]
+                output.answer(name if "@" in name else f"{name}@{digest}")
+    if args.json:
+        output.answer_json(pulled if len(pulled) > 1 else pulled[0])
+    return Exit.OK
+
+
+def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[str, Any]:
     from ovms.artifact import ram
     from ovms.artifact.resolve import pull
     from ovms.oci.transfer import Tally
 
     tally = Tally()
-    with context.pulling():
-        found = pull(
-            context.layout,
-            context.connect,
-            args.reference,
-            context.progress,
-            name=args.tag,
-            platform=args.platform,
-            gate=ram.unwanted if args.no_ram else None,
-            tally=tally,
-        )
+    found = pull(
+        context.layout,
+        context.connect,
+        reference,
+        context.progress,
+        name=args.tag,
+        platform=args.platform,
+        gate=ram.unwanted if args.no_ram else None,
+        tally=tally,
+    )
     artifact = found.artifact
     value: dict[str, Any] = {
         "name": found.name,
@@ -66,12 +82,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         "left_out": [blob.digest for blob in ram.left_out(context.layout, artifact)],
     }
     if args.referrers:
-        value["referrers"] = _pull_referrers(args.reference, context)
-    if args.json:
-        output.answer_json(value)
-    else:
-        output.answer(f"{found.name}@{artifact.digest}" if "@" not in found.name else found.name)
-    return Exit.OK
+        value["referrers"] = _pull_referrers(reference, context)
+    return value
 
 
 def _pull_referrers(text: str, context: Context) -> list[str]:
