@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 
 from ovms.oci.appending import BUFFER
@@ -97,6 +97,7 @@ class Connections:
             )
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
+        connection._create_connection = _connect  # type: ignore[attr-defined]  # noqa: SLF001
         try:
             connection.connect()
         except BaseException:
@@ -124,12 +125,17 @@ class Connections:
         connection.close()
 
 
+def _connect(address: tuple[str, int], *rest: Any) -> socket.socket:
+    # A name as bytes is taken as it is; for a string Python imports what knows every script there is.
+    return socket.create_connection((address[0].encode("ascii"), address[1]), *rest)  # type: ignore[arg-type]
+
+
 def _parse(url: str, context: ssl.SSLContext | None) -> tuple[_Key, str]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-        if host:
-            host.encode("idna")
+        if host and not host.isascii():
+            host = host.encode("idna").decode("ascii")
     except ValueError as exc:
         raise AddressInvalid(str(exc)) from exc
     if not host or parts.scheme not in ("http", "https"):

@@ -1,0 +1,228 @@
+"""Connections, against a server of sockets alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ovms.oci.connections import AddressInvalid, Connections
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Server:
+    """Answers each request on each connection with what *answer* says; counts connections."""
+
+    def __init__(self, answer: Callable[[bytes], bytes] = lambda _request: OK, *, keep: bool = True) -> None:
+        self.answer = answer
+        self.keep = keep
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v2/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self.sockets.append(sock)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, sock.makefile("rb") as file:
+            while head := self._head(file):
+                length = next(
+                    (
+                        int(line.split(b":")[1])
+                        for line in head.splitlines()
+                        if line.lower().startswith(b"content-length")
+                    ),
+                    0,
+                )
+                self.requests.append(head + file.read(length))
+                sock.sendall(self.answer(self.requests[-1]))
+                if not self.keep:
+                    return
+
+    @staticmethod
+    def _head(file: io.BufferedReader) -> bytes:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            try:
+                line = file.readline()
+            except OSError:
+                return b""
+            if not line:
+                return b""
+            head += line
+        return head
+
+    def close(self) -> None:
+        self._listener.close()
+        for sock in self.sockets:
+            sock.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    it = Server()
+    yield it
+    it.close()
+
+
+@pytest.fixture
+def connections() -> Iterator[Connections]:
+    it = Connections(5, 5)
+    yield it
+    it.close()
+
+
+def get(connections: Connections, url: str, *, again: bool = True, body: bytes | None = None) -> bytes:
+    response, release = connections.request("GET", url, {}, body, None)
+    data = response.read() if again else b""
+    release(again)
+    return data
+
+
+def test_a_connection_is_used_again(server: Server, connections: Connections) -> None:
+    assert [get(connections, server.url) for _ in range(3)] == [b"ok"] * 3
+    assert server.connections == 1
+
+
+def test_one_whose_answer_was_not_read_is_not(server: Server, connections: Connections) -> None:
+    get(connections, server.url, again=False)
+    get(connections, server.url)
+    assert server.connections == 2
+
+
+def test_one_that_the_server_has_closed_is_not(connections: Connections) -> None:
+    server = Server(keep=False)
+    try:
+        for _ in range(2):
+            assert get(connections, server.url) == b"ok"
+            for sock in server.sockets:
+                # until the server's side has gone
+                while sock.fileno() != -1:
+                    os.sched_yield()
+        assert server.connections == 2
+    finally:
+        server.close()
+
+
+def test_no_more_than_some_are_kept(server: Server, connections: Connections) -> None:
+    held = [connections.request("GET", server.url, {}, None, None) for _ in range(12)]
+    for response, release in held:
+        response.read()
+        release(True)
+    for _ in range(2):
+        held = [connections.request("GET", server.url, {}, None, None) for _ in range(8)]
+        for response, release in held:
+            response.read()
+            release(True)
+    assert server.connections == 12
+
+
+class Body:
+    """A body that can go from its file into a socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        self.sent_to: socket.socket | None = None
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(size)
+
+    def send_to(self, sock: socket.socket) -> None:
+        self.sent_to = sock
+        sock.sendfile(self.file)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_file_goes_into_the_socket(server: Server, connections: Connections, tmp_path: Path) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "blob").write_bytes(content)
+    body = Body(tmp_path / "blob")
+    response, release = connections.request(
+        "PUT",
+        server.url,
+        {"Content-Length": str(len(content))},
+        body,  # type: ignore[arg-type]
+        None,
+    )
+    response.read()
+    release(True)
+    body.close()
+    assert body.sent_to is not None
+    assert server.requests[0].endswith(content)
+
+
+def test_an_answer_that_comes_before_the_body_is_sent_counts(connections: Connections) -> None:
+    refusal = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse() -> None:
+        sock, _ = listener.accept()
+        sock.recv(100)
+        sock.sendall(refusal)
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    try:
+        size = 64 << 20
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        try:
+            response, release = connections.request(
+                "PUT", url, {"Content-Length": str(size)}, io.BytesIO(bytes(size)), None
+            )
+        except ConnectionResetError:
+            return  # the answer was lost with the connection: TCP's way, and nobody's fault
+        assert response.status == 413
+        release(False)
+    finally:
+        thread.join(5)
+        listener.close()
+
+
+def test_an_empty_body_has_a_length(server: Server, connections: Connections) -> None:
+    get(connections, server.url, body=b"")
+    assert b"content-length: 0" in server.requests[0].lower()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://host:port/", "http://host:99999/", "ftp://host/", "/v2/", "http://[::1/", "http://\u00ff..x/"],
+)
+def test_what_is_no_address(connections: Connections, url: str) -> None:
+    with pytest.raises(AddressInvalid):
+        connections.request("GET", url, {}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("a b", b"/v2/a%20b"),
+        ("x?y=\u00e9", b"/v2/x?y=%C3%A9"),
+        ("x%2fy", b"/v2/x%2fy"),
+        ("x\x7f", b"/v2/x%7F"),
+    ],
+)
+def test_nothing_in_a_url_breaks_the_request(
+    server: Server, connections: Connections, path: str, target: bytes
+) -> None:
+    get(connections, server.url + path)
+    assert server.requests[0].splitlines()[0] == b"GET " + target + b" HTTP/1.1"
