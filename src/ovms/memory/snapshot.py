@@ -240,6 +240,13 @@ def read_control(layout: Layout, digest: Digest) -> ramsnap.Control:
         return _control_of(blob)
 
 
+def read_needs(layout: Layout, digest: Digest) -> ramsnap.Needs:
+    """What a RAM snapshot in the store needs, and its device state; its index is not looked into. Raises like :func:`read_control`."""
+    with fsutil.open_input(layout.path(digest), "the RAM snapshot") as blob:
+        fd = blob.fileno()
+        return ramsnap.parse_needs(os.pread(fd, chain.read_prefix(fd).data_offset, 0))
+
+
 def _control_of(blob: BinaryIO) -> ramsnap.Control:
     fd = blob.fileno()
     return ramsnap.parse_control(os.pread(fd, chain.read_prefix(fd).data_offset, 0))

@@ -293,7 +293,7 @@ class Runtime:
         It raises what :meth:`start` would raise because of the snapshot: with nothing but the control part at hand.
         """
 
-        def ask(manifest: Manifest, read: Callable[[], ramsnap.Control]) -> str | None:
+        def ask(manifest: Manifest, read: Callable[[], ramsnap.Needs]) -> str | None:
             _require_snapshot(manifest, options)
             if manifest.ram_snapshot is None or options.restore is RestorePolicy.NEVER:
                 return "it is not to be restored"
@@ -306,16 +306,16 @@ class Runtime:
 
         return ask
 
-    def _control(self, found: Found) -> tuple[ramsnap.Control | None, str | None]:
+    def _control(self, found: Found) -> tuple[ramsnap.Needs | None, str | None]:
         # The control part of the artifact's RAM snapshot; or why that was left out, where it tells nothing by itself.
         artifact = found.artifact
         ram_blobs = blobs_of(artifact.image, artifact.manifest)
         missing = absent.left_out(self.layout, ram_blobs[-1:])
         if not missing:
             assert artifact.manifest.ram_snapshot is not None
-            return snapshot.read_control(self.layout, Digest(artifact.manifest.ram_snapshot.ref)), None
+            return snapshot.read_needs(self.layout, Digest(artifact.manifest.ram_snapshot.ref)), None
         if (raw := absent.control_part(self.layout, missing[0])) is not None:
-            return ramsnap.parse_control(raw), None
+            return ramsnap.parse_needs(raw), None
         if found.left_out is None:
             absent.require_here(self.layout, artifact.digest, missing, f"{found.name} can't be restored")
         return None, found.left_out
@@ -605,7 +605,7 @@ def _require_snapshot(manifest: Manifest, options: RunOptions) -> None:
 
 
 def _why_cold(
-    vmm: Vmm, manifest: Manifest, control: ramsnap.Control, options: RunOptions, accel: Accel, disk_size: int | None
+    vmm: Vmm, manifest: Manifest, control: ramsnap.Needs, options: RunOptions, accel: Accel, disk_size: int | None
 ) -> str | None:
     """Why the RAM snapshot of an artifact is left aside in a start that may restore it; None: it is restored.
 

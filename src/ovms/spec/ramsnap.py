@@ -21,6 +21,8 @@ MAGIC: Final = b"\x89OVMR\r\n\x1a"
 VERSION: Final = 1
 PREFIX_SIZE: Final = 128
 ENTRY_SIZE: Final = 64
+#: Where in an entry its codec stands.
+_CODEC_AT: Final = 24
 PAGE: Final = limits.RAM_PAGE
 
 CODEC_STORED: Final = 0
@@ -149,12 +151,22 @@ def _align(offset: int) -> int:
 
 
 @dataclass(frozen=True)
-class Control:
-    """The control part, checked: prefix, header, uncompressed device state and index."""
+class Needs:
+    """What a restore has to know before the memory: prefix, header and uncompressed device state, checked.
+
+    *codecs* has a byte for each entry of the index: what its chunk is compressed with, not checked.
+    """
 
     prefix: Prefix
     header: Header
     state: bytes
+    codecs: bytes
+
+
+@dataclass(frozen=True)
+class Control(Needs):
+    """The control part, checked: the index, too."""
+
     chunks: tuple[Chunk, ...]
 
 
@@ -185,23 +197,30 @@ def parse_control(data: bytes) -> Control:
         SnapshotInvalid: malformed, or its digest is wrong.
         JsonInvalid: the header is not strict JSON.
     """
+    needs = parse_needs(data)
+    index = _parse_index(data, needs.prefix, diff=needs.header.parent is not None)
+    return Control(needs.prefix, needs.header, needs.state, needs.codecs, tuple(index))
+
+
+def parse_needs(data: bytes) -> Needs:
+    """Like :func:`parse_control`, and leaves the index alone but for its digest: it is told when the memory is unpacked."""
     prefix, header = parse_head(data)
     if any(data[prefix.index_end : prefix.data_offset]) or len(data) < prefix.data_offset:
         raise _bad("there are no zeroes between the index and the data", prefix.index_end, "RAM-1")
     state = _unpack_state(data[prefix.state_offset : prefix.index_offset], prefix.state_offset)
-    return Control(prefix, header, state, tuple(_parse_index(data, prefix, diff=header.parent is not None)))
+    return Needs(prefix, header, state, data[prefix.index_offset + _CODEC_AT : prefix.index_end : ENTRY_SIZE])
 
 
-def check_codecs(control: Control, compression: Compression) -> None:
+def check_codecs(needs: Needs, compression: Compression) -> None:
     """Whether the chunks are compressed as the artifact's media type says.
 
     Raises:
         SnapshotInvalid: a chunk is compressed otherwise.
     """
-    for i, chunk in enumerate(control.chunks):
-        if chunk.codec not in CODECS[compression]:
-            at = control.prefix.index_offset + i * ENTRY_SIZE + 24
-            raise _bad(f"chunk {i} has the codec {chunk.codec}, which is not of {compression}", at, "RAM-17")
+    if wrong := set(needs.codecs) - set(CODECS[compression]):
+        i = next(i for i, codec in enumerate(needs.codecs) if codec in wrong)
+        at = needs.prefix.index_offset + i * ENTRY_SIZE + _CODEC_AT
+        raise _bad(f"chunk {i} has the codec {needs.codecs[i]}, which is not of {compression}", at, "RAM-17")
 
 
 def check_entries(counts: Iterable[int]) -> None:
