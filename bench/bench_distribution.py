@@ -242,24 +242,33 @@ def small(scratch: Path, registry: Registry) -> dict[str, float]:
             )
         publish(layout, disks, f"{name}:{number}")
         run([OVM, "push", f"{name}:{number}"], **env)
+    names = [f"{name}:{number}" for number in range(4)]
     crane = find("crane")
-    ours, theirs = [], []
-    for _ in range(ROUNDS):
-        target = str(clean(scratch / "small-pull"))
-        ours.append(sum(run([OVM, "pull", f"{name}:{n}"], OVMS_ROOT=target).wall for n in range(4)))
+    times: dict[str, list[float]] = {}
+
+    def pulls(tool: str, argv: list[object], target: Path) -> None:
+        """All by one command, and by one command each."""
+        env = {"OVMS_ROOT": str(target)}
+        last = [target] if tool == "crane" else []
+        clean(target)
+        times.setdefault(f"{tool}, one command", []).append(run([*argv, *names, *last], **env).wall)
+        clean(target)
+        each = sum(run([*argv, one, *last], **env).wall for one in names)
+        times.setdefault(f"{tool}, a command each", []).append(each)
+
+    for _ in range(2 * ROUNDS + 1):
+        pulls("ovm", [OVM, "pull"], scratch / "small-pull")
         if crane:
-            clean(scratch / "small-crane")
-            theirs.append(
-                sum(
-                    run([crane, "pull", "--insecure", "--format=oci", f"{name}:{n}", scratch / "small-crane"]).wall
-                    for n in range(4)
-                )
-            )
-    print(f"\n200 blobs of 4 KiB in 4 artifacts: ovm {statistics.median(ours):.2f} s")
-    if not theirs:
-        return {"small_s": statistics.median(ours)}
-    print(f"                                   crane {statistics.median(theirs):.2f} s")
-    return {"small_s": statistics.median(ours), "small_vs_crane": statistics.median(theirs) / statistics.median(ours)}
+            pulls("crane", [crane, "pull", "--insecure", "--format=oci"], scratch / "small-crane")
+    medians = {what: statistics.median(walls) for what, walls in times.items()}
+    print("\n200 blobs of 4 KiB in 4 artifacts")
+    for what, wall in medians.items():
+        print(f"{what:24}{wall:8.2f} s")
+    figures = {"small_s": medians["ovm, one command"]}
+    if crane:
+        figures["small_vs_crane"] = medians["crane, one command"] / medians["ovm, one command"]
+        figures["small_each_vs_crane"] = medians["crane, a command each"] / medians["ovm, a command each"]
+    return figures
 
 
 def large(scratch: Path, registry: Registry) -> dict[str, float]:

@@ -7,11 +7,12 @@ import dataclasses
 import pickle
 import re
 import threading
-from dataclasses import field
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from ovms.lazy import dataclass, regex
+from ovms.lazy import asdict, dataclass, field, regex, replace
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Derived(Base):
 @dataclasses.dataclass(frozen=True)
 class Plain:
     a: int
-    b: list[int] = field(default_factory=list)
+    b: list[int] = dataclasses.field(default_factory=list)
 
 
-def test_it_is_the_standard_library_s_own() -> None:
+def test_it_is_what_the_standard_library_makes() -> None:
     assert Derived(1) == Derived(1, [], "c") != Derived(1, [], "d")
     assert repr(Derived(1, c="x")) == "Derived(a=1, b=[], c='x')"
     assert dataclasses.replace(Derived(1), c="d") == Derived(1, [], "d")
@@ -46,6 +47,153 @@ def test_it_is_the_standard_library_s_own() -> None:
         Base(1).a = 2  # type: ignore[misc]
     with pytest.raises(ValueError, match="a"):
         Derived(-1)
+
+
+class Both(NamedTuple):
+    """The same class, made by the standard library and by us."""
+
+    theirs: Any
+    ours: Any
+
+
+def both(make: Callable[[Any, Any], type]) -> Both:
+    return Both(make(dataclasses.dataclass, dataclasses.field), make(dataclass, field))
+
+
+def frozen(decorate: Any, field: Any) -> type:
+    @decorate(frozen=True)
+    class Thing:
+        a: int
+        b: str = field(default="b", repr=False)
+        c: dict[str, int] = field(default_factory=dict, compare=False)
+        kind: ClassVar[str] = "thing"
+
+    return Thing
+
+
+def changing(decorate: Any, field: Any) -> type:
+    @decorate()
+    class Thing:
+        a: int
+        b: list[int] = field(default_factory=list)
+
+    return Thing
+
+
+def nothing(decorate: Any, field: Any) -> type:
+    @decorate(frozen=True)
+    class Thing:
+        pass
+
+    return Thing
+
+
+def with_its_own(decorate: Any, field: Any) -> type:
+    @decorate(frozen=True)
+    class Thing:
+        a: int
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __hash__(self) -> int:
+            return 7
+
+        def __repr__(self) -> str:
+            return "mine"
+
+    return Thing
+
+
+def result(action: Callable[..., object], *args: object, **kwargs: object) -> object:
+    try:
+        return action(*args, **kwargs)
+    except (TypeError, AttributeError) as exc:
+        return type(exc), str(exc)
+
+
+@pytest.mark.parametrize("make", [frozen, changing, nothing, with_its_own])
+def test_whatever_is_done_comes_out_as_with_the_standard_library(make: Callable[[Any, Any], type]) -> None:
+    theirs, ours = both(make)
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = [
+        ((), {}), ((1,), {}), ((1, "x"), {}), ((1, "x", {"k": 1}), {}), ((1, 2, 3, 4), {}), ((), {"a": 1}), ((1,), {"a": 1}),
+        ((1,), {"d": 1}), ((1,), {"b": "y"}),
+    ]  # fmt: skip
+    pairs = []
+    for args, kwargs in calls:
+        one, our_one = result(theirs, *args, **kwargs), result(ours, *args, **kwargs)
+        assert repr(one) == repr(our_one)
+        if type(one) is theirs:
+            pairs.append((one, our_one))
+    assert pairs
+    for one, our_one in pairs:
+        for other, our_other in pairs:
+            assert (one == other, one != other) == (our_one == our_other, our_one != our_other)
+        assert one != our_one or make is with_its_own
+        assert result(hash, one) == result(hash, our_one)
+        assert result(setattr, one, "a", 2) == result(setattr, our_one, "a", 2)
+        assert result(vars, one) == result(vars, our_one)
+    for one, our_one in pairs:
+        assert result(delattr, one, "a") == result(delattr, our_one, "a")
+    assert [f.name for f in dataclasses.fields(theirs)] == [f.name for f in dataclasses.fields(ours)]
+    assert theirs.__match_args__ == ours.__match_args__
+    assert result(getattr, theirs, "b") == result(getattr, ours, "b")
+
+
+def test_copies_with_changes_and_plain_forms() -> None:
+    one = Derived(1, [2], "c")
+    assert replace(one, a=3) == dataclasses.replace(one, a=3) == Derived(3, [2], "c")
+    with pytest.raises(TypeError, match="unexpected"):
+        replace(one, x=1)  # type: ignore[call-arg]
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Derived
+        more: tuple[Derived, ...]
+        named: dict[str, Base]
+
+    outer = Outer(one, (one,), {"x": Base(1)})
+    assert asdict(outer) == dataclasses.asdict(outer)
+    assert asdict(outer)["more"] == ({"a": 1, "b": [2], "c": "c"},)
+
+
+def test_fields_in_a_wrong_order_are_told() -> None:
+    @dataclass(frozen=True)
+    class Wrong:
+        a: int = 1
+        b: int  # type: ignore[misc]
+
+    with pytest.raises(TypeError, match="non-default argument 'b' follows default argument"):
+        Wrong(1, 2)
+
+
+def test_a_field_of_the_standard_library_s_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"ovms\.lazy"):
+
+        @dataclass(frozen=True)
+        class Mixed:
+            a: list[int] = dataclasses.field(default_factory=list)
+
+
+def test_every_dataclass_of_ours_can_be_made() -> None:
+    """What shows at the first use alone (the order of fields) is right in all of them."""
+    import importlib
+    import pkgutil
+
+    import ovms
+
+    seen = 0
+    for module in pkgutil.walk_packages(ovms.__path__, "ovms."):
+        if module.name.endswith(("__main__", ".freeze.freeze")):
+            continue
+        for value in list(vars(importlib.import_module(module.name)).values()):
+            if isinstance(value, type) and "__ovms_fields__" in vars(value):
+                dataclasses.fields(value)
+                with pytest.raises(Exception):  # noqa: B017 - most need arguments; making the methods is what counts
+                    value(**{"no such": 1})
+                assert "__init__" in vars(value)
+                seen += 1
+    assert seen > 100
 
 
 @pytest.mark.parametrize("arguments", [(), (1, [], "c", 4), (1, [], 3)])

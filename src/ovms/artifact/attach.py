@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -26,7 +25,7 @@ from ovms.errors import (
     RegistryProtocol,
     UsageError,
 )
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, parse_manifest, with_subject
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference

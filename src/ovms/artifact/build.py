@@ -9,7 +9,6 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ from ovms.errors import (
     RegistryError,
     SnapshotInvalid,
 )
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, replace
 from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout

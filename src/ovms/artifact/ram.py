@@ -6,11 +6,11 @@ See ``docs/adr/0020``, and ``spec/rfc/ramsnap-v1.md``, section 7.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from ovms.artifact.model import Artifact, check_documents
 from ovms.errors import BlobNotFound, OvmsError, RegistryError
+from ovms.lazy import replace
 from ovms.oci import absent
 from ovms.oci.descriptor import Descriptor, ImageManifest
 from ovms.oci.layout import Layout

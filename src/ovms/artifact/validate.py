@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -32,7 +31,7 @@ from ovms.errors import (
     SnapshotInvalid,
     UsageError,
 )
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.oci import absent
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import Layout

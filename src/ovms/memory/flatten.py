@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ovms import fsutil
@@ -13,7 +12,7 @@ from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.artifact.resolve import Found
 from ovms.errors import InputError
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, replace
 from ovms.memory import chain, snapshot
 from ovms.memory.capture import Capture
 from ovms.oci.descriptor import Descriptor

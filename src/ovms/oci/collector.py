@@ -15,14 +15,13 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Locked, OvmsError
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.oci import partial
 from ovms.oci.descriptor import ImageIndex, ImageManifest
 from ovms.oci.layout import Entry, Layout

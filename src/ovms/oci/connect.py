@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from ovms.lazy import replace
 from ovms.oci.credentials import Credentials
 from ovms.oci.proxies import Proxies
 from ovms.oci.realm import TokenServices

@@ -15,13 +15,12 @@ import binascii
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, JsonInvalid, OvmsError
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, strictjson
 
 _FILE_MAX: Final = 1 * limits.MIB

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
 from typing import Any
 
 from ovms.errors import RegistryProtocol
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field, replace
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 

@@ -12,13 +12,12 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Conflict, FileProblem, InputError, StoreCorrupt
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, replace
 from ovms.oci import absent, source, tar
 from ovms.oci.descriptor import Descriptor, ImageIndex
 from ovms.oci.layout import REPAIR, Layout

@@ -11,14 +11,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import Locked, OvmsError, StoreCorrupt
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.oci import absent, collector, workers
 from ovms.oci.collector import Item, Needs
 from ovms.oci.descriptor import ImageManifest

@@ -30,7 +30,6 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +43,7 @@ from ovms.errors import (
     RegistryProtocol,
     StoreCorrupt,
 )
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, annotations_of, parse_manifest
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, from_hasher, hex_of, of_bytes

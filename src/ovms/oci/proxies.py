@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from ovms.errors import InputError, Unsupported
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.oci.realm import is_loopback
 
 _PORTS: Final = {"http": 80, "https": 443}

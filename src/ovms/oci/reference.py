@@ -8,11 +8,10 @@ that comes from a public registry by a typing error is not what we want.)
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import replace
 from typing import Final, Self
 
 from ovms.errors import ReferenceInvalid
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.spec import limits
 from ovms.spec.digest import Digest, is_digest
 

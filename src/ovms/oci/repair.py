@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from ovms.errors import StoreCorrupt
+from ovms.lazy import replace
 from ovms.oci import collector
 from ovms.oci.collector import WAIT, Needs
 from ovms.oci.descriptor import ImageIndex, ImageManifest

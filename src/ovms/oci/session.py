@@ -9,12 +9,11 @@ from __future__ import annotations
 import email.utils
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from datetime import UTC, datetime
 from typing import IO, Final, Protocol
 
 from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
 from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin

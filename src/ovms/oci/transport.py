@@ -12,13 +12,12 @@ chooses by digest. What begins like this is always a place on disk, never an art
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from ovms.errors import InputError, ReferenceInvalid
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.oci.reference import Reference
 from ovms.spec.digest import Digest, is_digest
 

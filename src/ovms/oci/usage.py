@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ovms.lazy import dataclass
+from ovms.lazy import asdict, dataclass
 from ovms.oci import collector
 from ovms.oci.collector import Needs, Options
 from ovms.oci.layout import Layout

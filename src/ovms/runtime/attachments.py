@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ovms.errors import SnapshotIncompatible, Unsupported
+from ovms.lazy import replace
 from ovms.runtime import volumes as files
 from ovms.runtime.record import Record
 from ovms.runtime.volumes import Volume

@@ -13,7 +13,6 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +21,7 @@ from ovms.artifact import model
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer
 from ovms.errors import StateConflict, Unsupported
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, replace
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.progress import Progress

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from ovms.artifact.model import Artifact
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer
 from ovms.errors import DiskInvalid, FileProblem, HostError, OvmsError, Unsupported
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks

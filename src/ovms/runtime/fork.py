@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from typing import Final
 
 from ovms.errors import InstanceNotFound, OvmsError
+from ovms.lazy import replace
 from ovms.progress import NULL, Progress
 from ovms.runtime.client import Client, Document
 from ovms.runtime.runtime import RunOptions

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from ovms.errors import NotFound, OvmsError, StateConflict, Unsupported
+from ovms.lazy import replace
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.network import Kind, check_ports
 from ovms.runtime.record import Record

@@ -13,11 +13,10 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from ovms.errors import AgentUnavailable, GuestError, Locked, OvmsError, VmmError
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, replace
 from ovms.runtime import agent
 from ovms.runtime.agent import Agent, AgentRefused
 from ovms.vmm.model import VmFiles

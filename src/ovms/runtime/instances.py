@@ -11,14 +11,13 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, regex, replace
 from ovms.memory.template import Holder
 from ovms.oci.collector import Needs
 from ovms.runtime import cgroups, names, network, workload

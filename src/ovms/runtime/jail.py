@@ -10,14 +10,13 @@ import os
 import resource
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import OvmsError, UsageError
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field, replace
 from ovms.runtime import cgroups
 from ovms.spec import limits
 from ovms.spec.choices import Accel

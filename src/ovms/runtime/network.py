@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, SnapshotIncompatible, Unsupported, UsageError
-from ovms.lazy import dataclass, regex
+from ovms.lazy import asdict, dataclass, regex
 from ovms.process import ProcessId
 from ovms.spec import limits, strictjson
 from ovms.vmm.jail import User

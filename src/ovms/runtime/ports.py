@@ -6,11 +6,10 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from ovms.errors import HostError, PortInUse, UsageError
-from ovms.lazy import regex
+from ovms.lazy import regex, replace
 from ovms.vmm.model import PortForward
 
 #: Where ports are bound when nothing else is said: reaching a VM from outside this machine is a decision.

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, StoreCorrupt
-from ovms.lazy import dataclass
+from ovms.lazy import asdict, dataclass, field, replace
 from ovms.process import ProcessId
 from ovms.runtime.identity import Identity
 from ovms.runtime.network import Attachment, Kind

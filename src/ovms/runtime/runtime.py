@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,7 +28,7 @@ from ovms.errors import (
     UsageError,
     VmmError,
 )
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field, replace
 from ovms.memory import chain, compat, locking, snapshot, template
 from ovms.oci import absent
 from ovms.oci.layout import Layout

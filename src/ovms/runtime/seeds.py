@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.disk import seed
 from ovms.errors import FileProblem, InputError
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.spec import bootstrap, limits
 
 FILE: Final = "seed.img"

@@ -6,14 +6,13 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from typing import Any
 
 from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
 from ovms.errors import OvmsError, StateConflict
-from ovms.lazy import dataclass
+from ovms.lazy import asdict, dataclass, replace
 from ovms.memory import capture, chain, compat, content, snapshot, template
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.reference import Reference

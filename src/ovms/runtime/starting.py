@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +18,7 @@ from ovms import fsutil
 from ovms.artifact import ram
 from ovms.artifact.resolve import Connect, Found, PullPolicy, find, resolve
 from ovms.errors import Conflict, HostError, InputError, Interrupted, OvmsError, ReferenceNotFound
+from ovms.lazy import replace
 from ovms.oci import transport
 from ovms.oci.platform import Platform
 from ovms.oci.reference import Reference

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from typing import Any
 
-from ovms.lazy import dataclass
+from ovms.lazy import asdict, dataclass
 from ovms.oci.collector import allocated
 from ovms.oci.usage import Row
 from ovms.runtime.instances import Instances

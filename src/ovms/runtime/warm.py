@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import field, replace
 from typing import Any, Final
 
 from ovms import fsutil, process
@@ -37,7 +36,7 @@ from ovms.errors import (
     SnapshotIncompatible,
     VmmError,
 )
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field, replace
 from ovms.progress import NULL, Progress
 from ovms.runtime import names, network
 from ovms.runtime import ports as port_forwards

@@ -11,12 +11,11 @@ import binascii
 import contextlib
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import field
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, sizes, strictjson
 from ovms.spec.choices import Accel, Leave, RestorePolicy
 from ovms.spec.document import Reader, kind_of, shown
@@ -417,7 +416,7 @@ def _base64(item: Reader, key: str) -> bytes:
     return b""
 
 
-_KNOWN: Final = frozenset(Overrides.__dataclass_fields__)
+_KNOWN: Final = frozenset(Overrides.__match_args__)
 
 
 def _overrides(item: Reader | None, problems: list[Problem]) -> Overrides:

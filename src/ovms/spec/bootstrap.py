@@ -18,11 +18,10 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import field
 from typing import Any, Final
 
 from ovms.errors import InputError, ManifestInvalid, Problem, Unsupported
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, strictjson
 from ovms.spec.document import Reader, invalid, kind_of, shown
 

@@ -7,12 +7,11 @@ breaks; unknown fields are kept (they live on in ``document``), because what is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
 from enum import StrEnum
 from typing import Any, Final
 
 from ovms.errors import Problem
-from ovms.lazy import dataclass, regex
+from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import is_digest
 from ovms.spec.document import Reader, check_time, invalid, shown

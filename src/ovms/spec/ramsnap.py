@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from ovms.errors import SnapshotInvalid, Unsupported
+from ovms.lazy import dataclass
 from ovms.spec import limits, ramheader, strictjson
 from ovms.spec.manifest import Compression
 from ovms.spec.ramheader import Header

@@ -7,11 +7,10 @@ of :data:`CHECKS` says what of the one is lacking in the other; a new feature is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ovms.errors import Unsupported
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.document import shown

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Self
 
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 
 
 class Namespace(IntEnum):

@@ -5,14 +5,13 @@ Sizes are bytes, times seconds unless a name says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
 from ovms.disk.layers import Layer
 from ovms.errors import SnapshotInvalid
-from ovms.lazy import dataclass
+from ovms.lazy import asdict, dataclass, field
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.vmm.extras import Extras

@@ -7,13 +7,13 @@ oci-archive:FILE[:TAG], which is written anew. skopeo and podman read both.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
+from ovms.lazy import replace
 
 if TYPE_CHECKING:
     from ovms.spec.digest import Digest

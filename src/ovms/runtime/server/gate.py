@@ -11,13 +11,12 @@ import socket
 import ssl
 import stat
 import struct
-from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil
 from ovms.errors import HostError, InputError, OvmsError, Unauthorized, UsageError
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.runtime.server.http import HttpError, Request
 
 _UCRED: Final = struct.Struct("iII")

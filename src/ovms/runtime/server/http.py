@@ -11,14 +11,13 @@ import contextlib
 import json
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import field
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 
 import h11
 
 from ovms.errors import InputError, OvmsError, ResourceError
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.spec import api, limits
 
 #: Connections at once; one more is told so, and closed.

@@ -7,13 +7,12 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
-from ovms.lazy import regex
+from ovms.lazy import regex, replace
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat

@@ -23,13 +23,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
 from ovms.errors import HostError, VmmError, VmmTimeout
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.process import ProcessId
 from ovms.spec import limits
 from ovms.vmm.jail import Jail, Namespace
