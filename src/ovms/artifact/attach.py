@@ -220,8 +220,6 @@ def push_referrers(
         BlobNotFound: the store does not have all of one.
         RegistryError: and its kinds: as the registry met us.
     """
-    from ovms.oci import transfer
-
     pushed: dict[Digest, Descriptor] = {}
     with layout.using():
         named = {entry.descriptor.digest for entry in layout.entries() if entry.name}
@@ -230,11 +228,24 @@ def push_referrers(
         while pending:
             for found in listed(pending.pop(), None).descriptors:
                 if found.digest not in pushed and found.digest not in named:
-                    target = Reference(client.host, repository, None, found.digest)
-                    transfer.push(layout, client, target, found.digest, progress)
+                    _push_referrer(layout, client, repository, found.digest, progress)
                     pushed[found.digest] = found
                     pending.append(found.digest)
     return list(pushed.values())
+
+
+def _push_referrer(layout: Layout, client: RegistryClient, repository: str, digest: Digest, progress: Progress) -> None:
+    from ovms.oci import cosign, transfer
+
+    image = layout.manifest(digest)
+    if isinstance(image, ImageManifest) and cosign.is_classic(image):
+        # under its tag again, where others look for it
+        assert image.subject is not None
+        for layer in image.layers:
+            data = layout.read(layer.digest, "a signature", max_size=limits.MANIFEST_MAX)
+            cosign.add_classic(client, repository, image.subject.digest, layer, data)
+        return
+    transfer.push(layout, client, Reference(client.host, repository, None, digest), digest, progress)
 
 
 def pull_referrers(

@@ -1,0 +1,283 @@
+"""Where the signatures of an artifact are found: in a repository of a registry, and in the local store.
+
+Whoever may write to a repository may put anything beside an artifact, so everything here is bounded: manifests, signatures,
+bytes. What is beyond a limit is not looked at, and a line says so: too much rubbish hides a good signature, and then the
+artifact is refused; no amount of it makes a bad signature good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+from ovms.errors import (
+    BlobNotFound,
+    IntegrityError,
+    JsonInvalid,
+    ReferenceNotFound,
+    RegistryProtocol,
+)
+from ovms.oci import cosign, referrers
+from ovms.oci.descriptor import Descriptor, ImageManifest, parse_manifest
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.oci.registry import RegistryClient
+from ovms.spec import limits
+from ovms.spec.digest import Digest, of_bytes
+from ovms.trust import payload
+from ovms.trust.model import Format, Found, Unreadable
+
+#: Manifests with signatures of one artifact that are read, signatures in all of them, and their bytes.
+MANIFESTS_MAX: Final = 64
+SIGNATURES_MAX: Final = 256
+BYTES_MAX: Final = 8 * limits.MIB
+#: Annotations of one layer: their number, and the characters of all.
+_ANNOTATIONS_MAX: Final = 32
+_ANNOTATIONS_SIZE: Final = 64 * limits.KIB
+#: What is no signature, whatever it holds.
+_STRANGE: Final = (BlobNotFound, IntegrityError, JsonInvalid, ReferenceNotFound, RegistryProtocol)
+
+
+class _Place(Protocol):
+    """Reads what belongs to a signature."""
+
+    def blob(self, descriptor: Descriptor) -> bytes: ...
+
+
+class RegistrySource:
+    """The signatures in one repository: the classic tag, and referrers by the API and by the fallback tag."""
+
+    def __init__(self, client: RegistryClient, repository: str) -> None:
+        self._client = client
+        self._repository = repository
+
+    def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
+        """All signatures of *subject*. What can't be read is told in one line each.
+
+        Raises:
+            RegistryError: and its kinds: as the registry met us; the fallback tag holds no index.
+        """
+        reader = _Reader(self, subject)
+        for image in self._images(subject, reader):
+            reader.take(image, classic=image.subject is None)
+        return reader.found
+
+    def _images(self, subject: Digest, reader: _Reader) -> Iterator[ImageManifest]:
+        if (image := self._classic(subject, reader)) is not None:
+            yield image
+        for digest in self._referrers(subject, reader):
+            target = Reference(self._client.host, self._repository, None, digest)
+            with reader.noting(digest):
+                image_ = parse_manifest(self._client.get_manifest(target)[0], f"the manifest {digest}")
+                if not isinstance(image_, ImageManifest) or image_.subject is None or image_.subject.digest != subject:
+                    reader.note(digest, "it is listed as a referrer, but names another subject")
+                    continue
+                yield image_
+
+    def _classic(self, subject: Digest, reader: _Reader) -> ImageManifest | None:
+        tag = Reference(self._client.host, self._repository, cosign.classic_tag(subject))
+        try:
+            raw, _ = self._client.get_manifest(tag)
+        except ReferenceNotFound:
+            return None
+        except IntegrityError as exc:
+            reader.note(subject, exc.message)
+            return None
+        digest = of_bytes(raw)
+        with reader.noting(digest):
+            image = parse_manifest(raw, f"the tag {tag.tag}")
+            # one with a subject is not what is looked for under this tag, but no worse for it
+            if isinstance(image, ImageManifest):
+                return _without_subject(image)
+            reader.note(digest, "the tag of the classic signatures holds an index")
+        return None
+
+    def _referrers(self, subject: Digest, reader: _Reader) -> list[Digest]:
+        listing = referrers.fetch(self._client, self._repository, subject)
+        wanted = [d for d in listing.descriptors if _may_sign(d)]
+        if not listing.complete or len(wanted) > MANIFESTS_MAX:
+            reader.note(subject, "it has more referrers than are looked at")
+        return [d.digest for d in wanted[:MANIFESTS_MAX]]
+
+    def blob(self, descriptor: Descriptor) -> bytes:
+        """A small blob, checked. Raises like a registry client, and :class:`IntegrityError`."""
+
+        def attempt() -> bytes:
+            with contextlib.closing(self._client.read_blob(self._repository, descriptor)) as stream:
+                return b"".join(bytes(piece) for piece in stream)
+
+        data = self._client.retrying(attempt)
+        if of_bytes(data) != descriptor.digest:
+            raise IntegrityError(f"the content of {descriptor.digest} is another")
+        return data
+
+
+class LocalSource:
+    """The signatures that are kept in the local store, beside what they belong to."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
+        """All signatures of *subject* that are here: those that were made here, and those that :func:`keep` fetched."""
+        reader = _Reader(self, subject)
+        wanted = [d for d in referrers.local_lister(self._layout)(subject, None).descriptors if _may_sign(d)]
+        if len(wanted) > MANIFESTS_MAX + SIGNATURES_MAX:
+            reader.note(subject, "it has more referrers than are looked at")
+        for descriptor in wanted[: MANIFESTS_MAX + SIGNATURES_MAX]:
+            with reader.noting(descriptor.digest):
+                image = self._layout.manifest(descriptor.digest)
+                if isinstance(image, ImageManifest):
+                    reader.take(image, classic=cosign.is_classic(image))
+        return reader.found
+
+    def blob(self, descriptor: Descriptor) -> bytes:
+        """A small blob, checked."""
+        return self._layout.read(descriptor.digest, "a signature", max_size=payload.BUNDLE_MAX)
+
+
+class _Reader:
+    """Reads signatures out of manifests, as long as there is room."""
+
+    def __init__(self, place: _Place, subject: Digest) -> None:
+        self._place = place
+        self._subject = subject
+        self._seen: set[tuple[object, ...]] = set()
+        self._bytes = 0
+        self._count = 0
+        self._full = False
+        self.found: list[Found | Unreadable] = []
+
+    def note(self, manifest: Digest, detail: str) -> None:
+        if len(self.found) < 2 * SIGNATURES_MAX:
+            self.found.append(Unreadable(manifest, "".join(c if c.isprintable() else "?" for c in detail)[:300]))
+
+    @contextlib.contextmanager
+    def noting(self, manifest: Digest) -> Iterator[None]:
+        try:
+            yield
+        except _STRANGE as exc:
+            self.note(manifest, exc.message)
+
+    def take(self, image: ImageManifest, *, classic: bool) -> None:
+        bundled = _type_of(image) == cosign.BUNDLE_TYPE
+        kind = Format.BUNDLE if bundled and not classic else Format.CLASSIC if classic else Format.REFERRER
+        wanted = cosign.BUNDLE_TYPE if kind is Format.BUNDLE else cosign.SIMPLE_SIGNING
+        digest = image.digest
+        if not image.layers:
+            self.note(digest, "it has no layers, where signatures should be")
+        for number, layer in enumerate(image.layers):
+            if self._full:
+                return
+            if layer.media_type != wanted:
+                self.note(digest, f"layer {number} is of the type {payload.shown(layer.media_type)}, no signature")
+                continue
+            with self.noting(digest):
+                self._take_layer(kind, digest, number, layer)
+
+    def _take_layer(self, kind: Format, digest: Digest, number: int, layer: Descriptor) -> None:
+        signature = layer.annotations.get(cosign.SIGNATURE_ANNOTATION, "")
+        if (kind, layer.digest, signature) in self._seen:
+            return
+        largest = payload.BUNDLE_MAX if kind is Format.BUNDLE else payload.PAYLOAD_MAX
+        notes = layer.annotations
+        if layer.size > largest:
+            self.note(digest, f"layer {number} has {layer.size} bytes, where a signature has at most {largest}")
+            return
+        if len(notes) > _ANNOTATIONS_MAX or sum(len(k) + len(v) for k, v in notes.items()) > _ANNOTATIONS_SIZE:
+            self.note(digest, f"layer {number} has more annotations than any signature")
+            return
+        if self._count == SIGNATURES_MAX or self._bytes + layer.size > BYTES_MAX:
+            self.note(self._subject, f"it has more signatures than are looked at ({self._count})")
+            self._full = True
+            return
+        self._count += 1
+        self._bytes += layer.size
+        self._seen.add((kind, layer.digest, signature))
+        data = self._place.blob(layer)
+        self.found.append(
+            Found(kind, digest, number, data, "" if kind is Format.BUNDLE else signature, tuple(sorted(notes.items())))
+        )
+
+
+def _type_of(image: ImageManifest) -> str:
+    return image.artifact_type or image.config.media_type
+
+
+def _may_sign(descriptor: Descriptor) -> bool:
+    # A bundle says what its statement is about. Provenance and the like are none of ours; one that lies is not found.
+    if descriptor.artifact_type == cosign.BUNDLE_TYPE:
+        return descriptor.annotations.get(cosign.BUNDLE_PREDICATE, cosign.SIGN_PREDICATE) == cosign.SIGN_PREDICATE
+    return descriptor.artifact_type == cosign.SIGNATURE_TYPE
+
+
+def _without_subject(image: ImageManifest) -> ImageManifest:
+    from dataclasses import replace
+
+    return image if image.subject is None else replace(image, subject=None)
+
+
+# --- keeping ---------------------------------------------------------------------------------------------------------
+
+
+def keep(layout: Layout, client: RegistryClient, repository: str, subject: Descriptor) -> int:
+    """Keeps the signatures of *subject* in the local store, where :class:`LocalSource` finds them without the registry.
+
+    They have no name, and live as long as the artifact. Nothing is checked but digests. Returns how many signatures are
+    here now that the registry has; what can't be read there, or is beyond a limit, stays there.
+
+    Raises:
+        DiskFull: there is no room.
+        RegistryError: and its kinds: as the registry met us.
+    """
+    with layout.using():
+        found = [f for f in RegistrySource(client, repository).signatures(subject.digest) if isinstance(f, Found)]
+        whole: dict[Digest, bool] = {}
+        for one in found:
+            if one.format is Format.CLASSIC:
+                layer = _layer_of(one)
+                add(layout, *cosign.referrer_manifest(layer, subject, classic=True), one.payload)
+            elif one.manifest not in whole:
+                whole[one.manifest] = _keep_referrer(layout, client, repository, one.manifest, subject.digest, found)
+    return sum(one.format is Format.CLASSIC or whole[one.manifest] for one in found)
+
+
+def add(layout: Layout, image: ImageManifest, config: bytes, data: bytes) -> None:
+    """Puts a signature into the local store, as a referrer without a name. The caller holds ``layout.using()``."""
+    for blob in (config, data, image.raw):
+        layout.add_bytes(blob)
+    layout.add_nameless(image.descriptor())
+
+
+def _layer_of(found: Found) -> Descriptor:
+    return Descriptor.of(cosign.SIMPLE_SIGNING, found.payload, dict(found.annotations))
+
+
+def _keep_referrer(
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    digest: Digest,
+    subject: Digest,
+    found: Sequence[Found],
+) -> bool:
+    try:
+        raw, _ = client.get_manifest(Reference(client.host, repository, None, digest))
+        image = parse_manifest(raw, f"the manifest {digest}")
+        if not isinstance(image, ImageManifest) or image.subject is None or image.subject.digest != subject:
+            return False
+        payloads = {of_bytes(one.payload): one.payload for one in found if one.manifest == digest}
+        # a store has all of what it lists, or the artifact could not be pushed again
+        if image.config.size > payload.BUNDLE_MAX or any(layer.digest not in payloads for layer in image.layers):
+            return False
+        payloads[image.config.digest] = RegistrySource(client, repository).blob(image.config)
+    except _STRANGE:
+        return False
+    for data in (*payloads.values(), image.raw):
+        layout.add_bytes(data)
+    layout.add_nameless(image.descriptor())
+    return True
+
+
+__all__ = ["LocalSource", "RegistrySource", "add", "keep"]
