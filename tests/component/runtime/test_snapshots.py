@@ -197,14 +197,14 @@ def test_a_host_that_cannot_restore_boots_and_says_why(
 
 
 def _change_header(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
-    original = snapshot.read_control
+    original = snapshot.read_needs
 
     def changed(layout: object, digest: Digest) -> object:
         control = original(layout, digest)  # type: ignore[arg-type]
         more = (*control.header.devices, *change.get("devices", ()))
         return replace(control, header=replace(control.header, **{**change, "devices": more}))
 
-    monkeypatch.setattr(snapshot, "read_control", changed)
+    monkeypatch.setattr(snapshot, "read_needs", changed)
 
 
 @pytest.mark.spec("RAM-30", "RAM-50")
@@ -436,8 +436,8 @@ def _with_header(change: dict[str, Any]) -> Way:
 def _without_state(
     _: Runtime, found: Found, options: RunOptions, patch: pytest.MonkeyPatch
 ) -> tuple[Found, RunOptions]:
-    original = snapshot.read_control
-    patch.setattr(snapshot, "read_control", lambda *a: replace(original(*a), state=b"no device state"))
+    original = snapshot.read_needs
+    patch.setattr(snapshot, "read_needs", lambda *a: replace(original(*a), state=b"no device state"))
     return found, options
 
 
