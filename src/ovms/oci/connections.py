@@ -54,6 +54,11 @@ class Connections:
             for connection in connections:
                 connection.close()
 
+    def __del__(self) -> None:
+        # a client that nobody has closed leaves no socket open
+        if hasattr(self, "_lock"):
+            self.close()
+
     def request(
         self,
         method: str,
