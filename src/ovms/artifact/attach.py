@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -26,7 +25,15 @@ from ovms.errors import (
     UsageError,
 )
 from ovms.lazy import dataclass, regex, replace
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest, parse_manifest, with_subject
+from ovms.oci.descriptor import (
+    Descriptor,
+    ImageIndex,
+    ImageManifest,
+    build_manifest,
+    created_now,
+    parse_manifest,
+    with_subject,
+)
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.referrers import lister, local_lister, roots, tree
@@ -69,7 +76,7 @@ class Attachment:
 
     def manifest(self, digest: Digest, size: int, subject: Descriptor) -> ImageManifest:
         """The manifest around the file, whose content has this digest and size."""
-        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        created = created_now()
         title = {mediatypes.TITLE_ANNOTATION: self.path.name}
         return build_manifest(
             artifact_type=self.artifact_type,

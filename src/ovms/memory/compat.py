@@ -5,10 +5,10 @@ Source: ``spec/rfc/ramsnap-v1.md``, section 7.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Final
 
 from ovms.errors import SnapshotIncompatible
+from ovms.oci.descriptor import created_now
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.spec.digest import Digest
@@ -40,7 +40,7 @@ def describe(
     device state (its section "slirp"); of any other there is nothing in it.
     """
     return Header(
-        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        created=created_now(),
         source=source,
         vmm=vmm.name,
         vmm_version=vmm.version,

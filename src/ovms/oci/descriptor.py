@@ -106,6 +106,13 @@ class ImageManifest:
         return replace(self.descriptor(), artifact_type=artifact_type, annotations=self.annotations)
 
 
+def created_now() -> str:
+    """The time, as :data:`~ovms.spec.mediatypes.CREATED_ANNOTATION` has it (RFC 3339, whole seconds)."""
+    from datetime import UTC, datetime  # not every command needs one
+
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 @dataclass(frozen=True)
 class ImageIndex:
     """An OCI image index: a list of manifests to choose from, and its original bytes."""

@@ -54,7 +54,7 @@ class Broken(RegistryUnreachable):
     """The connection broke, timed out, or carried nonsense: another try may go better."""
 
 
-class Untrusted(RegistryUnreachable):
+class NoTls(RegistryUnreachable):
     """No TLS connection, and another try would go no better."""
 
 
@@ -432,7 +432,7 @@ def _translate(exc: Exception, url: str, *, reached: bool) -> OvmsError:
 
     if (explained := tls.explain(inner, host_of(url))) is not None:
         why, hint = explained
-        return Untrusted(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint)
+        return NoTls(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint)
     if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
         return Broken(
             f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ovms import fsutil
@@ -10,6 +9,7 @@ from ovms.artifact import model
 from ovms.disk import qcow2
 from ovms.errors import Unsupported
 from ovms.lazy import dataclass
+from ovms.oci.descriptor import created_now
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks
@@ -54,7 +54,7 @@ def take(runtime: Runtime, record: Record, name: Reference, progress: Progress =
                 hint="'ovm export' makes one image of them, from which 'ovm build' makes an artifact of one layer",
             )
         added = tuple(disks.add_overlays(layout, written, below, progress))
-        created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        created = created_now()
         document, kept = disks.extended(source, added, created)
         parts = model.Parts(
             kernel=next(iter(kept[PartKind.KERNEL]), None),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Protocol
 
 from ovms.errors import HostError
 from ovms.lazy import dataclass
 from ovms.oci import cosign
-from ovms.oci.descriptor import Descriptor, ImageManifest, parse_manifest
+from ovms.oci.descriptor import Descriptor, ImageManifest, created_now, parse_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -87,7 +86,7 @@ def _bundle(key: Key, subject: Descriptor) -> tuple[ImageManifest, bytes]:
     statement = payload.statement(subject.digest)
     signature = _sign(key, payload.pae(payload.IN_TOTO, statement))
     data = payload.bundle(key.public.hint, statement, signature)
-    created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    created = created_now()
     return cosign.bundle_manifest(data, subject, created), data
 
 

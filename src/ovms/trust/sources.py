@@ -59,21 +59,21 @@ class RegistrySource:
             RegistryError: and its kinds: as the registry met us; the fallback tag holds no index.
         """
         reader = _Reader(self, subject)
-        for image in self._images(subject, reader):
-            reader.take(image, classic=image.subject is None)
+        if (image := self._classic(subject, reader)) is not None:
+            reader.take(image, classic=True)
+        for image in self._referring(subject, reader):
+            reader.take(image, classic=False)
         return reader.found
 
-    def _images(self, subject: Digest, reader: _Reader) -> Iterator[ImageManifest]:
-        if (image := self._classic(subject, reader)) is not None:
-            yield image
+    def _referring(self, subject: Digest, reader: _Reader) -> Iterator[ImageManifest]:
         for digest in self._referrers(subject, reader):
             target = Reference(self._client.host, self._repository, None, digest)
             with reader.noting(digest):
-                image_ = parse_manifest(self._client.get_manifest(target)[0], f"the manifest {digest}")
-                if not isinstance(image_, ImageManifest) or image_.subject is None or image_.subject.digest != subject:
+                image = parse_manifest(self._client.get_manifest(target)[0], f"the manifest {digest}")
+                if not isinstance(image, ImageManifest) or image.subject is None or image.subject.digest != subject:
                     reader.note(digest, "it is listed as a referrer, but names another subject")
                     continue
-                yield image_
+                yield image
 
     def _classic(self, subject: Digest, reader: _Reader) -> ImageManifest | None:
         tag = Reference(self._client.host, self._repository, cosign.classic_tag(subject))
@@ -89,7 +89,7 @@ class RegistrySource:
             image = parse_manifest(raw, f"the tag {tag.tag}")
             # one with a subject is not what is looked for under this tag, but no worse for it
             if isinstance(image, ImageManifest):
-                return _without_subject(image)
+                return image
             reader.note(digest, "the tag of the classic signatures holds an index")
         return None
 
@@ -161,7 +161,7 @@ class _Reader:
             self.note(manifest, exc.message)
 
     def take(self, image: ImageManifest, *, classic: bool) -> None:
-        bundled = _type_of(image) == cosign.BUNDLE_TYPE
+        bundled = image.as_referrer().artifact_type == cosign.BUNDLE_TYPE
         kind = Format.BUNDLE if bundled and not classic else Format.CLASSIC if classic else Format.REFERRER
         wanted = cosign.BUNDLE_TYPE if kind is Format.BUNDLE else cosign.SIMPLE_SIGNING
         digest = image.digest
@@ -201,21 +201,11 @@ class _Reader:
         )
 
 
-def _type_of(image: ImageManifest) -> str:
-    return image.artifact_type or image.config.media_type
-
-
 def _may_sign(descriptor: Descriptor) -> bool:
     # A bundle says what its statement is about. Provenance and the like are none of ours; one that lies is not found.
     if descriptor.artifact_type == cosign.BUNDLE_TYPE:
         return descriptor.annotations.get(cosign.BUNDLE_PREDICATE, cosign.SIGN_PREDICATE) == cosign.SIGN_PREDICATE
     return descriptor.artifact_type == cosign.SIGNATURE_TYPE
-
-
-def _without_subject(image: ImageManifest) -> ImageManifest:
-    from dataclasses import replace
-
-    return image if image.subject is None else replace(image, subject=None)
 
 
 # --- keeping ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from support import faulty
 from support.cli import Ovm
 from support.faulty import Handler, Server
-from support.registry import KINDS, Registry
+from support.registry import Registry
 from support.tools import find as find_tool
 
 from ovms.artifact import attach, model
@@ -35,7 +35,7 @@ SIGNATURE = "application/vnd.example.signature"
 DOCKER = "application/vnd.docker.distribution.manifest.v2+json"
 WRITERS = 8
 #: Where the registry makes no difference.
-ONE = pytest.mark.parametrize("any_registry", ["docker-registry"], indirect=True)
+ONE = pytest.mark.parametrize("each_registry", ["docker-registry"], indirect=True)
 #: What a stranger's entry may look like.
 STRANGE = {"mediaType": "application/x", "digest": "sha512:abc", "size": -1, "weird": {"kept": [1, 2.5, None]}}
 
@@ -47,17 +47,9 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def any_registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """One of each kind."""
-    registry = KINDS[request.param](tmp_path_factory.mktemp(request.param))
-    yield registry
-    registry.close()
-
-
 @pytest.fixture
-def host(any_registry: Registry) -> str:
-    return any_registry.host
+def host(each_registry: Registry) -> str:
+    return each_registry.host
 
 
 @pytest.fixture

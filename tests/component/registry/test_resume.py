@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +23,7 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import patience, registry, transfer
+from ovms.oci import appending, patience, registry, transfer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -28,7 +31,7 @@ from ovms.progress import NULL
 from ovms.spec import mediatypes
 from ovms.spec.digest import Digest, hex_of, of_bytes
 
-BIG = hashlib.shake_128(b"big").digest(3 << 20) + bytes(1 << 20) + hashlib.shake_128(b"end").digest(1 << 20)
+BIG = hashlib.shake_128(b"big").digest(3 << 20) + bytes(1 << 20) + hashlib.shake_128(b"end").digest((1 << 20) - 77)
 LAST = len(BIG) - 1
 SMALL = b"small" * 1000
 MANIFEST = b"{}"
@@ -50,6 +53,16 @@ def client(server: Server) -> Iterator[RegistryClient]:
         yield client
 
 
+@pytest.fixture(params=["through the page cache", "past it"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which a blob is written."""
+    if request.param == "past it":
+        monkeypatch.setattr(appending, "_DIRECT_FROM", 1 << 20)
+
+
+BOTH = pytest.mark.usefixtures("way")
+
+
 def ref(server: Server) -> Reference:
     return Reference(server.host, "x", "1")
 
@@ -65,6 +78,25 @@ def is_whole(layout: Layout, server: Server) -> None:
     assert list(layout.partial_dir.iterdir()) == []
 
 
+@BOTH
+def test_a_blob_is_all_there_when_it_gets_its_name(
+    layout: Layout, server: Server, client: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is written afterwards a power failure would take, and leave the name
+    sizes: dict[str, int] = {}
+    publish = layout.publish
+
+    def noted(fd: int, path: Path, digest: Digest, *, durable: bool = True) -> None:
+        sizes[digest] = os.fstat(fd).st_size
+        publish(fd, path, digest, durable=durable)
+
+    monkeypatch.setattr(layout, "publish", noted)
+    transfer.pull(layout, client, ref(server))
+    assert sizes[of_bytes(BIG)] == len(BIG)
+    is_whole(layout, server)
+
+
+@BOTH
 def test_a_cut_is_gone_on_with(layout: Layout, server: Server, client: RegistryClient) -> None:
     server.faults = [("GET", blob(BIG), faulty.cut(2_000_000)), ("GET", blob(BIG), faulty.cut(1_500_000))]
     transfer.pull(layout, client, ref(server))
@@ -74,6 +106,7 @@ def test_a_cut_is_gone_on_with(layout: Layout, server: Server, client: RegistryC
     assert server.sent == len(BIG) + len(SMALL) + len(MANIFEST), "nothing came twice"
 
 
+@BOTH
 def test_many_cuts_are_no_failure_while_there_is_progress(
     layout: Layout, server: Server, client: RegistryClient
 ) -> None:
@@ -89,6 +122,7 @@ def test_a_registry_that_is_restarted_is_waited_for(layout: Layout, server: Serv
     is_whole(layout, server)
 
 
+@BOTH
 def test_a_registry_that_never_gets_on_is_given_up_and_the_rest_kept(
     layout: Layout, server: Server, client: RegistryClient
 ) -> None:
@@ -105,6 +139,7 @@ def test_a_registry_that_never_gets_on_is_given_up_and_the_rest_kept(
     is_whole(layout, server)
 
 
+@BOTH
 def test_a_registry_without_ranges(layout: Layout, server: Server, client: RegistryClient) -> None:
     server.faults = [("GET", blob(BIG), faulty.cut(2_000_000)), ("GET", blob(BIG), faulty.no_ranges)]
     transfer.pull(layout, client, ref(server))
@@ -119,6 +154,7 @@ def test_another_range_than_asked_for(layout: Layout, server: Server, client: Re
     is_whole(layout, server)
 
 
+@BOTH
 @pytest.mark.spec("OCI-21", "OCI-22")
 def test_a_damaged_partial_file_is_found_and_fetched_anew(
     layout: Layout, server: Server, client: RegistryClient
@@ -130,6 +166,7 @@ def test_a_damaged_partial_file_is_found_and_fetched_anew(
     is_whole(layout, server)
 
 
+@BOTH
 @pytest.mark.parametrize("size", [len(BIG), len(BIG) + 10])
 def test_a_partial_file_that_is_whole_or_too_long(
     layout: Layout, server: Server, client: RegistryClient, size: int
@@ -183,6 +220,7 @@ def test_faults_that_are_one_clear_error(
     is_whole(layout, server)
 
 
+@BOTH
 def test_one_blob_s_failure_ends_the_others_and_keeps_them(
     layout: Layout, server: Server, client: RegistryClient
 ) -> None:
@@ -276,7 +314,7 @@ def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout
     pull.send_signal(signal.SIGINT)
     said = pull.communicate(timeout=20)[1].decode()
     assert pull.returncode == Exit.INTERRUPTED
-    assert re.search(r"broken off  2\.[345] MiB of 5\.0 MiB", said)
+    assert re.search(r"broken off  2\.[2-5] MiB of 5\.0 MiB", said)
     assert "ovm: what came is kept: the next pull goes on from there\novm: interrupted\n" in said
     assert ovm("pull", "no-such.invalid/x:1").err.count("goes on from there") == 0
     ovm.ok("pull", f"{server.host}/x:1")
@@ -365,3 +403,16 @@ def test_a_chunk_that_arrived_although_its_answer_was_lost(
     digest = push(layout, chunked, BIG)
     assert server.blobs[digest] == BIG
     assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+def test_a_chunk_goes_into_a_socket_and_not_a_byte_more(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(b"0123456789")
+    told: list[int] = []
+    with contextlib.closing(transfer._Reader(path, 3, 4, told.append)) as reader:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            reader.send_to(ours)
+            ours.shutdown(socket.SHUT_WR)
+            assert theirs.recv(100) == b"3456"
+    assert sum(told) == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.registry import KINDS, Registry
+from support.registry import Registry
 
 from ovms.artifact import attach, model
 from ovms.errors import RegistryError, RegistryProtocol
@@ -29,7 +29,7 @@ from ovms.trust.sources import LocalSource, RegistrySource
 KEY = keys.generate()
 SIGNER = KeySigner("us", KEY.public)
 FORMATS = pytest.mark.parametrize("kind", Format)
-ONE = pytest.mark.parametrize("any_registry", ["docker-registry"], indirect=True)
+ONE = pytest.mark.parametrize("each_registry", ["docker-registry"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +39,9 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cosign, "_SETTLE", 0.001)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def any_registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    registry = KINDS[request.param](tmp_path_factory.mktemp(request.param))
-    yield registry
-    registry.close()
-
-
 @pytest.fixture
-def client(any_registry: Registry) -> Iterator[RegistryClient]:
-    with RegistryClient(any_registry.host) as client:
+def client(each_registry: Registry) -> Iterator[RegistryClient]:
+    with RegistryClient(each_registry.host) as client:
         yield client
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import artifacts
+from support.cli import Ovm
 from support.registry import Registry
 from support.stores import damage
 
@@ -422,3 +423,25 @@ def test_manifests_that_disagree_cost_no_bulk_and_get_no_name(
         resolve.pull(other, lambda _: client, str(ref))
     assert list(other.entries()) == []
     assert other.size(of_bytes(DISK)) is None
+
+
+def test_one_command_pulls_several(registry: Registry, tmp_path: Path) -> None:
+    mine, theirs = Ovm(tmp_path / "mine", tmp_path), Ovm(tmp_path / "theirs", tmp_path)
+    names = [f"{registry.host}/several/{name}:1" for name in ("a", "b")]
+    digests = [artifacts.small(Layout(tmp_path / "mine" / "store"), name).digest for name in names]
+    for name in names:
+        mine.ok("push", name)
+    pulled = theirs.ok("pull", "--json", *names).json
+    assert [(one["name"], one["digest"]) for one in pulled] == list(zip(names, digests, strict=True))
+    lines = theirs.ok("pull", *names).out.split()
+    assert lines == [f"{name}@{digest}" for name, digest in zip(names, digests, strict=True)]
+    assert theirs.ok("pull", "--json", names[0]).json["name"] == names[0]
+
+    refused = theirs("pull", *names, "-t", "c:1", "--json")
+    assert (refused.code, refused.error["code"]) == (2, "usage")
+
+    other = Ovm(tmp_path / "other", tmp_path)
+    failed = other("pull", names[0], f"{registry.host}/several/none:1", names[1], "--json")
+    assert (failed.code, failed.error["code"]) == (4, "reference-not-found")
+    # what came before the one that failed stays
+    assert [one["name"] for one in other.ok("ls", "--json").json] == [names[0]]
