@@ -166,12 +166,16 @@ class Instances:
             asked = self.stop_asked(record)
             if self._locked(record):
                 return Status(record, State.STOPPING if asked else State.STARTING)
+            if (newer := self._newer(record)) is not None:
+                return self.status(newer)
             return Status(record, State.STOPPED if asked else State.ERROR)
         if record.process.alive():
             if record.stop_requested or self.stop_asked(record):
                 return Status(record, State.STOPPING)
             # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
             paused = record.paused or (record.pausing and not self._locked(record))
+            if paused and record.pausing and (newer := self._newer(record)) is not None:
+                return self.status(newer)
             return Status(record, State.PAUSED if paused else State.RUNNING)
         files = self.files(record)
         seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
@@ -184,6 +188,11 @@ class Instances:
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
+
+    def _newer(self, record: Record) -> Record | None:
+        # Whoever had the lock may have been done between the reading of the record and the look at the lock.
+        newest = self.newest(record)
+        return None if newest == record else newest
 
     def _locked(self, record: Record) -> bool:
         try:

@@ -220,6 +220,13 @@ def test_an_instance_whose_starter_was_killed_is_found_again(runtime: Runtime, e
     assert runtime.instances.status(found).state is State.RUNNING
 
 
+def test_a_start_that_ends_while_it_is_looked_at_has_not_failed(runtime: Runtime, echo: Found) -> None:
+    """A hundred starts at once, and a client that lists them: a record that is read is old when its lock is looked at."""
+    record = runtime.start(echo, TCG).record
+    for a_moment_ago in (replace(record, process=None, started=None), replace(record, pausing=True)):
+        assert runtime.instances.status(a_moment_ago).state is State.RUNNING
+
+
 @pytest.mark.spec("RUN-19")
 def test_an_instance_to_be_removed_goes_with_its_vm_even_when_nobody_waits(runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, replace(TCG, remove_on_exit=True)).record
