@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.cli import OVM, Ovm
+from support.faulty import wait_until
 from support.guests import qemu_children
 from support.server import Server
 
@@ -105,6 +107,29 @@ def test_tcp_asks_for_tls_and_a_token(secure: Server, tls: Tls) -> None:
         sock.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert not sock.recv(1000).startswith(b"HTTP")
     assert secure.get("/healthz") == {"status": "ok"}  # no token on the socket
+
+
+def test_no_connection_is_lost_in_a_reload(secure: Server, tls: Tls) -> None:
+    """What has come in just then is served, by the old files or the new, and does not hang until somebody gives up."""
+    assert tls.get("/version", TOKEN)[0] == 200
+    open_before, end = secure.fds(), time.monotonic() + 3
+    slow: list[float] = []
+
+    def ask() -> None:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert tls.get("/version", TOKEN)[0] == 200
+            slow.append(time.monotonic() - began)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        while time.monotonic() < end:
+            secure.process.send_signal(signal.SIGHUP)
+            time.sleep(0.003)
+        for one in asking:
+            one.result()
+    assert max(slow) < 9  # of the ten seconds after which a client gives up
+    wait_until(lambda: secure.fds() <= open_before, 10)
 
 
 @pytest.mark.spec("RUN-1")

@@ -164,6 +164,7 @@ class _Server:
         self._log = EventLog()
         self._end = asyncio.Event()
         self._servers: list[asyncio.Server] = []
+        self._renewing = asyncio.Lock()
         self._http: Http
         self._jobs: Jobs
 
@@ -253,10 +254,17 @@ class _Server:
         _notify("READY=1")
 
     async def _renew(self) -> None:
-        before = self._servers
-        await self._listen()
-        for server in before:
-            server.close()
+        async with self._renewing:
+            before = self._servers
+            await self._listen()
+            loop = asyncio.get_running_loop()
+            for server in before:
+                for sock in server.sockets:
+                    loop.remove_reader(sock)
+            # asyncio forgets a connection, and leaves it open, that was accepted but not begun when its server is closed
+            await asyncio.sleep(0)
+            for server in before:
+                server.close()
 
     async def _tidy(self) -> None:
         while True:
