@@ -88,6 +88,34 @@ def _write_and_rename(path: Path, temporary: Path, data: bytes, flags: int, mode
         fsync_dir(path.parent)
 
 
+def write_new(path: Path, data: bytes, what: str) -> None:
+    """Writes a file that is not there yet: it appears whole. *what* names it for errors.
+
+    Raises:
+        FileProblem: something has this name already, or no file can be written there.
+        DiskFull: there is no room.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{unique(6)}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_dir(path.parent)
+    except FileExistsError:
+        raise FileProblem(f"{what}: {path} is there already", hint="name another file", path=str(path)) from None
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, OSError) and (full := disk_full(exc, what, path.parent)):
+            raise full from exc
+        reason = exc.strerror if isinstance(exc, OSError) else "no file has such a name"
+        raise FileProblem(f"{what}: cannot write {str(path)!a}: {reason}", path=str(path)) from exc
+
+
 def reserve(path: Path, size: int, *, mode: int = 0o600) -> None:
     """Sees to it that there is a file of *size* bytes for :func:`atomic_write`'s *spare*, as far as there is room for it."""
     with contextlib.suppress(OSError):

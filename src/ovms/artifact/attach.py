@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ovms import fsutil
+from ovms.artifact import kinds
 from ovms.artifact.resolve import Connect, find, lookup, pushable
 from ovms.errors import (
     BlobNotFound,
@@ -26,10 +27,11 @@ from ovms.errors import (
 )
 from ovms.lazy import dataclass, regex, replace
 from ovms.oci.descriptor import (
+    EMPTY_CONFIG,
     Descriptor,
     ImageIndex,
     ImageManifest,
-    build_manifest,
+    build_file_manifest,
     created_now,
     parse_manifest,
     with_subject,
@@ -44,19 +46,52 @@ from ovms.spec.digest import Digest, from_hasher, is_digest
 
 #: RFC 6838, section 4.2.
 _MEDIA_TYPE: Final = regex(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
-_EMPTY: Final = b"{}"
 #: What the referrers of one artifact that are fetched with it may have, all together.
 PULLED_BYTES_MAX: Final = 1 * limits.GIB
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is to be attached: a file, its media type, the type of the artifact around it, annotations of that."""
+    """What is to be attached: a file, its media type, the type of the artifact around it, annotations of that.
+
+    *subjects*: the artifacts that it says it is about, one of which it has to be attached to (None: it says nothing).
+    """
 
     path: Path
     media_type: str
     artifact_type: str
     annotations: Mapping[str, str]
+    subjects: frozenset[Digest] | None = None
+
+    @classmethod
+    def of(cls, path: Path, said: str | None, artifact_type: str | None, annotations: Mapping[str, str]) -> Attachment:
+        """What *path* is: of the media type or :class:`~ovms.artifact.kinds.Kind` that was *said*, else as it says itself.
+
+        Raises:
+            FileProblem: it is no file that can be read.
+            UsageError: what it is can't be told.
+            InputError: it is something else than the kind that was said; or a type or annotation is none.
+        """
+        if said is not None and "/" in said:
+            return cls(path, said, artifact_type or said, annotations)
+        if said is not None and said not in kinds.ATTACHED:
+            raise UsageError(
+                f"{said[:60]!a} is neither a media type nor one of {', '.join(kinds.ATTACHED)}",
+                hint="write it as TYPE/SUBTYPE, such as application/spdx+json",
+            )
+        found = _recognised(path)
+        if found is None or said not in (None, found.kind):
+            named = "something that is not known" if found is None else found.kind.text
+            if said is not None:
+                raise InputError(
+                    f"{path} is {named}, not {kinds.Kind(said).text}", hint="leave out --type, or say another"
+                )
+            raise UsageError(
+                f"{path} is {named}", hint=f"say what it is with --type: {', '.join(kinds.ATTACHED)}, or a media type"
+            )
+        notes = {} if found.predicate is None else {mediatypes.PREDICATE_ANNOTATION: found.predicate}
+        subjects = None if found.predicate is None else found.subjects
+        return cls(path, found.media_type, artifact_type or found.media_type, {**notes, **annotations}, subjects)
 
     def __post_init__(self) -> None:
         """Raises :class:`InputError` where a type or an annotation is none."""
@@ -75,16 +110,21 @@ class Attachment:
                 )
 
     def manifest(self, digest: Digest, size: int, subject: Descriptor) -> ImageManifest:
-        """The manifest around the file, whose content has this digest and size."""
+        """The manifest around the file, whose content has this digest and size.
+
+        Raises:
+            InputError: it says that it is about other artifacts than *subject*.
+        """
+        if self.subjects is not None and subject.digest not in self.subjects:
+            raise InputError(
+                f"{self.path} is a statement about other artifacts than {subject.digest}",
+                hint=f"to attach it all the same, say --type {self.media_type}",
+            )
         created = created_now()
         title = {mediatypes.TITLE_ANNOTATION: self.path.name}
-        return build_manifest(
-            artifact_type=self.artifact_type,
-            config=Descriptor.of(mediatypes.OCI_EMPTY, _EMPTY),
-            layers=(Descriptor(self.media_type, digest, size, title),),
-            subject=subject,
-            annotations={mediatypes.CREATED_ANNOTATION: created, **self.annotations},
-        )
+        layer = Descriptor(self.media_type, digest, size, title)
+        annotations = {mediatypes.CREATED_ANNOTATION: created, **self.annotations}
+        return build_file_manifest(self.artifact_type, layer, subject, annotations)
 
 
 def attach_remote(
@@ -109,7 +149,7 @@ def attach_remote(
             size = fsutil.hash_file(file.fileno(), hasher, advance=task.advance)
         image = attachment.manifest(from_hasher(hasher), size, subject)
         config = stack.enter_context(fsutil.staging_dir(layout.staging_root)) / "config"
-        config.write_bytes(_EMPTY)
+        config.write_bytes(EMPTY_CONFIG)
         # The open file, not its name, which may stand for another file by now.
         files = {image.layers[0].digest: Path(f"/proc/self/fd/{file.fileno()}"), image.config.digest: config}
         transfer.push_files(layout, client, reference.repository, image, files, progress)
@@ -131,14 +171,24 @@ def attach_local(
         with progress.task("reading", os.fstat(file.fileno()).st_size) as task:
             digest, size, _ = layout.add_file(file.fileno(), "the file", advance=task.advance)
         image = attachment.manifest(digest, size, subject)
-        layout.add_bytes(_EMPTY)
+        layout.add_bytes(EMPTY_CONFIG)
         layout.add_bytes(image.raw)
         layout.add_nameless(image.descriptor())
         return image.as_referrer(), subject
 
 
 def _open(attachment: Attachment) -> BinaryIO:
-    return fsutil.open_input(attachment.path, "the file to attach", max_size=limits.DISK_LAYER_MAX)
+    return _open_file(attachment.path)
+
+
+def _open_file(path: Path) -> BinaryIO:
+    return fsutil.open_input(path, "the file to attach", max_size=limits.DISK_LAYER_MAX)
+
+
+def _recognised(path: Path) -> kinds.Recognised | None:
+    with _open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return kinds.recognise(os.pread(file.fileno(), size, 0)) if size <= kinds.RECOGNISED_MAX else None
 
 
 def remote_manifest(client: RegistryClient, reference: Reference) -> ImageManifest | ImageIndex:

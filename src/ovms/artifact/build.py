@@ -14,9 +14,12 @@ from typing import Any, BinaryIO
 
 from ovms import fsutil
 from ovms.artifact import model, resolve
-from ovms.artifact.document import read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations, read_control
+from ovms.artifact.document import parse_document, read_bytes
+from ovms.artifact.parts import SIZE_LIMITS, blob_name, check_content, label, manifest_of, ram_annotations, read_control
+from ovms.artifact.provenance import Material, Times, Work
+from ovms.artifact.provenance import add as add_provenance
 from ovms.errors import (
+    DigestMismatch,
     FileProblem,
     InputError,
     ManifestInvalid,
@@ -32,8 +35,8 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
-from ovms.spec import manifest, mediatypes, ramheader, ramsnap
-from ovms.spec.digest import Digest, is_digest, parse_digest
+from ovms.spec import limits, manifest, mediatypes, ramheader, ramsnap
+from ovms.spec.digest import Digest, is_digest, of_bytes, parse_digest
 from ovms.spec.document import invalid
 from ovms.spec.manifest import Compression, Part, PartKind
 
@@ -47,6 +50,8 @@ class _Input:
     #: An open local file, or the blobs that a digest or another artifact gave.
     file: BinaryIO | None = None
     found: tuple[Descriptor, ...] = ()
+    #: The artifact that gave them, and where it was found.
+    origin: tuple[model.Artifact, Reference | None] | None = None
 
     @property
     def label(self) -> str:
@@ -61,10 +66,11 @@ class Builder:
         self._connect = connect
         self._progress = progress
 
-    def build(self, path: Path, *, name: str | None = None) -> model.Artifact:
+    def build(self, path: Path, *, name: str | None = None, provenance: Times | None = None) -> model.Artifact:
         """Builds the artifact that the manifest file *path* describes, and lets *name* stand for it.
 
-        Local paths count from the manifest's directory.
+        *path* may be the directory of an unpacked artifact, too (OCI-24): a digest is a file in its ``blobs``, else a blob in the
+        store. Local paths count from the manifest's directory. *provenance*: how it was made is kept beside it, with these times.
 
         Raises:
             FileProblem, JsonInvalid: the manifest file itself cannot be read.
@@ -72,13 +78,19 @@ class Builder:
             DiskFull: said before anything is copied.
         """
         reference = None if name is None else transport.new_name(name)
-        document = read_document(path)
+        path = manifest_of(path)
+        data = read_bytes(path, "the manifest", limits.MANIFEST_MAX)
+        document = parse_document(data, path)
         checked = manifest.check(document, str(path))
         with self._layout.using(), contextlib.ExitStack() as files:
             inputs = self._open_inputs(checked, path.absolute().parent, files)
             self._require_space(inputs)
             parts = [replace(item, found=self._add(item)) for item in inputs]
             artifact = self._compose(document, parts)
+            if provenance is not None:
+                self._add_provenance(
+                    artifact, Material(path.name, of_bytes(data), mediatypes.MANIFEST), inputs, provenance
+                )
             if reference is not None:
                 self._layout.set_name(str(reference), artifact.image.descriptor())
         return artifact
@@ -116,13 +128,20 @@ class Builder:
 
     def _open_input(self, item: _Input, directory: Path, files: contextlib.ExitStack) -> _Input:
         if is_digest(item.part.ref):
-            return replace(item, found=(self._check_blob(item, parse_digest(item.part.ref)),))
+            digest = parse_digest(item.part.ref)
+            unpacked = directory / blob_name(digest)
+            if not os.path.lexists(unpacked):
+                return replace(item, found=(self._check_blob(item, digest),))
+            return self._open_file(item, unpacked, files)
         local = directory / item.part.ref.removeprefix("file:")
         if item.part.ref.startswith((".", "/", "file:")) or os.path.lexists(local):
-            file = files.enter_context(fsutil.open_input(local, item.label, max_size=SIZE_LIMITS[item.part.kind]))
-            check_content(item.part, file.fileno(), item.compression)
-            return replace(item, file=file)
-        return replace(item, found=self._from_artifact(item, local, directory))
+            return self._open_file(item, local, files)
+        return self._from_artifact(item, local, directory)
+
+    def _open_file(self, item: _Input, path: Path, files: contextlib.ExitStack) -> _Input:
+        file = files.enter_context(fsutil.open_input(path, item.label, max_size=SIZE_LIMITS[item.part.kind]))
+        check_content(item.part, file.fileno(), item.compression)
+        return replace(item, file=file)
 
     def _check_blob(self, item: _Input, digest: Digest) -> Descriptor:
         size = self._layout.size(digest)
@@ -134,11 +153,10 @@ class Builder:
             check_content(item.part, file.fileno(), item.compression)
             return _descriptor(item, file.fileno(), digest, size)
 
-    def _from_artifact(self, item: _Input, local: Path, directory: Path) -> tuple[Descriptor, ...]:
+    def _from_artifact(self, item: _Input, local: Path, directory: Path) -> _Input:
         try:
             place = transport.parse_place(item.part.ref)
-            if place is None:
-                Reference.parse(item.part.ref)
+            reference = None if place is not None else Reference.parse(item.part.ref)
         except InputError:
             raise FileProblem(
                 f"{item.label}: there is no file {local}, and {item.part.ref[:80]!a} is no reference",
@@ -158,7 +176,8 @@ class Builder:
             _prefix(exc, f"{item.label}: there is no file {local}, and as a reference: ")
             raise
         # What is in the store was checked for its digest when it came, and for nothing else.
-        return tuple(self._check_blob(part, Digest(part.part.ref)) for part in _parts_of(other, item))
+        found = tuple(self._check_blob(part, Digest(part.part.ref)) for part in _parts_of(other, item))
+        return replace(item, found=found, origin=(other, reference))
 
     # --- copying -----------------------------------------------------------------------------------------------
 
@@ -180,6 +199,13 @@ class Builder:
             digest, _, new = self._layout.add_file(fd, item.label, advance=task.advance)
             if not new:
                 task.note("exists already")
+        if is_digest(item.part.ref) and item.part.ref != digest:
+            raise DigestMismatch(
+                f"{item.label}: the file {blob_name(Digest(item.part.ref))} beside the manifest has another content",
+                hint="unpack the artifact again; or remove the file, if the store has the blob",
+                expected=item.part.ref,
+                got=digest,
+            )
         # What was checked was the user's file; what counts is the copy, and somebody may have written meanwhile.
         return (self._check_blob(item, digest),)
 
@@ -207,6 +233,14 @@ class Builder:
             bootstrap=next(iter(by_kind[PartKind.BOOTSTRAP]), None),
         )
         return model.compose(self._layout, final, parts)
+
+    def _add_provenance(self, artifact: model.Artifact, source: Material, inputs: list[_Input], times: Times) -> None:
+        parts = [
+            Material(layer.annotations[mediatypes.TITLE_ANNOTATION], layer.digest, layer.media_type)
+            for layer in artifact.image.layers
+        ]
+        origins = [Material.of_artifact(*item.origin) for item in inputs if item.origin is not None]
+        add_provenance(self._layout, artifact, Work.BUILD, [source, *parts, *dict.fromkeys(origins)], times)
 
     def _check_chain(self, rams: list[Descriptor]) -> None:
         chain = []

@@ -19,7 +19,11 @@ def read_document(path: Path) -> Any:
         FileProblem: no such file, a directory, unreadable.
         JsonInvalid: neither JSON nor the JSON subset of YAML, empty, too large.
     """
-    data = read_bytes(path, "the manifest", limits.MANIFEST_MAX)
+    return parse_document(read_bytes(path, "the manifest", limits.MANIFEST_MAX), path)
+
+
+def parse_document(data: bytes, path: Path) -> Any:
+    """The parsed content *data* of the manifest file *path*, as :func:`read_document` gives it. Raises :class:`JsonInvalid`."""
     if path.suffix == ".json":
         return strictjson.parse(data, str(path), max_size=limits.MANIFEST_MAX)
     return _parse_yaml(data, str(path))

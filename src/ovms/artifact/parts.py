@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Final
 
 from ovms.artifact.kernels import check_kernel
 from ovms.disk.layers import check_layer
 from ovms.errors import SnapshotInvalid
 from ovms.spec import bootstrap, limits, mediatypes, ramsnap
-from ovms.spec.digest import of_bytes
+from ovms.spec.digest import Digest, of_bytes
 from ovms.spec.manifest import Compression, Part, PartKind
 
 #: The most bytes that a part of a kind may have.
@@ -20,6 +21,20 @@ SIZE_LIMITS: Final = {
     PartKind.RAM: 2 * limits.RAM_MAX,
     PartKind.BOOTSTRAP: limits.BOOTSTRAP_MAX,
 }
+
+#: The manifest of an unpacked artifact, in its directory (OCI-24).
+UNPACKED_MANIFEST: Final = "manifest.json"
+
+
+def blob_name(digest: Digest) -> str:
+    """Where a part is in the directory of an unpacked artifact."""
+    return f"blobs/{digest.replace(':', '-')}"
+
+
+def manifest_of(path: Path) -> Path:
+    """The manifest of an unpacked artifact, where *path* is the directory of one; else *path*."""
+    inside = path / UNPACKED_MANIFEST
+    return inside if os.path.isdir(path) and os.path.lexists(inside) else path  # noqa: PTH112 - any name may be asked
 
 
 def label(part: Part) -> str:

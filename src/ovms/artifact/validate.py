@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 from ovms import fsutil
 from ovms.artifact import model, ram
 from ovms.artifact.document import read_bytes, read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label, read_control
+from ovms.artifact.parts import SIZE_LIMITS, UNPACKED_MANIFEST, blob_name, check_content, label, read_control
 from ovms.disk.layers import check_layer
 from ovms.errors import (
     DigestMismatch,
@@ -256,7 +256,7 @@ def _check_annotations(layer: Descriptor, path: Path) -> None:
 def _validate_unpacked(directory: Path, progress: Progress) -> Report:
     report = Report(str(directory), "unpacked")
     with report.noting("manifest.json"):
-        data = fsutil.read_input(directory / "manifest.json", "manifest.json", max_size=limits.MANIFEST_MAX)
+        data = fsutil.read_input(directory / UNPACKED_MANIFEST, "manifest.json", max_size=limits.MANIFEST_MAX)
         checked = manifest.parse(data, "manifest.json")
         files = {}
         for part in checked.parts():
@@ -264,7 +264,7 @@ def _validate_unpacked(directory: Path, progress: Progress) -> Report:
                 text = f"must be a digest in an unpacked artifact, not {part.ref[:80]!a}"
                 report.problems.append(Problem("manifest-invalid", text, "OCI-6", "manifest.json", part.path))
             else:
-                files[part.ref] = directory / "blobs" / part.ref.replace(":", "-")
+                files[part.ref] = directory / blob_name(Digest(part.ref))
         _check_parts(checked, files, report, progress)
     return report
 

@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "ls": "List the artifacts in the local store",
     "inspect": "Show what an artifact or an instance is made of",
     "validate": "Check a file or an artifact against the specification",
+    "unpack": "Write an artifact's parts into a directory",
     "tag": "Give an artifact another name",
     "attach": "Attach a file to an artifact: a signature, an SBOM",
     "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
@@ -66,7 +67,7 @@ INTERNAL: Final = frozenset({"ended"})
 #: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
 LOOKING: Final = frozenset((
     "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
-    "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume", "version",
+    "stop", "rm", "inject", "snapshot", "commit", "export", "unpack", "pause", "resume", "version",
 ))  # fmt: skip
 
 #: How much a mistyped command has to have in common with one that is suggested: "bogus" is no "logs".

@@ -76,13 +76,6 @@ def size(count: int) -> str:
     raise AssertionError
 
 
-def rfc3339(seconds: float) -> str:
-    """Seconds since 1970 as ``2026-11-25T10:00:00Z``."""
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def ago(timestamp: str | None, now: datetime | None = None) -> str:
     """``3 minutes`` since an RFC 3339 time; ``?`` when it can't be read."""
     from datetime import UTC, datetime

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from ovms.errors import RegistryProtocol
 from ovms.lazy import dataclass, field, replace
@@ -108,9 +109,14 @@ class ImageManifest:
 
 def created_now() -> str:
     """The time, as :data:`~ovms.spec.mediatypes.CREATED_ANNOTATION` has it (RFC 3339, whole seconds)."""
+    return rfc3339(time.time())
+
+
+def rfc3339(seconds: float) -> str:
+    """Seconds since 1970 as ``2026-11-25T10:00:00Z``."""
     from datetime import UTC, datetime  # not every command needs one
 
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,23 @@ def build_manifest(
         value["annotations"] = dict(annotations)
     raw = strictjson.canonical(value)
     return ImageManifest(raw, artifact_type, config, layers, subject, annotations or {})
+
+
+#: The config of an artifact that needs none (OCI image specification 1.1).
+EMPTY_CONFIG: Final = b"{}"
+
+
+def build_file_manifest(
+    artifact_type: str, layer: Descriptor, subject: Descriptor, annotations: Mapping[str, str]
+) -> ImageManifest:
+    """The manifest around one file that belongs to *subject*. Its config is :data:`EMPTY_CONFIG`."""
+    return build_manifest(
+        artifact_type=artifact_type,
+        config=Descriptor.of(mediatypes.OCI_EMPTY, EMPTY_CONFIG),
+        layers=(layer,),
+        subject=subject,
+        annotations=annotations,
+    )
 
 
 def with_subject(manifest: ImageManifest | ImageIndex, subject: Descriptor) -> ImageManifest | ImageIndex:

@@ -52,7 +52,7 @@ def export(
     if place.digest is not None:
         raise InputError(f"{place}: what is written gets a name, not a digest", hint="leave out what follows '@'")
     with layout.using():
-        parts = _Parts.of(layout, digest)
+        parts = Parts.of(layout, digest)
         named = place.tag or name
         annotations = {} if named is None else {mediatypes.REF_NAME_ANNOTATION: named}
         entry = replace(parts.top, annotations=annotations)
@@ -64,7 +64,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Everything of an artifact: what is written, in the order of the digests."""
 
     layout: Layout
@@ -72,7 +72,8 @@ class _Parts:
     blobs: tuple[Descriptor, ...]
 
     @classmethod
-    def of(cls, layout: Layout, digest: Digest) -> _Parts:
+    def of(cls, layout: Layout, digest: Digest) -> Parts:
+        """What the manifest or index *digest* names. Raises BlobNotFound where it is not whole (OCI-29)."""
         manifest = layout.manifest(digest)
         blobs: dict[Digest, Descriptor] = {}
         if isinstance(manifest, ImageIndex):
@@ -129,7 +130,7 @@ def _copy(source_fd: int, fd: int, at: int, hasher: Any, advance: Callable[[int]
 
 
 @contextlib.contextmanager
-def _full(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Errors of the file system at *path*, as ours."""
     try:
         yield
@@ -148,10 +149,10 @@ def _index_of(entries: list[Any], others: dict[str, Any] | None = None) -> bytes
 # --- an archive ------------------------------------------------------------------------------------------------------
 
 
-def _write_archive(parts: _Parts, entry: Descriptor, path: Path, progress: Progress) -> None:
+def _write_archive(parts: Parts, entry: Descriptor, path: Path, progress: Progress) -> None:
     path = Path(os.path.realpath(path))  # a link to an archive stays one
     _check_replaceable(path)
-    with _full(path):
+    with writing(path):
         _sweep_beside(path)
         fsutil.require_space(path.parent, parts.allocated(parts.blobs), f"writing {path}")
         temporary = path.with_name(f"{_TEMPORARY}{path.name[:200]}.{fsutil.unique(6)}.tmp")
@@ -169,7 +170,7 @@ def _write_archive(parts: _Parts, entry: Descriptor, path: Path, progress: Progr
         fsutil.fsync_dir(path.parent)
 
 
-def _write_members(parts: _Parts, entry: Descriptor, fd: int, progress: Progress) -> None:
+def _write_members(parts: Parts, entry: Descriptor, fd: int, progress: Progress) -> None:
     at = 0
 
     def put(data: bytes) -> None:
@@ -229,8 +230,8 @@ def _sweep_beside(path: Path) -> None:
 # --- a directory -----------------------------------------------------------------------------------------------------
 
 
-def _write_directory(parts: _Parts, entry: Descriptor, path: Path, progress: Progress) -> None:
-    with _full(path), _locked(path) as target:
+def _write_directory(parts: Parts, entry: Descriptor, path: Path, progress: Progress) -> None:
+    with writing(path), _locked(path) as target:
         index = target.prepare()
         missing = tuple(blob for blob in parts.blobs if not target.has(blob))
         fsutil.require_space(path, parts.allocated(missing), f"writing {path}")

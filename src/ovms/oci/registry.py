@@ -5,6 +5,7 @@ Source: the OCI distribution specification 1.1.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
@@ -235,6 +236,29 @@ class RegistryClient:
             except Broken as exc:
                 self._route.broke(repository, answer.asked, exc.message)
                 raise
+
+    def small_blob(self, repository: str, descriptor: Descriptor) -> bytes:
+        """All of a blob, checked against its digest; the caller has seen to it that its size is one for memory.
+
+        Raises:
+            BlobNotFound: the registry does not have it.
+            DigestMismatch: what came is another.
+            RegistryError: and its kinds: as the registry met us.
+        """
+
+        def attempt() -> bytes:
+            with contextlib.closing(self.read_blob(repository, descriptor)) as stream:
+                return b"".join(bytes(piece) for piece in stream)
+
+        data = self.retrying(attempt)
+        if (got := of_bytes(data)) != descriptor.digest:
+            raise DigestMismatch(
+                f"the content of {descriptor.digest} is another",
+                hint="the registry's copy is damaged or was tampered with",
+                expected=descriptor.digest,
+                got=got,
+            )
+        return data
 
     def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.

@@ -32,3 +32,13 @@ REF_NAME_ANNOTATION: Final = "org.opencontainers.image.ref.name"
 TITLE_ANNOTATION: Final = "org.opencontainers.image.title"
 VERSION_ANNOTATION: Final = "org.opencontainers.image.version"
 CREATED_ANNOTATION: Final = "org.opencontainers.image.created"
+
+#: What is attached to artifacts: SBOMs, in-toto statements, and statements that are signed.
+SPDX: Final = "application/spdx+json"
+SPDX_TEXT: Final = "text/spdx"
+CYCLONEDX: Final = "application/vnd.cyclonedx+json"
+CYCLONEDX_XML: Final = "application/vnd.cyclonedx+xml"
+IN_TOTO: Final = "application/vnd.in-toto+json"
+DSSE: Final = "application/vnd.dsse.envelope.v1+json"
+#: What an in-toto statement says, where it is the content: BuildKit's name for it.
+PREDICATE_ANNOTATION: Final = "in-toto.io/predicate-type"

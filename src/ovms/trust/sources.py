@@ -102,15 +102,7 @@ class RegistrySource:
 
     def blob(self, descriptor: Descriptor) -> bytes:
         """A small blob, checked. Raises like a registry client, and :class:`IntegrityError`."""
-
-        def attempt() -> bytes:
-            with contextlib.closing(self._client.read_blob(self._repository, descriptor)) as stream:
-                return b"".join(bytes(piece) for piece in stream)
-
-        data = self._client.retrying(attempt)
-        if of_bytes(data) != descriptor.digest:
-            raise IntegrityError(f"the content of {descriptor.digest} is another")
-        return data
+        return self._client.small_blob(self._repository, descriptor)
 
 
 class LocalSource:

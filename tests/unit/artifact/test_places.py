@@ -355,8 +355,8 @@ def test_a_directory_that_failed_while_another_waited(
         time.sleep(0.1)
         raise StoreCorrupt("x")
 
-    copy = exporting._Parts.copy
-    monkeypatch.setattr("ovms.oci.exporting._Parts.copy", fail_once)
+    copy = exporting.Parts.copy
+    monkeypatch.setattr("ovms.oci.exporting.Parts.copy", fail_once)
     with pytest.raises(StoreCorrupt):
         push(layout, "web:1", "oci:d")
     second[0].join(30)

@@ -21,6 +21,7 @@ from ovms import errors
 from ovms.cli import exitcodes, main, output, progress, values
 from ovms.cli.exitcodes import Exit
 from ovms.cli.main import COMMANDS, command_parser
+from ovms.oci.descriptor import rfc3339
 from ovms.runtime.root import Root
 
 REPOSITORY = Path(__file__).parents[3]
@@ -379,7 +380,7 @@ def test_an_artifact_of_no_age_shows_when_it_came(tmp_path: Path, capsys: pytest
     assert "   3 days ago   " in capsys.readouterr().out
     assert main.main(["--root", str(tmp_path), "ls", "--json"]) == Exit.OK
     (entry,) = json.loads(capsys.readouterr().out)
-    assert (entry["created"], entry["added"]) == (None, output.rfc3339(then))
+    assert (entry["created"], entry["added"]) == (None, rfc3339(then))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["ps"], ["ls"], ["run", "--help"]])

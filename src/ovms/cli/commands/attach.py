@@ -1,4 +1,8 @@
-"""Attach a file to an artifact: a signature, an SBOM, whatever belongs to it. 'ovm referrers' lists what is attached.
+"""Attach a file to an artifact: an SBOM, a statement of provenance, whatever belongs to it. 'ovm referrers' lists what is
+attached.
+
+SPDX, CycloneDX and in-toto documents are known by their content; other files need a --type. A statement is attached to an
+artifact that it is about.
 
 An artifact in a registry gets it there, and nothing is kept here; one with a local name gets it in the local store, from
 where 'ovm push --referrers' sends both, and where the file goes when the artifact goes.
@@ -21,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REF", help="the artifact that it belongs to")
     parser.add_argument(
         "--type",
-        metavar="MEDIATYPE",
-        required=True,
-        help="the media type of the file, such as application/spdx+json",
+        metavar="TYPE",
+        help="what the file is: spdx, cyclonedx, provenance, in-toto, dsse (which it has to be then), or a media type, which is "
+        "believed; without it the content tells",
     )
     parser.add_argument(
         "--artifact-type",
@@ -39,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
+    from ovms.artifact import kinds
     from ovms.artifact.attach import Attachment, attach_local, attach_remote
     from ovms.oci.reference import Reference
 
-    attachment = Attachment(args.file, args.type, args.artifact_type or args.type, _annotations(args.annotation))
+    attachment = Attachment.of(args.file, args.type, args.artifact_type, _annotations(args.annotation))
     reference = Reference.parse(args.reference)
     if reference.registry is None or args.local:
         added, subject = attach_local(context.layout, args.reference, attachment, context.progress)
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             {
                 "digest": added.digest,
                 "artifact_type": added.artifact_type,
+                "kind": kinds.of_referrer(added),
                 "subject": subject.digest,
                 "pushed": reference.registry is not None and not args.local,
             }

@@ -55,6 +55,7 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
     from ovms.artifact import ram
     from ovms.artifact.model import load_any
     from ovms.errors import OvmsError
+    from ovms.oci.descriptor import rfc3339
     from ovms.spec.digest import Digest
 
     came = context.layout.came(Digest(digest))
@@ -63,7 +64,7 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
         "digest": digest,
         "size": None,
         "created": None,
-        "added": None if came is None else output.rfc3339(came),
+        "added": None if came is None else rfc3339(came),
         "ram_snapshot": False,
         "ram_left_out": False,
     }
