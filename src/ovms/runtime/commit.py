@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovms import fsutil
-from ovms.artifact import model
+from ovms.artifact import model, provenance
+from ovms.artifact.provenance import Material, Times, Work
 from ovms.disk import qcow2
 from ovms.errors import Unsupported
 from ovms.lazy import dataclass
@@ -35,7 +36,8 @@ class Committed:
 def take(runtime: Runtime, record: Record, name: Reference, progress: Progress = NULL) -> Committed:
     """Makes an artifact of an instance's disk, whether it runs (it goes on) or not, and lets *name* stand for it.
 
-    What the artifact had beside the disk stays, except a RAM snapshot: that was one of another disk.
+    What the artifact had beside the disk stays, except a RAM snapshot: that was one of another disk. Its provenance, kept beside
+    it, names the artifact that the instance was started from.
 
     Raises:
         Unsupported: no disk, or too many layers.
@@ -63,6 +65,7 @@ def take(runtime: Runtime, record: Record, name: Reference, progress: Progress =
             bootstrap=next(iter(kept[PartKind.BOOTSTRAP]), None),
         )
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
+        provenance.add(layout, artifact, Work.COMMIT, [Material.of_artifact(source)], Times(created))
         layout.set_name(str(name), artifact.image.descriptor())
         return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovms import fsutil, process
-from ovms.artifact import model
+from ovms.artifact import model, provenance
 from ovms.artifact.parts import ram_annotations
+from ovms.artifact.provenance import Material, Times, Work
 from ovms.errors import OvmsError, StateConflict
 from ovms.lazy import asdict, dataclass, replace
 from ovms.memory import capture, chain, compat, content, snapshot, template
@@ -75,7 +76,7 @@ def take(
     """Takes a snapshot of a running instance, and lets *name* stand for it in the store.
 
     *leave* is what the instance does then: what is to be paused or stopped does not run on after the moment of the snapshot, and
-    goes on where that fails. With *scrub* the guest's agent makes its memory small before (:mod:`ovms.runtime.scrub`).
+    goes on where that fails. With a name, its provenance is kept beside it. With *scrub* the guest's agent makes its memory small before (:mod:`ovms.runtime.scrub`).
 
     Raises:
         StateConflict: the instance does not run.
@@ -124,7 +125,9 @@ def take(
                 done = Scrubbed(before, content.nonzero(copy.fd, newest.machine.memory), bool(zeroed))
             parts, document, size = _add_parts(runtime, frozen, source, progress)
             artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
-            if name is not None:
+            if name is not None:  # one without is taken to be cloned at once, more often than not
+                materials = [Material.of_artifact(source)]
+                provenance.add(layout, artifact, Work.SNAPSHOT, materials, Times(document["metadata"]["created"]))
                 layout.set_name(str(name), artifact.image.descriptor())
             if copy.shared:
                 newest_ram = Digest(parts.ram_snapshots[-1].digest)
