@@ -127,7 +127,7 @@ def test_a_file_does_not_drive_a_terminal(ovm: Ovm, project: Path, tmp_path: Pat
     hostile = ovm.ok("attach", path, "web:1", "--type", "text/plain").out.strip()
     for digest, code in ((plain, 0), (hostile, 2)):
         reader, terminal = pty.openpty()
-        command = [OVM, "referrers", "web:1", "--get", digest]
+        command = [str(OVM), "referrers", "web:1", "--get", digest]
         done = subprocess.run(
             command, env=ovm.env(), stdout=terminal, stderr=subprocess.DEVNULL, timeout=60, check=False
         )
