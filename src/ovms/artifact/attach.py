@@ -25,6 +25,7 @@ from ovms.errors import (
     UsageError,
 )
 from ovms.lazy import dataclass, regex, replace
+from ovms.oci import origins
 from ovms.oci.descriptor import (
     Descriptor,
     ImageIndex,
@@ -198,6 +199,8 @@ def push_with_subject(
         old = local_manifest(layout, text)
         client = connect(reference.registry)
         manifest = with_subject(old, remote_manifest(client, where).descriptor())
+        made_from = origins.Source(old.digest, ram=True)
+        origins.add(layout, manifest.digest, origins.Origin(made=True, sources=(made_from,)))
         layout.add_bytes(manifest.raw)
         transfer.push(layout, client, reference, manifest.digest, progress)
         layout.set_name(str(reference), manifest.descriptor())

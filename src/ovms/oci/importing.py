@@ -29,7 +29,7 @@ def fetch(
     progress: Progress = NULL,
     *,
     name: Naming,
-    check: Callable[[ImageManifest], object] | None = None,
+    check: Callable[[ImageManifest, Descriptor], object] | None = None,
     leave: Leave | None = None,
     platform: Platform | None = None,
 ) -> Descriptor:
@@ -63,7 +63,7 @@ def fetch(
             fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
         _copy(layout, files, documents, missing, progress)
         if check is not None:
-            check(manifest)
+            check(manifest, top)
         left_out: list[Descriptor] = []
         controls: dict[Digest, bytes] = {}
         if leave is not None:

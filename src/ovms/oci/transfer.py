@@ -86,7 +86,7 @@ def pull(
     reference: Reference,
     progress: Progress = NULL,
     *,
-    check: Callable[[ImageManifest], object] | None = None,
+    check: Callable[[ImageManifest, Descriptor], object] | None = None,
     leave: Leave | None = None,
     name: str | None = None,
     platform: Platform | None = None,
@@ -94,8 +94,8 @@ def pull(
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
-    *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
-    bulk is fetched; then *leave* says which RAM snapshots are not fetched at all. *platform* is the one to take of an
+    *check* is asked when both manifests are in the store, and nothing else: with the manifest, and with the descriptor of what the
+    reference stands for. What it raises ends the pull before the bulk is fetched; then *leave* says which RAM snapshots are not fetched at all. *platform* is the one to take of an
     index; None: this host's. *tally* is counted up.
 
     Raises:
@@ -123,7 +123,7 @@ def pull(
             _require_space(layout, missing, reference)
         download.blobs(documents, missing)
         if check is not None:
-            check(manifest)
+            check(manifest, top)
         left_out: list[Descriptor] = []
         if leave is not None:
             leaving = leave(manifest, download.control)

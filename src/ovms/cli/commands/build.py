@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact.build import Builder
 
-    builder = Builder(context.layout, context.connect, context.progress)
+    builder = Builder(context.layout, context.connect, context.progress, guard=context.guard)
     artifact = builder.build(args.manifest, name=args.tag)
     if args.json:
         output.answer_json({"digest": artifact.digest, "name": args.tag, "size": artifact.size})
