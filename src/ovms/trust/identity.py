@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ROOT_MAX: Final = 1 * limits.MIB
 ENTRIES_MAX: Final = 64
 _DEPTH_MAX: Final = 16
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _LISTS: Final = {
     "certificateAuthorities": "certificate authority",
     "tlogs": "log of signatures",
@@ -84,15 +85,21 @@ class TrustRoot:
         Raises:
             payload.Malformed: it does not hold, for whatever reason.
         """
+        from sigstore.errors import CertValidationError
         from sigstore.models import Bundle
 
         try:
             bundle = Bundle.from_json(data)
             # it is only claimed until the verifier, which trusts nothing that was not valid then, has checked it
             at = _claimed_time(bundle)
+            _check_period(bundle.signing_certificate, at)
             kind, signed = _verifier(_valid_at(self._document, at)).verify_dsse(bundle, policy)
         except payload.Malformed:
             raise
+        except CertValidationError as exc:
+            raise payload.Malformed(
+                f"no authority of the trust root stands for its certificate: {_line(exc)}"
+            ) from None
         except Exception as exc:  # noqa: BLE001 - whatever a stranger's bundle does to the parsers, it is no signature
             raise payload.Malformed(_line(exc)) from None
         return kind, signed, at
@@ -223,7 +230,17 @@ def _claimed_time(bundle: Bundle) -> datetime:
     return stamps[0].tst_info.gen_time
 
 
+def _check_period(certificate: Certificate, at: datetime) -> None:
+    # the verifier asks, too, but says it less plainly
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not start <= at <= end:
+        raise payload.Malformed(
+            f"its certificate was good from {start:{_TIME}} to {end:{_TIME}}, and it was made {at:{_TIME}}"
+        )
+
+
 def _line(exc: Exception) -> str:
     """What the package says, in one short line without control characters: much of it may come from a stranger."""
-    text = " ".join(str(exc).split()) or type(exc).__name__
+    # after the bracket pydantic shows what it was given
+    text = " ".join(str(exc).partition(" [type=")[0].split()) or type(exc).__name__
     return ascii(text)[1:-1][:200]
