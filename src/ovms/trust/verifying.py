@@ -111,4 +111,3 @@ def require(verdict: Verdict, needed: int, what: str) -> None:
 
 def _where(found: Found) -> dict[str, Any]:
     return {"format": found.format.value, "manifest": found.manifest, "layer": found.layer}
-
