@@ -52,8 +52,9 @@ class Guard:
     """The policies over one store. Safe for threads."""
 
     def __init__(self, layout: Layout, policies: Policies) -> None:
+        #: Which policies hold.
+        self.policies = policies
         self._layout = layout
-        self._policies = policies
         self._lock = threading.Lock()
         self._stamp: object = None
         self._allowed: dict[tuple[Digest, str | None, bool], float] = {}
@@ -89,7 +90,7 @@ class Guard:
         ram: bool,
     ) -> list[Verdict]:
         """What each policy makes of an artifact that is not here yet: one verdict each; none without a policy."""
-        force = self._policies.in_force()
+        force = self.policies.in_force()
         if not force.policies:
             return []
         from ovms.trust import judge
@@ -115,7 +116,7 @@ class Guard:
         self, digest: Digest, name: str, *, asked: str | None = None, connect: _Connect | None = None, ram: bool = False
     ) -> None:
         """See :meth:`ovms.artifact.guard.Guard.allow`."""
-        force = self._policies.in_force()
+        force = self.policies.in_force()
         if not force.policies:
             return
         key, stamp = (digest, asked, ram), (force.stamp, self._layout.index_stamp())
@@ -131,7 +132,7 @@ class Guard:
 
     def quick(self, digest: Digest, *, asked: str | None = None, ram: bool = False) -> bool:
         """Whether :meth:`allow` would let it pass at once, without a look at any signature."""
-        force = self._policies.in_force()
+        force = self.policies.in_force()
         stamp = (force.stamp, self._layout.index_stamp())
         return not force.policies or self._remembers((digest, asked, ram), stamp)
 
@@ -139,7 +140,7 @@ class Guard:
         self, digest: Digest, name: str, *, asked: str | None = None, connect: _Connect | None = None, ram: bool = False
     ) -> list[Verdict]:
         """What the policies make of an artifact in the store: the verdicts that decide it; none without a policy."""
-        return self._using(self._policies.in_force(), _Asked(digest, name, asked, connect, ram))
+        return self._using(self.policies.in_force(), _Asked(digest, name, asked, connect, ram))
 
     def _remembers(self, key: tuple[Digest, str | None, bool], stamp: tuple[object, object]) -> bool:
         with self._lock:

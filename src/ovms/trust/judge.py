@@ -13,7 +13,7 @@ from ovms.lazy import dataclass
 from ovms.spec.digest import Digest
 from ovms.trust import keys
 from ovms.trust.model import Bad, Found, Good, Signer, Unreadable
-from ovms.trust.policy import Kind, Policy, Requirement, Rule, SignerSpec
+from ovms.trust.policy import Kind, Policy, Requirement, Rule, SignerSpec, shown_age
 from ovms.trust.signers import KeySigner
 
 if TYPE_CHECKING:
@@ -215,16 +215,12 @@ def _too_old(max_age: int, made: datetime | None, now: datetime) -> str | None:
     if made > now + _AHEAD:
         return f"it is from the future ({_shown(made)})"
     if now - made > timedelta(seconds=max_age):
-        return f"it is from {_shown(made)}, and the rule allows {_age(max_age)}"
+        return f"it is from {_shown(made)}, and the rule allows {shown_age(max_age)}"
     return None
 
 
 def _shown(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _age(seconds: int) -> str:
-    return f"{seconds // 86400} days" if seconds % 86400 == 0 else f"{seconds // 3600} hours"
 
 
 def _unsigned(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from ovms.errors import InputError, Problem
 from ovms.lazy import dataclass, field, regex
@@ -75,6 +75,11 @@ class Rule:
     max_age: int | None = None
 
     @property
+    def age(self) -> str | None:
+        """The maximum age, for people."""
+        return None if self.max_age is None else shown_age(self.max_age)
+
+    @property
     def wants_signatures(self) -> bool:
         """Whether signatures have to be known before it can be told what comes of it."""
         return any(r is not None and r.kind is Kind.SIGNED for r in (self.requirement, self.ram))
@@ -102,6 +107,25 @@ class Policy:
     signers: dict[str, SignerSpec] = field(default_factory=dict)
     registries: tuple[str, ...] | None = None
     enforced: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What it asks for, without its keys."""
+        rules = (self.default, *(self.scopes[scope] for scope in sorted(self.scopes)))
+        return {
+            "path": self.where,
+            "enforced": self.enforced,
+            "registries": None if self.registries is None else list(self.registries),
+            "signers": sorted(self.signers),
+            "rules": [
+                {
+                    "scope": rule.scope,
+                    "asks_for": str(rule.requirement),
+                    "ram_asks_for": None if rule.ram is None else str(rule.ram),
+                    "max_age_s": rule.max_age,
+                }
+                for rule in rules
+            ],
+        }
 
     def rule(self, place: str) -> Rule:
         """The rule for a place: that of the longest scope that it is in, else the default.
@@ -137,6 +161,11 @@ def canonical(place: str) -> str:
         with contextlib.suppress(ValueError):  # of what is no address, nothing is made
             host = f"[{ipaddress.IPv6Address(address).compressed}{bracket}{rest}"
     return host + slash + path
+
+
+def shown_age(seconds: int) -> str:
+    """``90 days``, ``12 hours``"""
+    return f"{seconds // 86400} days" if seconds % 86400 == 0 else f"{seconds // 3600} hours"
 
 
 def parse(data: bytes, where: str) -> Policy:
