@@ -46,16 +46,7 @@ def fetch(
     """
     with layout.using(), source.opened(place) as files:
         entry = files.select(place)
-        top = entry.descriptor
-        manifest = files.manifest(top)
-        raws = [manifest.raw]
-        if isinstance(manifest, ImageIndex):
-            top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
-            manifest = _choose(files, manifest, platform)
-            raws.append(manifest.raw)
-        else:
-            top = manifest.descriptor()
-        check_image(manifest, place)
+        manifest, top, raws = manifests(files, entry, place, platform)
         name(entry)
         missing = to_fetch(layout, manifest.blobs, place)
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
@@ -83,6 +74,23 @@ def fetch(
         if (chosen := name(entry)) is not None:
             layout.set_name(chosen, top)
         return top
+
+
+def manifests(
+    files: Source, entry: Entry, place: Place, platform: Platform | None = None
+) -> tuple[ImageManifest, Descriptor, list[bytes]]:
+    """The manifest of *entry*, its descriptor or that of its index, and the bytes of all that. Raises like :func:`fetch`."""
+    top = entry.descriptor
+    manifest = files.manifest(top)
+    raws = [manifest.raw]
+    if isinstance(manifest, ImageIndex):
+        top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
+        manifest = _choose(files, manifest, platform)
+        raws.append(manifest.raw)
+    else:
+        top = manifest.descriptor()
+    check_image(manifest, place)
+    return manifest, top, raws
 
 
 def _control(files: Source, blob: Descriptor) -> bytes:

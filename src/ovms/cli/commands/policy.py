@@ -93,7 +93,7 @@ def _tell(verdicts: list[Verdict]) -> None:
 def _verdicts(args: argparse.Namespace, context: Context) -> tuple[str, list[Verdict], list[Verdict] | None]:
     # of the artifact without its RAM snapshot, and with it (None: it has none)
     from ovms.artifact.resolve import find
-    from ovms.oci import examining, transport
+    from ovms.oci import importing, source, transfer, transport
     from ovms.trust.guard import has_ram
 
     guard = context.guard
@@ -103,14 +103,15 @@ def _verdicts(args: argparse.Namespace, context: Context) -> tuple[str, list[Ver
             raise ReferenceNotFound(str(where))
         found = find(context.layout, args.artifact, args.platform)
     except ReferenceNotFound:
+        client = None
         if isinstance(where, transport.Place):
-            client, seen = None, examining.in_place(where, args.platform)
+            with source.opened(where) as files:
+                image, top, _ = importing.manifests(files, files.select(where), where, args.platform)
         elif where.registry is None:
             raise
         else:
             client = context.connect(where.registry)
-            seen = examining.in_registry(client, where, args.platform)
-        image, top = seen
+            image, top, _ = transfer.manifests(client, where, args.platform)
         cold = guard.arriving(image, top, where, client, ram=False)
         warm = guard.arriving(image, top, where, client, ram=True) if has_ram(image) else None
         return image.digest, cold, warm
