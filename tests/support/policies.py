@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ovms.oci import origins
 from ovms.oci.layout import Layout
+from ovms.spec.digest import Digest, hex_of
 from ovms.trust.files import Policies
 from ovms.trust.guard import Guard
 from ovms.trust.keys import PrivateKey
@@ -38,3 +40,9 @@ def write(path: Path, value: dict[str, Any]) -> Path:
 def guard(layout: Layout, path: Path, value: dict[str, Any]) -> Guard:
     """A guard that asks the policy *value*, written to *path*."""
     return Guard(layout, Policies(write(path, value), system=NOWHERE))
+
+
+def came_from(layout: Layout, digest: Digest, *places: str) -> None:
+    """Lets an artifact in the store be one that came from *places*, and was not made here."""
+    (layout.origin_dir / hex_of(digest)).unlink(missing_ok=True)
+    origins.add(layout, digest, origins.Origin(places=places))

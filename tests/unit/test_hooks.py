@@ -100,7 +100,7 @@ def test_whoever_uses_an_artifact_asks(where: str) -> None:
     [
         "from ovms.artifact.resolve import pull\npull(layout, connect, 'x')",
         "from ovms.artifact import resolve\nresolve.resolve(layout, connect, 'x', gate=None)",
-        "def f():\n    from ovms.artifact import ram as r\n    r.complete(layout)",
+        "if True:\n    from ovms.artifact import ram as r\n    r.complete(layout)",
         "from ovms.artifact.build import Builder as B\nB(layout, connect)",
         "from ovms.oci import transfer\ntransfer.pull(layout, client, name)",
     ],
