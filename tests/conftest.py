@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
-        "OVMS_ROOT", "OVMS_DEBUG", "OVMS_TOKEN_SERVICES", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG",
+        "OVMS_ROOT", "OVMS_DEBUG", "OVMS_POLICY", "OVMS_TOKEN_SERVICES", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG",
         "CONTAINERS_REGISTRIES_CONF", "SSL_CERT_FILE", "SSL_CERT_DIR",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -26,6 +26,7 @@ from ovms.errors import (
     UsageError,
 )
 from ovms.lazy import dataclass, regex, replace
+from ovms.oci import origins
 from ovms.oci.descriptor import (
     EMPTY_CONFIG,
     Descriptor,
@@ -248,6 +249,8 @@ def push_with_subject(
         old = local_manifest(layout, text)
         client = connect(reference.registry)
         manifest = with_subject(old, remote_manifest(client, where).descriptor())
+        made_from = origins.Source(old.digest, ram=True)
+        origins.add(layout, manifest.digest, origins.Origin(made=True, sources=(made_from,)))
         layout.add_bytes(manifest.raw)
         transfer.push(layout, client, reference, manifest.digest, progress)
         layout.set_name(str(reference), manifest.descriptor())
@@ -267,11 +270,17 @@ def _subject_reference(reference: Reference, text: str) -> Reference:
 
 
 def push_referrers(
-    layout: Layout, client: RegistryClient, repository: str, digest: Digest, progress: Progress = NULL
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    digest: Digest,
+    progress: Progress = NULL,
+    *,
+    wanted: Callable[[Descriptor], bool] = lambda _: True,
 ) -> list[Descriptor]:
     """Pushes the referrers of *digest* that have no name of their own here, theirs, and so on. Returns what they are.
 
-    Those with a name (snapshots) are pushed by it, and by nothing else.
+    Those with a name (snapshots) are pushed by it, and by nothing else. *wanted* says which of the others, and theirs.
 
     Raises:
         BlobNotFound: the store does not have all of one.
@@ -284,7 +293,7 @@ def push_referrers(
         pending = _roots(layout, digest)
         while pending:
             for found in listed(pending.pop(), None).descriptors:
-                if found.digest not in pushed and found.digest not in named:
+                if found.digest not in pushed and found.digest not in named and wanted(found):
                     _push_referrer(layout, client, repository, found.digest, progress)
                     pushed[found.digest] = found
                     pending.append(found.digest)

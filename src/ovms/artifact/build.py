@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.document import parse_document, read_bytes
+from ovms.artifact.guard import Guard
 from ovms.artifact.parts import SIZE_LIMITS, blob_name, check_content, label, manifest_of, ram_annotations, read_control
 from ovms.artifact.provenance import Material, Times, Work
 from ovms.artifact.provenance import add as add_provenance
@@ -33,6 +34,7 @@ from ovms.lazy import dataclass, replace
 from ovms.oci import transport
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
+from ovms.oci.origins import Source
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.spec import limits, manifest, mediatypes, ramheader, ramsnap
@@ -61,7 +63,12 @@ class _Input:
 class Builder:
     """Builds artifacts into one store."""
 
-    def __init__(self, layout: Layout, connect: resolve.Connect, progress: Progress = NULL) -> None:
+    def __init__(
+        self, layout: Layout, connect: resolve.Connect, progress: Progress = NULL, *, guard: Guard | None = None
+    ) -> None:
+        """*guard* is asked about the artifacts that parts are taken from."""
+        self._guard = guard
+        self._sources: list[Source] = []
         self._layout = layout
         self._connect = connect
         self._progress = progress
@@ -82,6 +89,7 @@ class Builder:
         data = read_bytes(path, "the manifest", limits.MANIFEST_MAX)
         document = parse_document(data, path)
         checked = manifest.check(document, str(path))
+        self._sources.clear()
         with self._layout.using(), contextlib.ExitStack() as files:
             inputs = self._open_inputs(checked, path.absolute().parent, files)
             self._require_space(inputs)
@@ -165,7 +173,9 @@ class Builder:
             ) from None
         try:
             whole = item.part.ref if place is None else place.below(directory)
-            other = resolve.resolve(self._layout, self._connect, whole, progress=self._progress).artifact
+            other = resolve.resolve(
+                self._layout, self._connect, whole, progress=self._progress, guard=self._guard
+            ).artifact
         except NotFound as exc:
             raise NotFound(
                 f"{item.label}: there is neither a file {local} nor an artifact {item.part.ref}",
@@ -175,6 +185,10 @@ class Builder:
             # What was meant may well be a path: "v1.0/disk.img" reads as a reference.
             _prefix(exc, f"{item.label}: there is no file {local}, and as a reference: ")
             raise
+        taken = Source(other.digest, item.part.kind is PartKind.RAM)
+        if taken.ram and self._guard is not None:
+            self._guard.allow(taken.digest, str(whole), connect=self._connect, ram=True)
+        self._sources.append(taken)
         # What is in the store was checked for its digest when it came, and for nothing else.
         found = tuple(self._check_blob(part, Digest(part.part.ref)) for part in _parts_of(other, item))
         return replace(item, found=found, origin=(other, reference))
@@ -232,7 +246,7 @@ class Builder:
             ram_snapshots=tuple(rams),
             bootstrap=next(iter(by_kind[PartKind.BOOTSTRAP]), None),
         )
-        return model.compose(self._layout, final, parts)
+        return model.compose(self._layout, final, parts, sources=self._sources)
 
     def _add_provenance(self, artifact: model.Artifact, source: Material, inputs: list[_Input], times: Times) -> None:
         parts = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from ovms.errors import DigestMismatch, ManifestInvalid, Problem, ReferenceNotFound, RegistryProtocol, Unsupported
 from ovms.lazy import dataclass
+from ovms.oci import origins
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, build_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.platform import CONTAINER_HINT, HOST, Platform, check_guest, fitting, is_artifact
@@ -254,11 +255,17 @@ class Parts:
 
 
 def compose(
-    layout: Layout, document: Mapping[str, Any], parts: Parts, *, subject: Descriptor | None = None
+    layout: Layout,
+    document: Mapping[str, Any],
+    parts: Parts,
+    *,
+    subject: Descriptor | None = None,
+    sources: Iterable[origins.Source] = (),
 ) -> Artifact:
     """Writes the manifests of a new artifact, whose ``ref`` fields are digests already, and adds them to the store.
 
-    The same input gives the same bytes: nothing of the time or the machine goes in.
+    The same input gives the same bytes: nothing of the time or the machine goes in. *sources* are the artifacts that it is made
+    from; they are noted with it.
     """
     checked = manifest.check(document)
     layers = parts.layers()
@@ -277,6 +284,7 @@ def compose(
         annotations=annotations,
     )
     check_parts(checked, image)
+    origins.add(layout, image.digest, origins.Origin(made=True, sources=tuple(sources)))
     layout.add_bytes(raw)
     layout.add_bytes(image.raw)
     return Artifact(image, checked)

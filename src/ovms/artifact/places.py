@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from ovms.artifact import ram
-from ovms.artifact.model import check_documents, load
-from ovms.artifact.resolve import Found, find, lookup, top
+from ovms.artifact.guard import Admission, Guard
+from ovms.artifact.model import load
+from ovms.artifact.resolve import Found, allow, find, lookup, top
 from ovms.errors import Conflict, InputError, ReferenceNotFound
 from ovms.oci import exporting, importing, source
 from ovms.oci.descriptor import Descriptor
@@ -26,7 +27,8 @@ def pull(
     *,
     name: str | None = None,
     platform: Platform | None = None,
-    leave: ram.Choice | None = None,
+    gate: ram.Gate | None = None,
+    guard: Guard | None = None,
 ) -> Found:
     """Copies an artifact into the store as *name*, else as what it is called at *place*.
 
@@ -57,7 +59,7 @@ def pull(
         given.append(chosen(entry))
         return given[-1]
 
-    _fetch(layout, place, progress, noted, platform, leave)
+    leave = _fetch(layout, place, progress, noted, platform, gate, guard)[1]
     return ram.marked(find(layout, given[-1], platform), leave)
 
 
@@ -68,7 +70,8 @@ def resolve(
     *,
     copy: bool = True,
     platform: Platform | None = None,
-    leave: ram.Choice | None = None,
+    gate: ram.Gate | None = None,
+    guard: Guard | None = None,
 ) -> Found:
     """The artifact at *place*, copied into the store where it is not yet (and *copy* allows).
 
@@ -80,8 +83,10 @@ def resolve(
         own = name_in(entry.tag)
         return own if own is not None and layout.find(own) is None else None
 
+    leave = None
     if copy:
-        digest = _fetch(layout, place, progress, chosen, platform, leave).digest
+        fetched, leave = _fetch(layout, place, progress, chosen, platform, gate, guard)
+        digest = fetched.digest
     else:
         with source.opened(place) as files:
             digest = files.select(place).descriptor.digest
@@ -91,7 +96,10 @@ def resolve(
             )
     artifact = load(layout, digest, platform)
     names = [entry.name for entry in layout.entries() if entry.name and entry.descriptor.digest == digest]
-    return ram.marked(Found(next(iter(names), digest), artifact), leave)
+    found = ram.marked(Found(next(iter(names), digest), artifact), leave)
+    if guard is not None and not copy:
+        allow(guard, found, None, None)
+    return found
 
 
 def push(layout: Layout, text: str, place: Place, progress: Progress = NULL) -> Descriptor:
@@ -112,14 +120,18 @@ def _fetch(
     progress: Progress,
     name: importing.Naming,
     platform: Platform | None,
-    leave: ram.Choice | None,
-) -> Descriptor:
-    return importing.fetch(
+    gate: ram.Gate | None,
+    guard: Guard | None,
+) -> tuple[Descriptor, ram.Choice | None]:
+    admission = Admission(guard, place)
+    leave = None if gate is None else ram.Choice(layout, admission.gate(gate), platform)
+    top = importing.fetch(
         layout,
         place,
         progress,
         name=name,
-        check=lambda image: check_documents(layout, image, platform),
+        check=admission.checking(layout, platform, ram=gate is None),
         leave=leave,
         platform=platform,
     )
+    return top, leave

@@ -20,6 +20,7 @@ from ovms.spec.digest import Digest
 from ovms.spec.manifest import Manifest, PartKind
 
 if TYPE_CHECKING:
+    from ovms.artifact.guard import Guard
     from ovms.artifact.resolve import Connect, Found
     from ovms.oci.registry import RegistryClient
     from ovms.oci.transfer import ReadControl
@@ -99,10 +100,11 @@ def complete(
     *,
     fetch: bool = True,
     progress: Progress = NULL,
+    guard: Guard | None = None,
 ) -> Found:
     """Fetches the RAM snapshot of an artifact that came without it, where *gate* says that it is needed (None: it is not).
 
-    It is looked for where the artifact's names say. Not *fetch*: no registry is asked.
+    It is looked for where the artifact's names say. Not *fetch*: no registry is asked. *guard* is asked whether it may come.
 
     Raises:
         BlobNotFound: it is needed, and can't be fetched.
@@ -143,5 +145,7 @@ def complete(
     reason = gate(artifact.manifest, control)
     if reason is not None:
         return replace(found, left_out=reason)
+    if guard is not None:
+        guard.allow(artifact.digest, found.name, connect=connect if fetch else None, ram=True)
     from_somewhere(lambda client, where: transfer.complete(layout, client, where, missing, progress))
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from ovms.artifact.model import Artifact, check_documents, load
+from ovms.artifact.guard import Admission, Guard
+from ovms.artifact.model import Artifact, load
 from ovms.errors import InputError, ReferenceInvalid, ReferenceNotFound
 from ovms.lazy import dataclass
 from ovms.oci import transport
@@ -132,13 +133,15 @@ def pull(
     platform: Platform | None = None,
     gate: Gate | None = None,
     tally: Tally | None = None,
+    guard: Guard | None = None,
 ) -> Found:
     """Fetches an artifact from its registry or a place on disk, checks it, and names it in the store.
 
     *name* is what it is called there, else what it is called where it comes from. *gate* is asked before the bulk whether
-    its RAM snapshot is needed (None: it is). *tally* is counted up.
+    its RAM snapshot is needed (None: it is). *tally* is counted up. *guard* is asked whether it may come at all.
 
     Raises:
+        Untrusted: and its kinds: *guard* does not let it pass.
         InputError: the reference names no registry, or what is on disk has no whole name.
         Conflict: it has the name of another artifact in the store, and *name* does not say that this is meant.
         RegistryError, ReferenceNotFound, DigestMismatch, DiskFull: as the transfer met them.
@@ -148,21 +151,23 @@ def pull(
     from ovms.oci import transfer
 
     source = transport.parse(text)
-    leave = None if gate is None else ram.Choice(layout, gate, platform)
     named = None if name is None else str(transport.new_name(name))
     if isinstance(source, transport.Place):
-        return places.pull(layout, source, progress, name=named, platform=platform, leave=leave)
+        return places.pull(layout, source, progress, name=named, platform=platform, gate=gate, guard=guard)
     if source.registry is None:
         raise InputError(
             f"{source} names no registry",
             hint=f"write the registry's host before it, such as registry.example/{source}",
         )
+    client = connect(source.registry)
+    admission = Admission(guard, source, client)
+    leave = None if gate is None else ram.Choice(layout, admission.gate(gate), platform)
     transfer.pull(
         layout,
-        connect(source.registry),
+        client,
         source,
         progress,
-        check=lambda image: check_documents(layout, image, platform),
+        check=admission.checking(layout, platform, ram=gate is None),
         leave=leave,
         name=named,
         platform=platform,
@@ -233,11 +238,12 @@ def resolve(
     progress: Progress = NULL,
     platform: Platform | None = None,
     gate: Gate | None = None,
+    guard: Guard | None = None,
 ) -> Found:
     """The artifact that *text* names, pulled from its registry, or copied from its place on disk, as *policy* says.
 
     *gate* says whether its RAM snapshot is needed (None: it is fetched with the rest). One that was left out of what is
-    here is fetched when *gate* says so.
+    here is fetched when *gate* says so. *guard* is asked whether it may come, and whether it may be used.
 
     What comes from disk gets its name only where that is free: nobody said that another artifact should lose it. It may
     have none, and stays then as long as the caller is :meth:`~ovms.oci.layout.Layout.using` the store.
@@ -245,6 +251,7 @@ def resolve(
     Raises:
         ReferenceNotFound: neither here nor there (or not here, and not to be pulled).
         BlobNotFound: the RAM snapshot is needed, was left out, and nobody knows where it is (or it is not to be pulled).
+        Untrusted: and its kinds: *guard* does not let it pass.
     """
     from ovms.artifact import ram
 
@@ -252,8 +259,9 @@ def resolve(
     if place is not None:
         from ovms.artifact import places
 
-        leave = None if gate is None else ram.Choice(layout, gate, platform)
-        return places.resolve(layout, place, progress, copy=policy != "never", platform=platform, leave=leave)
+        return places.resolve(
+            layout, place, progress, copy=policy != "never", platform=platform, gate=gate, guard=guard
+        )
     text = str(text)
     if policy != "always":
         try:
@@ -262,5 +270,13 @@ def resolve(
             if policy == "never" or Reference.parse(text).registry is None:
                 raise
         else:
-            return ram.complete(layout, connect, found, gate, fetch=policy != "never", progress=progress)
-    return pull(layout, connect, text, progress, platform=platform, gate=gate)
+            fetch = policy != "never"
+            if guard is not None:
+                allow(guard, found, text, connect if fetch else None)
+            return ram.complete(layout, connect, found, gate, fetch=fetch, progress=progress, guard=guard)
+    return pull(layout, connect, text, progress, platform=platform, gate=gate, guard=guard)
+
+
+def allow(guard: Guard, found: Found, asked: str | None, connect: Connect | None, *, ram: bool = False) -> None:
+    """Asks *guard* whether what was found may be used, its RAM snapshot too where *ram* says so. Raises as that does."""
+    guard.allow(found.artifact.digest, found.name, asked=asked, connect=connect, ram=ram)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ovms.runtime.client import Client
     from ovms.runtime.root import Root
     from ovms.runtime.runtime import Runtime
+    from ovms.trust.guard import Guard
 
 
 class Context:
@@ -109,6 +110,14 @@ class Context:
         """The local store."""
         self.root.prepare()
         return self.root.layout()
+
+    @cached_property
+    def guard(self) -> Guard:
+        """What the policies allow, over the local store."""
+        from ovms.trust.files import Policies
+        from ovms.trust.guard import Guard
+
+        return Guard(self.layout, Policies.from_environment())
 
     @cached_property
     def progress(self) -> Progress:

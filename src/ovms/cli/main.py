@@ -32,6 +32,10 @@ COMMANDS: Final = {
     "tag": "Give an artifact another name",
     "attach": "Attach a file to an artifact: a signature, an SBOM",
     "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
+    "key": "Make and convert keys for signing",
+    "sign": "Sign an artifact",
+    "verify": "Check who signed an artifact",
+    "policy": "Show the policies, or what they make of an artifact",
     "rmi": "Remove artifacts from the local store",
     "prune": "Remove what nothing needs from the local store",
     "df": "Show what takes room: artifacts, memories, downloads, instances",
@@ -66,8 +70,8 @@ INTERNAL: Final = frozenset({"ended"})
 
 #: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
 LOOKING: Final = frozenset((
-    "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
-    "stop", "rm", "inject", "snapshot", "commit", "export", "unpack", "pause", "resume", "version",
+    "ls", "inspect", "push", "tag", "referrers", "sign", "verify", "policy", "rmi", "prune", "df", "fsck", "ps", "logs", "console",
+    "exec", "cp", "port", "stop", "rm", "inject", "snapshot", "commit", "export", "unpack", "pause", "resume", "version",
 ))  # fmt: skip
 
 #: How much a mistyped command has to have in common with one that is suggested: "bogus" is no "logs".

@@ -17,6 +17,7 @@ from ovms.memory import chain, snapshot
 from ovms.memory.capture import Capture
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
+from ovms.oci.origins import Source
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
 from ovms.spec import ramsnap
@@ -67,7 +68,13 @@ def flatten(layout: Layout, found: Found, progress: Progress = NULL) -> Flattene
         annotations = ram_annotations(blob.fileno())
     descriptor = model.part_descriptor(PartKind.RAM, base, size, compression=ram.compression, annotations=annotations)
     document = _with_base(artifact.manifest.document, base)
-    made = model.compose(layout, document, _parts(artifact, descriptor), subject=artifact.image.subject)
+    made = model.compose(
+        layout,
+        document,
+        _parts(artifact, descriptor),
+        subject=artifact.image.subject,
+        sources=[Source(artifact.digest, ram=True)],
+    )
     return Flattened(made, size, len(ram.parents))
 
 

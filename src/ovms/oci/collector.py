@@ -22,7 +22,7 @@ from typing import Final
 from ovms import fsutil
 from ovms.errors import BlobNotFound, Locked, OvmsError
 from ovms.lazy import dataclass, field, regex
-from ovms.oci import partial
+from ovms.oci import origins, partial
 from ovms.oci.descriptor import ImageIndex, ImageManifest
 from ovms.oci.layout import Entry, Layout
 from ovms.process import boot_id
@@ -410,3 +410,4 @@ def _remove(layout: Layout, found: Plan) -> None:
     # Names first: whenever we are killed, what has a name is whole.
     layout.remove_entries(found.entries)
     remove(found.items)
+    origins.sweep(layout)

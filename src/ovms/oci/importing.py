@@ -29,7 +29,7 @@ def fetch(
     progress: Progress = NULL,
     *,
     name: Naming,
-    check: Callable[[ImageManifest], object] | None = None,
+    check: Callable[[ImageManifest, Descriptor], object] | None = None,
     leave: Leave | None = None,
     platform: Platform | None = None,
 ) -> Descriptor:
@@ -46,16 +46,7 @@ def fetch(
     """
     with layout.using(), source.opened(place) as files:
         entry = files.select(place)
-        top = entry.descriptor
-        manifest = files.manifest(top)
-        raws = [manifest.raw]
-        if isinstance(manifest, ImageIndex):
-            top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
-            manifest = _choose(files, manifest, platform)
-            raws.append(manifest.raw)
-        else:
-            top = manifest.descriptor()
-        check_image(manifest, place)
+        manifest, top, raws = manifests(files, entry, place, platform)
         name(entry)
         missing = to_fetch(layout, manifest.blobs, place)
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
@@ -63,7 +54,7 @@ def fetch(
             fsutil.require_space(layout.root, _needed(files, missing), f"importing {place}")
         _copy(layout, files, documents, missing, progress)
         if check is not None:
-            check(manifest)
+            check(manifest, top)
         left_out: list[Descriptor] = []
         controls: dict[Digest, bytes] = {}
         if leave is not None:
@@ -83,6 +74,23 @@ def fetch(
         if (chosen := name(entry)) is not None:
             layout.set_name(chosen, top)
         return top
+
+
+def manifests(
+    files: Source, entry: Entry, place: Place, platform: Platform | None = None
+) -> tuple[ImageManifest, Descriptor, list[bytes]]:
+    """The manifest of *entry*, its descriptor or that of its index, and the bytes of all that. Raises like :func:`fetch`."""
+    top = entry.descriptor
+    manifest = files.manifest(top)
+    raws = [manifest.raw]
+    if isinstance(manifest, ImageIndex):
+        top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
+        manifest = _choose(files, manifest, platform)
+        raws.append(manifest.raw)
+    else:
+        top = manifest.descriptor()
+    check_image(manifest, place)
+    return manifest, top, raws
 
 
 def _control(files: Source, blob: Descriptor) -> bytes:

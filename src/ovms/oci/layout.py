@@ -12,6 +12,7 @@ r"""The local store: an OCI image layout that ``skopeo`` and ``oras`` read as it
     ├── ovms.blobs/              derived data (RAM images ready to map), always possible to make again
     ├── ovms.partial/<hex>       blobs that are still coming (``partial.py``)
     ├── ovms.absent/<hex>        RAM snapshots that were left out (``absent.py``)
+    ├── ovms.origins/<hex>       where artifacts came from (``origins.py``)
     ├── ovms.quarantine/         what a repair took out of the way (``quarantine.py``)
     ├── ovms.tmp/<random>/       work in progress; .lock is held while its owner lives, else it may be swept
     └── ovms.lock                flock: shared by whoever adds or uses blobs, exclusive for the garbage collector
@@ -147,6 +148,7 @@ class Layout:
         self.partial_dir = root / "ovms.partial"
         self.absent_dir = root / "ovms.absent"
         self.quarantine_dir = root / "ovms.quarantine"
+        self.origin_dir = root / "ovms.origins"
         self.marker = root / "oci-layout"
         self.index = root / "index.json"
         self.index_copy = root / "ovms.index.json"

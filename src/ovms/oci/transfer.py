@@ -86,7 +86,7 @@ def pull(
     reference: Reference,
     progress: Progress = NULL,
     *,
-    check: Callable[[ImageManifest], object] | None = None,
+    check: Callable[[ImageManifest, Descriptor], object] | None = None,
     leave: Leave | None = None,
     name: str | None = None,
     platform: Platform | None = None,
@@ -94,9 +94,9 @@ def pull(
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
-    *check* is asked when both manifests are in the store, and nothing else: what it raises ends the pull before the
-    bulk is fetched; then *leave* says which RAM snapshots are not fetched at all. *platform* is the one to take of an
-    index; None: this host's. *tally* is counted up.
+    *check* is asked when both manifests are in the store, and nothing else: with the manifest, and with the descriptor of what
+    the reference stands for. What it raises ends the pull before the bulk is fetched; then *leave* says which RAM snapshots
+    are not fetched at all. *platform* is the one to take of an index; None: this host's. *tally* is counted up.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
@@ -106,16 +106,7 @@ def pull(
         RegistryError: and its kinds: as the registry met us.
     """
     with fsutil.noticing_full_disk(f"pulling {reference}", layout.root), layout.using():
-        raw, top = client.get_manifest(reference)
-        manifest = parse_manifest(raw, f"the manifest of {reference}")
-        raws = [raw]
-        if isinstance(manifest, ImageIndex):
-            top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
-            raw, manifest = _choose(client, reference, manifest, platform)
-            raws.append(raw)
-        else:
-            top = manifest.descriptor()
-        check_image(manifest, reference)
+        manifest, top, raws = manifests(client, reference, platform)
         missing = to_fetch(layout, manifest.blobs, reference)
         download = _Download(layout, client, reference.repository, progress, tally)
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
@@ -123,7 +114,7 @@ def pull(
             _require_space(layout, missing, reference)
         download.blobs(documents, missing)
         if check is not None:
-            check(manifest)
+            check(manifest, top)
         left_out: list[Descriptor] = []
         if leave is not None:
             leaving = leave(manifest, download.control)
@@ -138,6 +129,26 @@ def pull(
             layout.add_bytes(raw)
         layout.set_name(name or str(reference), top)
         return top
+
+
+def manifests(
+    client: RegistryClient, reference: Reference, platform: Platform | None = None
+) -> tuple[ImageManifest, Descriptor, list[bytes]]:
+    """An artifact's manifest in a registry, the descriptor of what *reference* stands for, and the bytes of that and of the manifest.
+
+    Raises like :func:`pull`; nothing is fetched but these.
+    """
+    raw, top = client.get_manifest(reference)
+    manifest = parse_manifest(raw, f"the manifest of {reference}")
+    raws = [raw]
+    if isinstance(manifest, ImageIndex):
+        top = Descriptor(mediatypes.OCI_INDEX, top.digest, top.size)
+        raw, manifest = _choose(client, reference, manifest, platform)
+        raws.append(raw)
+    else:
+        top = manifest.descriptor()
+    check_image(manifest, reference)
+    return manifest, top, raws
 
 
 def fetch(

@@ -11,6 +11,7 @@ from ovms.disk import qcow2
 from ovms.errors import Unsupported
 from ovms.lazy import dataclass
 from ovms.oci.descriptor import created_now
+from ovms.oci.origins import Source
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import disks
@@ -64,7 +65,9 @@ def take(runtime: Runtime, record: Record, name: Reference, progress: Progress =
             disks=tuple(kept[PartKind.DISK]),
             bootstrap=next(iter(kept[PartKind.BOOTSTRAP]), None),
         )
-        artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
+        artifact = model.compose(
+            layout, document, parts, subject=source.image.descriptor(), sources=[Source(source.digest)]
+        )
         provenance.add(layout, artifact, Work.COMMIT, [Material.of_artifact(source)], Times(created))
         layout.set_name(str(name), artifact.image.descriptor())
         return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data)

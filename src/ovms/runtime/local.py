@@ -31,7 +31,9 @@ class Local:
         """See :class:`~ovms.runtime.client.Client`."""
         with self._runtime.layout.using():
             gate = self._runtime.gate(options)
-            found = resolve(self._runtime.layout, self._connect, reference, progress=progress, gate=gate)
+            found = resolve(
+                self._runtime.layout, self._connect, reference, progress=progress, gate=gate, guard=self._runtime.guard
+            )
             started = self._runtime.start(found, options, progress)
         return self._document(started.record.id)
 

@@ -14,7 +14,7 @@ from ovms import fsutil
 from ovms.artifact.kernels import check_kernel
 from ovms.artifact.model import Artifact, load
 from ovms.artifact.ram import Gate, blobs_of
-from ovms.artifact.resolve import Found
+from ovms.artifact.resolve import Found, allow
 from ovms.disk import qcow2
 from ovms.disk.layers import Layer, open_chain
 from ovms.errors import (
@@ -46,6 +46,8 @@ from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat, Manifest
 from ovms.spec.states import Call, State, after
+from ovms.trust.files import Policies
+from ovms.trust.guard import Guard
 from ovms.vmm import watch
 from ovms.vmm.capabilities import Asked, require
 from ovms.vmm.extras import SHARED_BY, Extras
@@ -127,6 +129,8 @@ class Runtime:
         self.layout: Layout = root.layout()
         self._vmms: dict[str, Vmm] = {}
         self.instances = Instances(root, self.vmm, parked=parked)
+        #: Asked whether an artifact may be pulled, and each time before one is used.
+        self.guard = Guard(self.layout, Policies.from_environment())
 
     def vmm(self, name: str) -> Vmm:
         """The VMM of a name.
@@ -157,11 +161,13 @@ class Runtime:
             PortInUse, NameTaken, ToolMissing, AccelUnavailable, DiskFull: the host's reasons.
             BlobNotFound, StoreCorrupt: the store does not have all of it.
             Locked: another VM has a volume.
+            Untrusted: and its kinds: a policy does not allow it.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
         began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
+        allow(self.guard, found, None, None)
         require_whole(self.layout, found.name, artifact.image.blobs)
         told = workload.seed_for(self.layout, artifact, options.seed)
         plan = self._plan(vmm, found, options, told, progress)
@@ -351,6 +357,7 @@ class Runtime:
             if control is not None:
                 not_restored = _why_cold(vmm, artifact.manifest, control, options, choice.accel, disk_size)
             if control is not None and not_restored is None:
+                allow(self.guard, found, None, None, ram=True)
                 ram_blobs = blobs_of(artifact.image, artifact.manifest)
                 absent.require_here(self.layout, artifact.digest, ram_blobs, f"{found.name} can't be restored")
                 chain.check(self.layout, digest, control, ram.parents)
@@ -394,6 +401,7 @@ class Runtime:
             if self.instances.status(newest).state.alive:
                 raise StateConflict(f"the instance {newest.name} runs already", instance=newest.name)
             artifact = self.artifact(newest)
+            self.guard.allow(artifact.digest, newest.reference)
             layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
             directory = self.instances.directory(newest.id)
             written = [(directory / name, DiskFormat.QCOW2) for name in newest.overlays[:-1]]

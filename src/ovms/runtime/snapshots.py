@@ -16,6 +16,7 @@ from ovms.errors import OvmsError, StateConflict
 from ovms.lazy import asdict, dataclass, replace
 from ovms.memory import capture, chain, compat, content, snapshot, template
 from ovms.oci.descriptor import Descriptor
+from ovms.oci.origins import Source
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Progress
 from ovms.runtime import attachments, disks, jail
@@ -124,7 +125,9 @@ def take(
                 copy.finish()  # a diff has only what was written
                 done = Scrubbed(before, content.nonzero(copy.fd, newest.machine.memory), bool(zeroed))
             parts, document, size = _add_parts(runtime, frozen, source, progress)
-            artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
+            # the memory of a diff goes on from the snapshot that the VM was restored from
+            made_from = Source(source.digest, ram=newest.restored)
+            artifact = model.compose(layout, document, parts, subject=source.image.descriptor(), sources=[made_from])
             if name is not None:  # one without is taken to be cloned at once, more often than not
                 materials = [Material.of_artifact(source)]
                 provenance.add(layout, artifact, Work.SNAPSHOT, materials, Times(document["metadata"]["created"]))

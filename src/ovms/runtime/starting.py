@@ -16,7 +16,7 @@ from typing import Final, Self
 
 from ovms import fsutil
 from ovms.artifact import ram
-from ovms.artifact.resolve import Connect, Found, PullPolicy, find, resolve
+from ovms.artifact.resolve import Connect, Found, PullPolicy, allow, find, resolve
 from ovms.errors import Conflict, HostError, InputError, Interrupted, OvmsError, ReferenceNotFound
 from ovms.lazy import replace
 from ovms.oci import transport
@@ -109,21 +109,32 @@ class Start:
                 raise
 
     def _find(self, connect: Connect, policy: PullPolicy, platform: Platform | None, progress: Progress) -> Found:
-        layout, began = self._runtime.layout, time.monotonic()
+        layout, guard, began = self._runtime.layout, self._runtime.guard, time.monotonic()
         gate, timings = self._runtime.gate(self._options), {}
         try:
             if policy == "always" or transport.parse_place(self._text) is not None:
                 raise ReferenceNotFound(self._text)
             found = find(layout, self._text, platform)
+            allow(guard, found, self._text, connect if policy != "never" else None)
             timings["resolve"] = ms_since(began)
             if ram.left_out(layout, found.artifact):
                 began = time.monotonic()
-                found = ram.complete(layout, connect, found, gate, fetch=policy != "never", progress=progress)
+                fetch = policy != "never"
+                found = ram.complete(layout, connect, found, gate, fetch=fetch, progress=progress, guard=guard)
                 timings["pull"] = ms_since(began)
         except ReferenceNotFound:
             timings["resolve"] = ms_since(began)
             began = time.monotonic()
-            found = resolve(layout, connect, self._text, policy=policy, progress=progress, platform=platform, gate=gate)
+            found = resolve(
+                layout,
+                connect,
+                self._text,
+                policy=policy,
+                progress=progress,
+                platform=platform,
+                gate=gate,
+                guard=guard,
+            )
             timings["pull"] = ms_since(began)
         self.record = replace(self.record, timings=timings)
         return found

@@ -181,7 +181,9 @@ class Pools:
     def _make(self, reference: str, size: int, connect: Connect, progress: Progress) -> _Pool:
         with self._runtime.layout.using():
             gate = self._runtime.gate(RunOptions(restore=RestorePolicy.REQUIRE))
-            found = resolve(self._runtime.layout, connect, reference, progress=progress, gate=gate)
+            found = resolve(
+                self._runtime.layout, connect, reference, progress=progress, gate=gate, guard=self._runtime.guard
+            )
             if found.artifact.manifest.ram_snapshot is None:
                 raise SnapshotIncompatible(
                     f"{found.name} has no RAM snapshot, and only those can wait in a warm pool",
@@ -242,13 +244,15 @@ class Pools:
 
         Raises:
             NameTaken: another instance has the name.
-            Locked: without *wait*, where another command is adding an instance just now.
+            Locked: without *wait*, where another command is adding an instance just now, or signatures have to be checked.
+            Untrusted: and its kinds: a policy does not allow it.
         """
         if not self._pools or not _plain(options):
             return None
         pool = self._pools.get(self._lookup(reference))
         if pool is None:
             return None
+        self._allow(pool, reference, wait)
         options = replace(options, ports=port_forwards.settle(options.ports))
         while True:
             try:
@@ -266,6 +270,13 @@ class Pools:
             if parked not in pool.ready and self._parked.instances.directory(parked.record.id).exists():
                 self._end(parked)
             raise
+
+    def _allow(self, pool: _Pool, reference: str, wait: bool) -> None:
+        # what a policy said of the clone may not hold any more
+        guard, digest = self._runtime.guard, pool.found.artifact.digest
+        if not wait and not guard.quick(digest, asked=reference, ram=True):
+            raise Locked("signatures take their time")
+        guard.allow(digest, pool.found.name, asked=reference, ram=True)
 
     def _lookup(self, reference: str) -> Digest | None:
         # The index of a large store takes longer to read than all the rest of a start.

@@ -159,7 +159,7 @@ def test_a_token_ends_between_two_blobs(secure: Secure, layout: Layout, other: L
     secure.tokens.lifetime = LIFETIME
     secure.tokens.asked.clear()
 
-    def wait(_: object) -> None:  # between the manifests and the bulk
+    def wait(*_: object) -> None:  # between the manifests and the bulk
         time.sleep(ENDED)
         secure.tokens.lifetime = 300
 

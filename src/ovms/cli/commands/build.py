@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from ovms.artifact.provenance import Times
 
     times = Times.of(os.environ) if args.provenance else None
-    builder = Builder(context.layout, context.connect, context.progress)
+    builder = Builder(context.layout, context.connect, context.progress, guard=context.guard)
     artifact = builder.build(args.manifest, name=args.tag, provenance=times)
     if args.json:
         output.answer_json({"digest": artifact.digest, "name": args.tag, "size": artifact.size})

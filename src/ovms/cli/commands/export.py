@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
-    from ovms.artifact.resolve import find
+    from ovms.artifact.resolve import allow, find
     from ovms.runtime import export
     from ovms.spec.manifest import DiskFormat
 
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
         record = runtime.instances.find(args.name)
     except InstanceNotFound:
         with runtime.layout.using():
-            artifact = find(runtime.layout, args.name, args.platform).artifact
+            found = find(runtime.layout, args.name, args.platform)
+            allow(runtime.guard, found, args.name, context.connect)
+            artifact = found.artifact
             written = export.of_artifact(runtime.layout, artifact, target, context.progress)
     else:
         written = export.of_instance(runtime, record, target, context.progress)

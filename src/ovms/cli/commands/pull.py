@@ -71,6 +71,7 @@ def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[st
         platform=args.platform,
         gate=ram.unwanted if args.no_ram else None,
         tally=tally,
+        guard=context.guard,
     )
     artifact = found.artifact
     value: dict[str, Any] = {

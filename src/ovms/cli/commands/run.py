@@ -245,6 +245,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
                 progress=context.progress,
                 platform=args.platform,
                 gate=runtime.gate(options),
+                guard=runtime.guard,
             )
         started = runtime.start(found, options, context.progress)
     record = started.record

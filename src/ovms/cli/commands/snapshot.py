@@ -122,14 +122,16 @@ def _take(args: argparse.Namespace, context: Context) -> int:
 
 
 def _flatten(args: argparse.Namespace, context: Context) -> int:
-    from ovms.artifact.resolve import find, push
+    from ovms.artifact.resolve import allow, find, push
     from ovms.memory.flatten import flatten
     from ovms.oci.transport import new_name
 
     layout = context.layout
     name = None if args.tag is None else new_name(args.tag)
     with layout.using():
-        flattened = flatten(layout, find(layout, args.reference), context.progress)
+        found = find(layout, args.reference)
+        allow(context.guard, found, args.reference, context.connect, ram=True)
+        flattened = flatten(layout, found, context.progress)
         descriptor = flattened.artifact.image.descriptor()
         if name is None:
             layout.add_nameless(descriptor)

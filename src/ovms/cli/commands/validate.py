@@ -71,7 +71,14 @@ def _report(args: argparse.Namespace, context: Context) -> Report:
         known = None if on_disk or args.pull == "always" else lookup(context.layout, args.what)
         if known is None:
             try:
-                found = resolve(context.layout, context.connect, args.what, policy=args.pull, progress=context.progress)
+                found = resolve(
+                    context.layout,
+                    context.connect,
+                    args.what,
+                    policy=args.pull,
+                    progress=context.progress,
+                    guard=context.guard,
+                )
             except (DigestMismatch, JsonInvalid, ManifestInvalid, RegistryProtocol, Unsupported) as exc:
                 if isinstance(exc, DigestMismatch | RegistryProtocol) and "rule" not in exc.context:
                     raise  # the transfer, not what was transferred

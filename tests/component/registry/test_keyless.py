@@ -1,0 +1,157 @@
+"""Identities, with what is in a registry: ovm and cosign say the same of the same bundles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import keyless, tools
+from support.keyless import IDENTITY, ISSUER, Clock, Sigstore
+from support.registry import Registry
+
+from ovms.oci import cosign, referrers
+from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, created_now
+from ovms.oci.registry import RegistryClient
+from ovms.spec import mediatypes
+from ovms.spec.digest import of_bytes
+from ovms.trust.identity import IdentitySigner, TrustRoot
+from ovms.trust.model import Bad, Format, Good
+from ovms.trust.sources import RegistrySource
+
+ANOTHER = of_bytes(b"another")
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
+    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
+
+
+def artifact(client: RegistryClient, repository: str) -> ImageManifest:
+    """Something to sign, like nothing else, in the registry."""
+    data = repository.encode()
+    image = build_manifest(
+        artifact_type="application/vnd.ovms.test",
+        config=Descriptor.of(mediatypes.OCI_EMPTY, cosign.EMPTY),
+        layers=(Descriptor.of("application/octet-stream", data),),
+    )
+    cosign.push(client, repository, image, (cosign.EMPTY, data))
+    return image
+
+
+def attach(client: RegistryClient, repository: str, image: ImageManifest, bundle: dict[str, Any]) -> None:
+    data = json.dumps(bundle).encode()
+    made = cosign.bundle_manifest(data, image.descriptor(), created_now())
+    cosign.push(client, repository, made, (cosign.EMPTY, data))
+
+
+def ours(client: RegistryClient, repository: str, image: ImageManifest, signer: IdentitySigner) -> Good | Bad:
+    [one] = RegistrySource(client, repository).signatures(image.digest)
+    assert getattr(one, "format", None) is Format.BUNDLE
+    return signer.check(one, image.digest)  # type: ignore[arg-type]
+
+
+def test_a_bundle_in_a_registry(each_registry: Registry, tmp_path: Path) -> None:
+    sigstore = Sigstore()
+    root = TrustRoot.load(sigstore.write_root(tmp_path / "trusted_root.json"))
+    with RegistryClient(each_registry.host) as client:
+        image = artifact(client, "keyless/web")
+        attach(client, "keyless/web", image, sigstore.bundle(image.digest))
+        result = ours(client, "keyless/web", image, IdentitySigner("us", root, IDENTITY, ISSUER))
+        assert isinstance(result, Good)
+        assert result.signed_at == keyless.SIGNED
+        assert isinstance(ours(client, "keyless/web", image, IdentitySigner("us", root, "x@y.example", ISSUER)), Bad)
+
+
+# --- cosign's opinion ------------------------------------------------------------------------------------------------
+
+OURS = Sigstore()
+STRANGE = Sigstore()
+Made = Callable[[Any], dict[str, Any]]
+
+
+def _tampered(subject: Any) -> dict[str, Any]:
+    document = OURS.bundle(subject)
+    document["dsseEnvelope"] = OURS.bundle(subject)["dsseEnvelope"]
+    return document
+
+
+def _moved(subject: Any) -> dict[str, Any]:
+    document = OURS.bundle(subject)
+    document["verificationMaterial"]["tlogEntries"] = OURS.bundle(subject)["verificationMaterial"]["tlogEntries"]
+    return document
+
+
+def _redated(subject: Any) -> dict[str, Any]:
+    document = OURS.bundle(subject)
+    entry = document["verificationMaterial"]["tlogEntries"][0]
+    entry["integratedTime"] = str(int(entry["integratedTime"]) + 1)
+    return document
+
+
+GOOD: dict[str, Made] = {
+    "good": OURS.bundle,
+    "new-extension": lambda s: OURS.bundle(s, old_issuer=None),
+    "old-extension": lambda s: OURS.bundle(s, issuer=None),
+}
+BAD: dict[str, Made] = {
+    "identity": lambda s: OURS.bundle(s, identity="mallory@ovms.example"),
+    "issuer": lambda s: OURS.bundle(s, issuer="https://accounts.example", old_issuer="https://accounts.example"),
+    "digest": lambda s: OURS.bundle(ANOTHER),
+    "authority": lambda s: dataclasses.replace(OURS, authority=STRANGE.authority).bundle(s),
+    "certificate-log": lambda s: dataclasses.replace(OURS, certificates=STRANGE.certificates).bundle(s),
+    "log": lambda s: dataclasses.replace(OURS, signatures=STRANGE.signatures).bundle(s),
+    "no-sct": lambda s: OURS.bundle(s, sct=False),
+    "no-entry": lambda s: OURS.bundle(s, logged=False),
+    "expired": lambda s: OURS.bundle(s, late=timedelta(hours=1)),
+    "tampered": _tampered,
+    "moved": _moved,
+    "redated": _redated,
+}
+
+
+def theirs(tool: str, registry: Registry, repository: str, image: ImageManifest, root: Path, *more: str) -> str:
+    """What cosign says of it: nothing, where it is good."""
+    done = tools.attempt(
+        tool, "verify", "--trusted-root", root, "--certificate-identity", IDENTITY, "--certificate-oidc-issuer", ISSUER,
+        "--allow-http-registry", *more, f"{registry.host}/{repository}@{image.digest}", home=root.parent,
+    )  # fmt: skip
+    return "" if done.returncode == 0 else done.stderr.decode() or "?"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [*GOOD, *BAD])
+def test_cosign_says_the_same(registry: Registry, tmp_path: Path, case: str) -> None:
+    tools.find("cosign")
+    path = OURS.write_root(tmp_path / "trusted_root.json")
+    signer = IdentitySigner("us", TrustRoot.load(path), IDENTITY, ISSUER)
+    repository = f"keyless/{case}"
+    with RegistryClient(registry.host) as client:
+        image = artifact(client, repository)
+        attach(client, repository, image, (GOOD | BAD)[case](image.digest))
+        result = ours(client, repository, image, signer)
+    said = theirs("cosign", registry, repository, image, path)
+    print(result, said)
+    assert isinstance(result, Good) is (said == "") is (case in GOOD)
+
+
+@pytest.mark.long
+def test_cosign_says_the_same_of_a_clock(registry: Registry, tmp_path: Path) -> None:
+    tools.find("cosign")
+    sigstore = Sigstore(clock=Clock(tmp_path / "clock"))
+    path = sigstore.write_root(tmp_path / "trusted_root.json")
+    signer = IdentitySigner("us", TrustRoot.load(path), IDENTITY, ISSUER)
+    with RegistryClient(registry.host) as client:
+        for at, good in ((datetime.now(UTC), True), (datetime.now(UTC) - timedelta(hours=1), False)):
+            repository = f"clock/{good}".lower()
+            image = artifact(client, repository)
+            attach(client, repository, image, sigstore.bundle(image.digest, at))
+            result = ours(client, repository, image, signer)
+            said = theirs("cosign", registry, repository, image, path, "--use-signed-timestamps")
+            print(result, said)
+            assert isinstance(result, Good) is (said == "") is good
