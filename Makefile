@@ -90,6 +90,14 @@ bench-distribution: setup-interop
 bench-%: setup
 	@$(BIN)/python bench/bench_$(subst -,_,$*).py
 
+.PHONY: wheel
+wheel: setup-python ## the wheel and source archive of the last commit, in dist: the same bytes everywhere
+	@scripts/build-wheel.sh "$(CURDIR)/$(BIN)/python" dist
+
+.PHONY: audit
+audit: setup-python ## look the pinned packages up among known vulnerabilities (error 1: some are; 3: it could not be found out)
+	@$(BIN)/python scripts/audit.py
+
 .PHONY: lock
 lock: ## pin the newest Python packages with their hashes (needs uv)
 	scripts/lock.sh

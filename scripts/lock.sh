@@ -5,9 +5,13 @@ set -eu
 cd "$(dirname "$0")/.."
 common="--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --upgrade"
 build=$(mktemp)
-trap 'rm -f "$build"' EXIT
+audit=$(mktemp)
+trap 'rm -f "$build" "$audit"' EXIT
+echo 'pip-audit >=2.10,<3' >"$audit"
 echo 'flit_core >=3.9,<4' >"$build"
 # shellcheck disable=SC2086
 uv pip compile pyproject.toml $common -o requirements/run.txt
 # shellcheck disable=SC2086
 uv pip compile pyproject.toml "$build" --group dev $common -o requirements/dev.txt
+# shellcheck disable=SC2086
+uv pip compile "$audit" $common -o requirements/audit.txt

@@ -83,7 +83,8 @@ class Record:
     the newest may not be in use yet when a snapshot was broken off. ``pausing`` says that a snapshot has paused the
     VM, or that it is being restored: whoever finds it so, and unlocked, lets it go on. ``watcher`` is the process that waits for ``process``;
     ``jail`` is how the latter is confined; ``network`` is how it is connected, ``ports`` what is forwarded now.
-    ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets. ``workload`` says
+    ``user_data`` says that the guest was given some: its memory, and whatever it wrote, may hold secrets; ``injected`` that
+    somebody wrote into memory that it shares, which it may have copied. ``workload`` says
     that the artifact's bootstrap config runs in it. ``warm`` says that it comes from a warm pool. ``still`` is the first snapshot
     of a VM that was booted, or what a clone of it came from.
 
@@ -131,6 +132,7 @@ class Record:
     link_down: bool = False
     memory_locked: bool = False
     warm: bool = False
+    injected: bool = False
     still: Still | None = None
 
     @property
@@ -183,6 +185,7 @@ class Record:
             "link_down": self.link_down,
             "memory_locked": self.memory_locked,
             "warm": self.warm,
+            "injected": self.injected,
             "still": None if self.still is None else asdict(self.still),
             "started": self.started,
             "start_ms": self.start_ms,
@@ -233,6 +236,7 @@ class Record:
             link_down=bool(value.get("link_down", False)),
             memory_locked=bool(value.get("memory_locked", False)),
             warm=bool(value.get("warm", False)),
+            injected=bool(value.get("injected", False)),
             still=None
             if (still := value.get("still")) is None
             else Still(int(still["inode"]), parse_digest(still["artifact"]), parse_digest(still["ram"])),

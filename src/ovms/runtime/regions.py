@@ -17,6 +17,7 @@ from typing import Final
 
 from ovms import fsutil
 from ovms.errors import InputError, NotFound, ResourceError, StateConflict, VmmError
+from ovms.lazy import replace
 from ovms.runtime.instances import Instances
 from ovms.runtime.record import Record
 from ovms.spec.document import shown
@@ -71,7 +72,7 @@ def inject(instances: Instances, record: Record, device: str, offset: int, data:
         StateConflict: the instance neither runs nor is paused.
         ResourceError: the host has no memory for it.
     """
-    with _opened(instances, record, device, offset, len(data)) as fd:
+    with _opened(instances, record, device, offset, len(data)) as (newest, fd):
         if not data:
             return
         try:
@@ -80,6 +81,8 @@ def inject(instances: Instances, record: Record, device: str, offset: int, data:
             if exc.errno in _NO_MEMORY:
                 raise ResourceError(f"no memory for {len(data)} bytes of {device}", hint="stop other VMs") from exc
             raise
+        if not newest.injected:
+            instances.save(replace(newest, injected=True))
         fsutil.pwrite_all(fd, data, offset)
 
 
@@ -89,7 +92,7 @@ def read(instances: Instances, record: Record, device: str, offset: int, count: 
     Raises:
         NotFound, InputError, StateConflict: as :func:`inject`.
     """
-    with _opened(instances, record, device, offset, count) as fd:
+    with _opened(instances, record, device, offset, count) as (_, fd):
         data = bytearray()
         while len(data) < count:
             data += os.pread(fd, count - len(data), offset + len(data))
@@ -97,13 +100,13 @@ def read(instances: Instances, record: Record, device: str, offset: int, count: 
 
 
 @contextlib.contextmanager
-def _opened(instances: Instances, record: Record, device: str, offset: int, count: int) -> Iterator[int]:
+def _opened(instances: Instances, record: Record, device: str, offset: int, count: int) -> Iterator[tuple[Record, int]]:
     with instances.locked(record) as newest:
         number = _place(newest, device, offset, count)
         after(instances.status(newest).state, Call.INJECT, newest.name)
         fd = _find(newest, number)
         try:
-            yield fd
+            yield newest, fd
         finally:
             os.close(fd)
 

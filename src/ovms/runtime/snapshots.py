@@ -36,7 +36,8 @@ from ovms.vmm.qemu.binary import Cache
 class Taken:
     """A snapshot in the store. ``downtime_ms`` is how long the guest stood still; ``ram_size`` the blob's bytes.
 
-    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets. ``reseeds``: whether the guest's kernel makes random
+    ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets; ``injected``: so may what was written into
+    memory that it shares with the host. ``reseeds``: whether the guest's kernel makes random
     numbers of its own in each clone (None: that can't be told). ``scrubbed``: what a scrub made of the memory.
     """
 
@@ -44,6 +45,7 @@ class Taken:
     downtime_ms: float
     ram_size: int
     user_data: bool = False
+    injected: bool = False
     parents: int = 0
     reseeds: bool | None = None
     scrubbed: Scrubbed | None = None
@@ -137,7 +139,7 @@ def take(
                 still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram)
                 instances.save(replace(instances.newest(newest) or frozen.record, still=still))
         parents = len(parts.ram_snapshots) - 1
-        taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, parents, scrubbed=done)
+        taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, newest.injected, parents, scrubbed=done)
     return replace(taken, reseeds=_reseeds(runtime, source))
 
 

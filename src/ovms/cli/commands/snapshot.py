@@ -104,6 +104,10 @@ def _take(args: argparse.Namespace, context: Context) -> int:
         output.say("the guest dropped its caches, and could not zero its free memory")
     if taken.user_data:
         output.say("the guest was given user data: whoever has the snapshot can read what secrets are in its memory")
+    if taken.injected:
+        output.say(
+            "memory that the guest shares was written to: whoever has the snapshot can read what the guest made of that"
+        )
     pushed = name is not None and name.registry is not None and not args.no_push
     if pushed:
         push(runtime.layout, context.connect, str(name), context.progress)
@@ -114,6 +118,7 @@ def _take(args: argparse.Namespace, context: Context) -> int:
                 "name": None if name is None else str(name),
                 "pushed": pushed,
                 "user_data": taken.user_data,
+                "injected": taken.injected,
             }
         )
     else:
