@@ -55,7 +55,7 @@ def pins(path: Path) -> list[Pin]:
 
 
 def files_of(wanted: list[Pin], directory: Path) -> list[Path]:
-    """Requirements files with all of *wanted*, none of which has a package twice."""
+    """Requirements files with all of *wanted*, none of which has a package twice: pip-audit takes no other."""
     rounds: list[dict[str, Pin]] = []
     for pin in wanted:
         place = next((one for one in rounds if pin.name not in one), None)
@@ -72,21 +72,22 @@ def files_of(wanted: list[Pin], directory: Path) -> list[Path]:
 
 def ask(tool: Path, wanted: list[Pin]) -> tuple[list[Any], str]:
     """What the tool says of each package, and what it complains of where it says nothing."""
+    answers: list[Any] = []
+    complaint = ""
     with tempfile.TemporaryDirectory() as directory:
-        named = [part for path in files_of(wanted, Path(directory)) for part in ("-r", str(path))]
-        command = [str(tool), *named, "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off"]
-        try:
-            done = subprocess.run(
-                [*command, f"--timeout={ANSWER}"],
-                capture_output=True, text=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-            found = json.loads(done.stdout)["dependencies"]
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            return [], str(exc)
-        except (ValueError, KeyError, TypeError):
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
-            return [], lines[-1]
-    return (found, "") if isinstance(found, list) else ([], "its answer is none")
+        for path in files_of(wanted, Path(directory)):
+            options = ["--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off", f"--timeout={ANSWER}"]
+            try:
+                done = subprocess.run(
+                    [str(tool), "-r", str(path), *options],
+                    capture_output=True, text=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL,
+                )  # fmt: skip
+                answers += json.loads(done.stdout)["dependencies"]
+            except (OSError, subprocess.TimeoutExpired) as exc:
+                complaint = str(exc)
+            except (ValueError, KeyError, TypeError):
+                complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return answers, complaint
 
 
 def installed() -> Path | None:
@@ -141,8 +142,8 @@ def tell(what: str, wanted: list[Pin], answers: list[Any], complaint: str) -> in
         print(
             f"audit: {what}: {len(missing)} could NOT be checked: {', '.join(missing[:5])}{', …' * (len(missing) > 5)}"
         )
-        if complaint:
-            print(f"audit: pip-audit says: {complaint[:500]}")
+        skipped = (str(one["skip_reason"]) for one in answers if "skip_reason" in one)
+        print(f"audit: pip-audit says: {(complaint or next(skipped, 'nothing'))[:500]}")
     if found:
         return FOUND
     if missing:

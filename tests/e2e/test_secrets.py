@@ -115,10 +115,9 @@ def test_credentials(ovm: Ovm, registry: Registry, spy: Path, project: Path, use
     (spy / "answer").write_text(json.dumps({"Username": user, "Secret": f"{secret}-wrong"}))
     denied = [run("pull", name), run("pull", name, "--json"), run("push", name, "--json")]
     assert all(one.code in (6, 7) for one in denied), told(*denied).decode()
-    # nor where the helper itself fails, and says it
-    (spy / "docker-credential-spy").write_text(
-        f"#!/bin/sh\necho '{secret} is of no use' >&2\necho '{secret}'\nexit 1\n"
-    )
+    # nor where the helper fails after it has answered
+    answer = json.dumps({"Username": user, "Secret": secret})
+    (spy / "docker-credential-spy").write_text(f"#!/bin/sh\necho '{answer}'\nexit 1\n")
     failed = [run("pull", name), run("pull", name, "--json")]
     assert all(one.code for one in failed)
     seen = (spy / "seen").read_bytes()

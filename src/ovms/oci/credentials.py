@@ -154,13 +154,19 @@ class Credentials:
             # the protocol's only way to say "none": a text
             if b"credentials not found" in done.stdout + done.stderr:
                 return None
-            raise InputError(f"{program} failed: {process.tail(done.stderr or done.stdout)}", path=str(path))
+            raise InputError(f"{program} failed: {_complaint(done)}", path=str(path))
         return done
 
     def _find(self, program: str) -> Path:
         # on the PATH of the environment that the files come from
         found = shutil.which(program, path=self._environ.get("PATH"))
         return Path(found) if found else process.find_tool(program)
+
+
+def _complaint(done: process.Completed) -> str:
+    # Errors come by the way that answers come, and a helper may have got as far as that, or repeat what it was given.
+    said = process.tail(done.stderr or done.stdout)
+    return "what it said may hold a secret, and is not shown" if "{" in said else said
 
 
 def primary(environ: Mapping[str, str], uid: int | None = None) -> Path:

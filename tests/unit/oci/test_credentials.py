@@ -133,6 +133,15 @@ def test_a_helper_that_fails(home: Path, script: str) -> None:
         credentials(home).get(HOST, "x")
 
 
+@pytest.mark.parametrize("where", ["", " >&2"])
+def test_what_a_helper_that_fails_says_may_be_its_answer(home: Path, where: str) -> None:
+    helper(home, "test", f"""echo '{{"Username": "u", "Secret": "hunter2"}}'{where}; exit 1""")
+    write(home / "home/.docker/config.json", {"credsStore": "test"})
+    with pytest.raises(InputError, match="not shown") as caught:
+        credentials(home).get(HOST, "x")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["../../bin/sh", "", "a b", 5, "x" * 80])
 def test_a_helper_is_a_name_and_no_path(home: Path, name: object) -> None:
     write(home / "home/.docker/config.json", {"credHelpers": {HOST: name}})
