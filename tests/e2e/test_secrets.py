@@ -92,6 +92,7 @@ def files(directory: Path) -> bytes:
     return b"\n".join(path.read_bytes() for path in paths)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("user", "secret"), [("ovms", PASSWORD), ("<token>", TOKEN)], ids=["password", "token"])
 def test_credentials(ovm: Ovm, registry: Registry, spy: Path, project: Path, user: str, secret: str) -> None:
     authfile = spy / "auth.json"
@@ -196,6 +197,7 @@ def test_no_core_dump_holds_a_password(ovm: Ovm, tmp_path: Path) -> None:
     assert not dies_by_quit(login, ovm, tmp_path / "login")
 
 
+@pytest.mark.long
 def test_what_was_injected_may_be_in_a_snapshot(ovm: Ovm, project: Path) -> None:
     with project.open("a") as file:
         file.write("\ndevices: [{type: ivshmem, name: mail, size: 1048576}]\n")

@@ -71,6 +71,7 @@ def test_there_and_back(ovm: Ovm, each_registry: Registry, project: Path, bom: P
     assert "  SBOM (CycloneDX)\n" in lines
 
 
+@pytest.mark.long
 def test_what_is_attached_is_what_it_is_called(ovm: Ovm, project: Path, bom: Path, tmp_path: Path) -> None:
     digest = ovm.ok("build", project, "-t", "web:1", "--provenance=false").out.strip()
     assert ovm.ok("referrers", "web:1", "--json").json["referrers"] == []
@@ -101,6 +102,7 @@ def test_what_is_attached_is_what_it_is_called(ovm: Ovm, project: Path, bom: Pat
     assert ovm("referrers", "web:1", "--get", "0" * 64).code == 4
 
 
+@pytest.mark.long
 def test_where_a_file_goes_to(ovm: Ovm, project: Path, bom: Path, tmp_path: Path) -> None:
     ovm.ok("build", project, "-t", "web:1", "--no-provenance")
     ovm.ok("attach", bom, "web:1")
@@ -137,6 +139,7 @@ def test_a_file_does_not_drive_a_terminal(ovm: Ovm, project: Path, tmp_path: Pat
     assert ovm.ok("referrers", "web:1", "--get", hostile).out == "\x1b]0;owned\x07"
 
 
+@pytest.mark.long
 def test_a_registry_that_lies_of_a_referrer(ovm: Ovm, tmp_path: Path) -> None:
     with Server() as server:
         top = server.serve_artifact({}, (mediatypes.MANIFEST, b"{}"))
