@@ -84,6 +84,21 @@ def test_every_rule_is_cited() -> None:
     assert [rule for rule in known if rule not in cited] == [], "cited by nothing"
 
 
+def test_the_threat_model_is_shown_by_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "which test shows it" not in line]
+    assert len(rows) > 25
+    for row in rows:
+        cells = row.strip("|").split(" | ")
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", cells[-1])
+        assert len(cells) == 3, row
+        assert named, f"no test shows it: {row}"
+        for path, name in named:
+            file = ROOT / "tests" / path
+            assert file.is_file(), f"there is no {path}"
+            assert re.search(rf"^def {name}\(", file.read_text(encoding="utf-8"), re.MULTILINE), f"{path} has no {name}"
+
+
 #: What a scenario or an API case may stand for until there is a server (RUN, STA, SEC, DEV), and a bootstrap in a guest.
 MAY_WAIT = re.compile(r"(RUN|SEC|DEV|BOOT)-[0-9]+|STA-5|ERR-4|VER-[45]")
 

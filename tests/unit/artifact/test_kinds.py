@@ -103,7 +103,9 @@ def test_nothing_makes_it_fail(data: bytes) -> None:
 
 @given(
     st.recursive(
-        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+        st.none() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
     )
 )
 def test_nothing_in_a_statement_makes_it_fail(value: Any) -> None:
