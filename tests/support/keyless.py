@@ -209,7 +209,7 @@ class SignatureLog:
                 "rootHash": b64(root),
                 "treeSize": str(len(self._leaves)),
                 "hashes": [b64(one) for one in _proof(self._leaves, index)],
-                "checkpoint": {"envelope": self._checkpoint(root)},
+                "checkpoint": {"envelope": self._checkpoint(root, tree="" if at is None else " - 1234567890")},
             },
             "canonicalizedBody": b64(body),
         }
@@ -220,8 +220,9 @@ class SignatureLog:
             entry["inclusionPromise"] = {"signedEntryTimestamp": b64(sign(self.key, canonical(promised)))}
         return entry
 
-    def _checkpoint(self, root: bytes) -> str:
-        note = f"{self.origin}\n{len(self._leaves)}\n{b64(root)}\n"
+    def _checkpoint(self, root: bytes, *, tree: str) -> str:
+        # Rekor's first version says which of its trees it is, and is known by that
+        note = f"{self.origin}{tree}\n{len(self._leaves)}\n{b64(root)}\n"
         return f"{note}\n\u2014 {self.origin} {b64(self.id[:4] + sign(self.key, note.encode()))}\n"
 
 
