@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support import keyless, tools
+from support.cli import Done, Ovm
 from support.keyless import IDENTITY, ISSUER, Clock, Sigstore
 from support.registry import Registry
 
@@ -19,11 +20,15 @@ from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, creat
 from ovms.oci.registry import RegistryClient
 from ovms.spec import mediatypes
 from ovms.spec.digest import of_bytes
+from ovms.trust import keys
 from ovms.trust.identity import IdentitySigner, TrustRoot
 from ovms.trust.model import Bad, Format, Good
 from ovms.trust.sources import RegistrySource
 
 ANOTHER = of_bytes(b"another")
+OURS = Sigstore()
+STRANGE = Sigstore()
+Made = Callable[[Any], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -57,22 +62,70 @@ def ours(client: RegistryClient, repository: str, image: ImageManifest, signer: 
 
 
 def test_a_bundle_in_a_registry(each_registry: Registry, tmp_path: Path) -> None:
-    sigstore = Sigstore()
-    root = TrustRoot.load(sigstore.write_root(tmp_path / "trusted_root.json"))
+    root = TrustRoot.load(OURS.write_root(tmp_path / "trusted_root.json"))
     with RegistryClient(each_registry.host) as client:
         image = artifact(client, "keyless/web")
-        attach(client, "keyless/web", image, sigstore.bundle(image.digest))
+        attach(client, "keyless/web", image, OURS.bundle(image.digest))
         result = ours(client, "keyless/web", image, IdentitySigner("us", root, IDENTITY, ISSUER))
         assert isinstance(result, Good)
         assert result.signed_at == keyless.SIGNED
         assert isinstance(ours(client, "keyless/web", image, IdentitySigner("us", root, "x@y.example", ISSUER)), Bad)
 
 
-# --- cosign's opinion ------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """``ovm verify`` of an artifact with a bundle of ours."""
 
-OURS = Sigstore()
-STRANGE = Sigstore()
-Made = Callable[[Any], dict[str, Any]]
+    directory: Path
+    ref: str
+
+    def __call__(self, identity: str, *more: object, issuer: str = ISSUER) -> Done:
+        return Ovm(self.directory / "root", self.directory)(
+            "verify", self.ref, "--certificate-identity", identity, "--certificate-oidc-issuer", issuer,
+            "--trusted-root", self.directory / "trusted_root.json", *more,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def verify(registry: Registry, tmp_path: Path) -> Command:
+    OURS.write_root(tmp_path / "trusted_root.json")
+    with RegistryClient(registry.host) as client:
+        image = artifact(client, "cli/web")
+        attach(client, "cli/web", image, OURS.bundle(image.digest))
+    return Command(tmp_path, f"{registry.host}/cli/web@{image.digest}")
+
+
+def test_a_command(verify: Command) -> None:
+    done = verify(IDENTITY)
+    assert (done.code, done.out) == (0, f"{verify.ref}\n")
+    assert f"made by {IDENTITY} of {ISSUER} at 2025-06-01T12:00:00Z" in done.err
+    done = verify("mallory@ovms.example")
+    assert (done.code, done.out) == (14, "")
+    assert "made by another identity" in done.err
+
+
+@pytest.mark.long
+def test_a_command_with_keys_and_with_mistakes(verify: Command, tmp_path: Path) -> None:
+    key = tmp_path / "ovm.pub"
+    key.write_bytes(keys.generate().public.pem)
+    assert verify(IDENTITY, "--json").json["signatures"][0]["signed_at"] == keyless.SIGNED.isoformat()
+    assert verify(IDENTITY, "--key", key).code == 0
+    done = verify(IDENTITY, "--key", key, "--all")
+    assert (done.code, done.out) == (14, "")
+    assert verify(IDENTITY, issuer="https://accounts.example").code == 14
+    done = verify("")
+    assert done.code == 2
+    assert "--trusted-root" in done.err
+    ovm = Ovm(tmp_path / "root", tmp_path)
+    assert ovm("verify", verify.ref, "--certificate-identity", IDENTITY).code == 2
+    done = ovm("verify", verify.ref)
+    assert done.code == 2
+    assert "--key" in done.err
+    (tmp_path / "trusted_root.json").write_text("{}")
+    assert "names no certificate authority" in verify(IDENTITY).err
+
+
+# --- cosign's opinion ------------------------------------------------------------------------------------------------
 
 
 def _tampered(subject: Any) -> dict[str, Any]:
