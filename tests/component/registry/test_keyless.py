@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import keyless, tools
+from support import keyless, keyless_services, tools
 from support.cli import Done, Ovm
 from support.keyless import IDENTITY, ISSUER, Clock, Sigstore
 from support.registry import Registry
@@ -216,3 +216,31 @@ def test_cosign_says_the_same_of_a_clock(registry: Registry, tmp_path: Path) -> 
             result = ours(client, repository, image, signer)
             said = theirs(registry, repository, image, path, "--use-signed-timestamps")
             assert isinstance(result, Good) is (said == "") is good, said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_cosign_signs(registry: Registry, tmp_path: Path, version: int) -> None:
+    """Without a key, with an authority, a log and a clock on loopback; each version of the log in its own way."""
+    sigstore = Sigstore(clock=Clock(tmp_path / "clock"))
+    path, config = tmp_path / "trusted_root.json", tmp_path / "signing_config.json"
+    (tmp_path / "token").write_text(keyless_services.token())
+    repository = f"cosign/{version}"
+    with keyless_services.serving(sigstore) as url, RegistryClient(registry.host) as client:
+        sigstore.write_root(path)
+        more = ",start-time=2025-01-01T00:00:00Z,operator=ovms.example"
+        services = [f"--fulcio=url={url},api-version=1{more}", f"--rekor=url={url},api-version={version}{more}"]
+        if version == 2:
+            services += [f"--tsa=url={url}/api/v1/timestamp,api-version=1{more}", "--tsa-config=ANY"]
+        tools.run("cosign", "signing-config", "create", "--out", config, "--rekor-config=ANY", *services, home=tmp_path)
+        image = artifact(client, repository)
+        tools.run(
+            "cosign", "sign", "--signing-config", config, "--trusted-root", path, "--identity-token", tmp_path / "token",
+            "--allow-http-registry", "-y", f"{registry.host}/{repository}@{image.digest}", home=tmp_path,
+        )  # fmt: skip
+        root = TrustRoot.load(path)
+        result = ours(client, repository, image, IdentitySigner("us", root, IDENTITY, ISSUER))
+        assert isinstance(result, Good), result.detail
+        assert result.signed_at is not None
+        assert abs(result.signed_at - datetime.now(UTC)) < timedelta(minutes=5)
+        assert isinstance(ours(client, repository, image, IdentitySigner("us", root, IDENTITY, f"{ISSUER}/x")), Bad)
