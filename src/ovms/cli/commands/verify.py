@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a public key as PEM, or exec:PROGRAM for one that a program has; any number of them",
     )
     many = parser.add_mutually_exclusive_group()
-    many.add_argument("--any", action="store_false", dest="all", help="one of the keys is enough (default)")
+    many.add_argument(
+        "--any", dest="all", action="store_false", default=False, help="one of the keys is enough (default)"
+    )
     many.add_argument("--all", action="store_true", help="each of the keys has to have signed")
     values.add_tls_verify(parser)
 
