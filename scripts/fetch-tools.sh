@@ -49,7 +49,7 @@ go_package() {
         oras) echo oras.land/oras/cmd/oras@v1.3.6 ;;
         crane) sed -n 's|^.*\(github.com/google/go-containerregistry\) \(v[^ ]*\).*$|\1/cmd/crane@\2|p' "$server/go.mod" ;;
         cosign) echo github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3 ;;
-        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5 ;;
+        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.5.0 ;;
         referrers-registry) echo "$1@$(cat "$server/main.go" "$server/go.mod" "$server/go.sum" | sha256sum | head -c 12)" ;;
     esac
 }

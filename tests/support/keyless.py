@@ -121,7 +121,7 @@ class Authority:
 
     def issue(
         self,
-        key: ec.EllipticCurvePrivateKey,
+        key: ec.EllipticCurvePublicKey,
         log: CertificateLog | None,
         at: datetime,
         *,
@@ -137,12 +137,12 @@ class Authority:
         by = self.key.public_key()
         built = (
             x509.CertificateBuilder(
-                self.certificate.subject, x509.Name([]), key.public_key(), x509.random_serial_number(),
+                self.certificate.subject, x509.Name([]), key, x509.random_serial_number(),
                 at - timedelta(minutes=1), at + timedelta(minutes=9),
             )
             .add_extension(_usage(sign=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(by), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=True)
         )  # fmt: skip
@@ -209,7 +209,7 @@ class SignatureLog:
                 "rootHash": b64(root),
                 "treeSize": str(len(self._leaves)),
                 "hashes": [b64(one) for one in _proof(self._leaves, index)],
-                "checkpoint": {"envelope": self._checkpoint(root)},
+                "checkpoint": {"envelope": self._checkpoint(root, tree="" if at is None else " - 1234567890")},
             },
             "canonicalizedBody": b64(body),
         }
@@ -220,8 +220,9 @@ class SignatureLog:
             entry["inclusionPromise"] = {"signedEntryTimestamp": b64(sign(self.key, canonical(promised)))}
         return entry
 
-    def _checkpoint(self, root: bytes) -> str:
-        note = f"{self.origin}\n{len(self._leaves)}\n{b64(root)}\n"
+    def _checkpoint(self, root: bytes, *, tree: str) -> str:
+        # Rekor's first version says which of its trees it is, and is known by that
+        note = f"{self.origin}{tree}\n{len(self._leaves)}\n{b64(root)}\n"
         return f"{note}\n\u2014 {self.origin} {b64(self.id[:4] + sign(self.key, note.encode()))}\n"
 
 
@@ -254,14 +255,17 @@ class Clock:
     def stamp(self, data: bytes) -> bytes:
         """A timestamp response over *data*, of now, with the clock's certificate."""
         (self._directory / "data").write_bytes(data)
-        for arguments in (
-            ("-query", "-data", "data", "-sha256", "-cert", "-out", "query"),
-            ("-reply", "-config", "tsa.cnf", "-section", "it", "-queryfile", "query", "-out", "reply"),
-        ):
-            subprocess.run(
-                ["openssl", "ts", *arguments], cwd=self._directory, check=True, capture_output=True, timeout=30
-            )
+        self._openssl("-query", "-data", "data", "-sha256", "-cert", "-out", "query")
+        return self.reply((self._directory / "query").read_bytes())
+
+    def reply(self, query: bytes) -> bytes:
+        """The response to somebody's query."""
+        (self._directory / "query").write_bytes(query)
+        self._openssl("-reply", "-config", "tsa.cnf", "-section", "it", "-queryfile", "query", "-out", "reply")
         return (self._directory / "reply").read_bytes()
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", "ts", *arguments], cwd=self._directory, check=True, capture_output=True, timeout=30)
 
 
 @dataclass
@@ -318,7 +322,7 @@ class Sigstore:
         """
         key = key or new_key()
         log = self.certificates if sct else None
-        certificate = self.authority.issue(key, log, at, **issued)
+        certificate = self.authority.issue(key.public_key(), log, at, **issued)
         statement = payload.statement(subject) if statement is None else statement
         encoded = payload.pae(payload.IN_TOTO, statement)
         signature = sign(key, encoded)

@@ -57,7 +57,7 @@ def find(args: argparse.Namespace, context: Context) -> Subject:
         ReferenceNotFound: nothing of that name there.
         RegistryError: and its kinds: as the registry met us.
     """
-    from ovms.artifact import attach
+    from ovms.artifact import attach, resolve
     from ovms.oci.reference import Reference
 
     reference = Reference.parse(args.reference)
@@ -65,6 +65,8 @@ def find(args: argparse.Namespace, context: Context) -> Subject:
         client = context.connect(reference.registry)
         return Subject(attach.remote_manifest(client, reference), reference, client)
     manifest = attach.local_manifest(context.layout, args.reference)
-    named = (e.name for e in context.layout.entries() if e.name and e.descriptor.digest == manifest.digest)
-    name = next(named, None)
+    # by the name that was given; a digest by any that it has
+    name, _ = resolve.lookup(context.layout, args.reference) or (None, None)
+    others = (e.name for e in context.layout.entries() if e.name and e.descriptor.digest == manifest.digest)
+    name = name or next(others, None)
     return Subject(manifest, None if name is None else Reference.parse(name), None)

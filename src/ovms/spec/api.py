@@ -31,6 +31,8 @@ _BODY: Final = ("invalid-input", "json-invalid")
 _INSTANCE: Final = ("instance-not-found",)
 _STATE: Final = ("state-conflict", "locked")
 _VMM: Final = ("vmm-failed", "vmm-timeout")
+#: What a policy refuses (SEC-7).
+_TRUST: Final = ("signature-missing", "signature-invalid", "policy-refused")
 _FAULT: Final = ("error",)
 
 
@@ -56,7 +58,7 @@ OPERATIONS: Final = (
         (*_BODY, "reference-invalid", "manifest-invalid", "kernel-invalid", "disk-invalid", "snapshot-invalid",
          "unsupported", "reference-not-found", "blob-not-found", "file-missing", "file-unreadable", "conflict",
          "name-taken", "port-in-use", "locked", "snapshot-incompatible", "registry-error", "registry-unreachable",
-         "registry-denied", "registry-protocol", "digest-mismatch", "store-corrupt", "resource", "disk-full",
+         "registry-denied", "registry-protocol", "digest-mismatch", "store-corrupt", *_TRUST, "resource", "disk-full",
          "tool-missing", "accel-unavailable", *_VMM, *_FAULT),
     ),
     Operation("POST", "/stop", "stop", "StopRequest", "OperationResult", JSON, (*_BODY, *_INSTANCE, "locked", *_FAULT)),
@@ -83,7 +85,7 @@ OPERATIONS: Final = (
         "POST", "/warm", "warm", "WarmRequest", "Pool", JSON,
         (*_BODY, "reference-invalid", "manifest-invalid", "unsupported", "reference-not-found", "snapshot-incompatible",
          "registry-error", "registry-unreachable", "registry-denied", "registry-protocol", "digest-mismatch",
-         "store-corrupt", "disk-full", "host", *_FAULT),
+         "store-corrupt", *_TRUST, "disk-full", "host", *_FAULT),
     ),
     Operation("GET", "/healthz", "health", None, "OperationResult", JSON, _FAULT),
     Operation("GET", "/metrics", "metrics", None, None, METRICS, _FAULT),

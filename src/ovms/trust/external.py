@@ -46,7 +46,7 @@ class ExternalKey:
             self._argv = shlex.split(text)
         except ValueError as exc:
             raise InputError(f"what follows {PREFIX} has a quote without its end, or the like ({exc})") from None
-        if not self._argv:
+        if not self._argv or "\0" in text:
             raise InputError(f"{PREFIX} names no program", hint=f"write {PREFIX}PROGRAM, with its arguments")
         # Its arguments are shown nowhere: they may hold a PIN.
         self._what = f"the program {Path(self._argv[0]).name[:60]!a}"

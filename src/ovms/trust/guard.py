@@ -133,8 +133,9 @@ class Guard:
     def quick(self, digest: Digest, *, asked: str | None = None, ram: bool = False) -> bool:
         """Whether :meth:`allow` would let it pass at once, without a look at any signature."""
         force = self.policies.in_force()
-        stamp = (force.stamp, self._layout.index_stamp())
-        return not force.policies or self._remembers((digest, asked, ram), stamp)
+        if not force.policies:
+            return True
+        return self._remembers((digest, asked, ram), (force.stamp, self._layout.index_stamp()))
 
     def using(
         self, digest: Digest, name: str, *, asked: str | None = None, connect: _Connect | None = None, ram: bool = False

@@ -129,7 +129,7 @@ def test_a_signature_of_another_artifact_is_none(setting: Setting) -> None:
     layout = Layout(setting.path / "forged")
     layout.add_bytes(forged)
     image = layout.manifest(of_bytes(forged))
-    entry = image.as_referrer()  # type: ignore[union-attr]
+    entry = image.as_referrer()
     if not referrers.fetch(setting.client, setting.ref.repository, setting.artifact.digest).descriptors:
         referrers.add(setting.client, setting.ref.repository, entry, setting.artifact.digest)
     error = setting.refuses(setting.guard(signed("a")), SignatureInvalid)

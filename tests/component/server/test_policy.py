@@ -84,24 +84,24 @@ def test_a_warm_clone_is_not_handed_out_when_the_policy_has_changed(guarded: Ser
 
 
 def test_the_command_line_says_the_same(guarded: Server, tmp_path: Path) -> None:
-    hold(guarded.root.parent, ACCEPT, **{"registry.example": signed("us"), "local": ACCEPT})
+    hold(guarded.root.parent, ACCEPT, **{"oci-archive": signed("us"), "local": ACCEPT})
     layout = Layout(guarded.root / "store")
     env = {"OVMS_POLICY": str(guarded.root.parent / "policy.json")}
     for host in ("local", str(guarded.root / "ovms.sock")):
         ovm = Ovm(guarded.root, tmp_path, extra={**env, "OVMS_SOCKET": host})
         assert ovm.ok("policy", "check", "echo:1").out.splitlines()[-1] == "accepted"
     digest = find(layout, "echo:1").artifact.digest
-    came_from(layout, digest, "registry.example/team/echo")
+    came_from(layout, digest, "oci-archive")
     for host in ("local", str(guarded.root / "ovms.sock")):
         ovm = Ovm(guarded.root, tmp_path, extra={**env, "OVMS_SOCKET": host})
         for command in (("run", "-d", "echo:1"), ("fork", "echo:1"), ("export", "echo:1", "-o", str(tmp_path / "x"))):
             done = ovm(*command)
             assert done.code == 14, done.err
-            assert "rule for registry.example" in done.err
+            assert "rule for oci-archive" in done.err
         checked = ovm("policy", "check", "echo:1", "--json")
         assert checked.code == 14
         (verdict,) = checked.json["verdicts"]
-        assert (verdict["rule"], verdict["allowed"]) == ("registry.example", False)
+        assert (verdict["rule"], verdict["allowed"]) == ("oci-archive", False)
     came_from(layout, digest, "other.example/x")
 
 
