@@ -97,11 +97,11 @@ def installed() -> Path | None:
     stamp, tool = cache / ".ovms-stamp", cache / "bin" / "pip-audit"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and tool.is_file():
         return tool
-    pip = [cache / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(cache / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", cache], check=True)
         subprocess.run(
-            [*pip, "--require-hashes", "-r", ROOT / "requirements" / "audit.txt"], check=True, timeout=TIMEOUT
+            [*pip, "--require-hashes", "-r", str(ROOT / "requirements" / "audit.txt")], check=True, timeout=TIMEOUT
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -148,9 +148,9 @@ def test_the_wheel_works_where_nothing_else_is(clone: Path, tmp_path: Path) -> N
     wheel = build(clone, tmp_path / "dist")[".whl"]
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=100)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "--require-hashes", "-r", ROOT / "requirements/run.txt"], check=True, timeout=300)
-    subprocess.run([*install, "--no-deps", wheel], check=True, timeout=100)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "--require-hashes", "-r", str(ROOT / "requirements/run.txt")], check=True, timeout=300)
+    subprocess.run([*install, "--no-deps", str(wheel)], check=True, timeout=100)
     subprocess.run([python, "-m", "pip", "check"], check=True, timeout=100, stdout=subprocess.DEVNULL)
     shutil.rmtree(clone)
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OVMS_ROOT": str(tmp_path / "root")}
