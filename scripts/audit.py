@@ -82,9 +82,11 @@ def ask(tool: Path, wanted: list[Pin]) -> tuple[list[Any], str]:
                     [str(tool), "-r", str(path), *options],
                     capture_output=True, text=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL,
                 )  # fmt: skip
-                answers += json.loads(done.stdout)["dependencies"]
             except (OSError, subprocess.TimeoutExpired) as exc:
                 complaint = str(exc)
+                continue
+            try:
+                answers += json.loads(done.stdout)["dependencies"]
             except (ValueError, KeyError, TypeError):
                 complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     return answers, complaint

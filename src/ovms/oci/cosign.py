@@ -103,6 +103,11 @@ def may_sign(descriptor: Descriptor) -> bool:
     return descriptor.artifact_type == SIGNATURE_TYPE
 
 
+def may_attest(descriptor: Descriptor) -> bool:
+    """Whether a referrer may hold a signed statement of another kind (provenance, an SBOM), from what a list says of it."""
+    return descriptor.artifact_type == BUNDLE_TYPE and not may_sign(descriptor)
+
+
 def push(client: RegistryClient, repository: str, image: ImageManifest, blobs: Sequence[bytes]) -> None:
     """Uploads a small manifest with a subject, and its blobs; lists it where the registry does not."""
     for data in blobs:

@@ -78,7 +78,8 @@ class Guard:
             indexes = () if top.digest == image.digest else (top.digest,)
             origins.add(self._layout, image.digest, Origin(places=(place,), indexes=indexes))
             if client is not None and any(verdict.rule.wants_signatures for verdict in verdicts):
-                _keep(self._layout, client, place, _subjects(image, top))
+                attested = any(verdict.rule.attestations for verdict in verdicts)
+                _keep(self._layout, client, place, _subjects(image, top), attested=attested)
 
     def arriving(
         self,
@@ -97,18 +98,23 @@ class Guard:
         from ovms.trust.sources import LocalSource, RegistrySource
 
         place = origins.place_of(where)
-        known: list[Evidence] = []
+        known: dict[bool, Evidence] = {}
 
-        def evidence() -> Evidence:
-            if not known:
+        def evidence(*, attested: bool = False) -> Evidence:
+            if attested not in known:
                 places: list[Source] = [LocalSource(self._layout)]
                 if client is not None:
                     places.append(RegistrySource(client, _repository(place)))
-                known.append(_gather(places, [subject.digest for subject in _subjects(image, top)]))
-            return known[0]
+                subjects = [subject.digest for subject in _subjects(image, top)]
+                known[attested] = _gather(places, subjects, attested=attested)
+            return known[attested]
+
+        def statements() -> Evidence:
+            return evidence(attested=True)
 
         case = judge.Case(str(where), image.digest, place, ram and has_ram(image), created(image))
-        return [judge.judge(one.policy, one.signers, case, evidence, datetime.now(UTC)) for one in force.policies]
+        now = datetime.now(UTC)
+        return [judge.judge(one.policy, one.signers, case, evidence, now, statements) for one in force.policies]
 
     # --- what is used ----------------------------------------------------------------------------------------------
 
@@ -203,19 +209,25 @@ class Guard:
         def evidence() -> Evidence:
             return _gather([LocalSource(self._layout)], subjects)
 
+        def statements() -> Evidence:
+            return _gather([LocalSource(self._layout)], subjects, attested=True)
+
         ram = asked.ram and (image is None or has_ram(image))
         case = judge.Case(asked.name, asked.digest, place, ram, None if image is None else created(image))
 
         def ask() -> Verdict:
-            return judge.judge(loaded.policy, loaded.signers, case, evidence, datetime.now(UTC))
+            return judge.judge(loaded.policy, loaded.signers, case, evidence, datetime.now(UTC), statements)
 
         verdict = ask()
         unsigned = isinstance(verdict.refusal, (SignatureMissing, SignatureInvalid))
-        if unsigned and asked.connect is not None and image is not None and self._fetch(asked, image, place, subjects):
+        attested = bool(verdict.rule.attestations)
+        if unsigned and image is not None and self._fetch(asked, image, place, subjects, attested=attested):
             verdict = ask()
         return verdict
 
-    def _fetch(self, asked: _Asked, image: ImageManifest, place: str, subjects: Sequence[Digest]) -> bool:
+    def _fetch(
+        self, asked: _Asked, image: ImageManifest, place: str, subjects: Sequence[Digest], *, attested: bool
+    ) -> bool:
         # signatures that came after the artifact, or were not asked for then
         registry = _registry(place)
         if registry is None or asked.connect is None or place in asked.fetched:
@@ -224,7 +236,7 @@ class Guard:
         wanted = [image.descriptor(), *(self._index(index) for index in subjects if index != image.digest)]
         # where the registry can't be asked, there is none
         with contextlib.suppress(OvmsError):
-            _keep(self._layout, asked.connect(registry), place, wanted)
+            _keep(self._layout, asked.connect(registry), place, wanted, attested=attested)
             return True
         return False
 
@@ -286,15 +298,24 @@ def _subjects(image: ImageManifest, top: Descriptor) -> list[Descriptor]:
     return [own] if top.digest == own.digest else [own, top]
 
 
-def _gather(places: Sequence[Source], subjects: Sequence[Digest]) -> Evidence:
-    return [(subject, one) for subject in subjects for place in places for one in place.signatures(subject)]
+def _gather(places: Sequence[Source], subjects: Sequence[Digest], *, attested: bool = False) -> Evidence:
+    return [
+        (subject, one)
+        for subject in subjects
+        for place in places
+        for one in place.signatures(subject, attested=attested)
+    ]
 
 
-def _keep(layout: Layout, client: RegistryClient, place: str, subjects: Sequence[Descriptor]) -> None:
+def _keep(
+    layout: Layout, client: RegistryClient, place: str, subjects: Sequence[Descriptor], *, attested: bool
+) -> None:
     from ovms.trust import sources
 
     for subject in subjects:
         sources.keep(layout, client, _repository(place), subject)
+        if attested:
+            sources.keep(layout, client, _repository(place), subject, attested=True)
 
 
 def _good(verdicts: Sequence[Verdict]) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ovms import fsutil
 from ovms.errors import InputError, ToolMissing
 from ovms.lazy import dataclass
+from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest
 from ovms.spec.document import check_time
@@ -117,21 +118,21 @@ class IdentitySigner:
     identity: str
     issuer: str
 
-    def check(self, found: Found, subject: Digest) -> Good | Bad:
-        """Whether this identity signed exactly *subject*. Never raises for what is in *found*."""
+    def check(self, found: Found, subject: Digest, predicate: str = SIGN_PREDICATE) -> Good | Bad:
+        """See :meth:`ovms.trust.model.Signer.check`."""
         try:
-            at = self._check(found, subject)
+            at = self._check(found, subject, predicate)
         except payload.Malformed as exc:
             return Bad(found, self.name, str(exc))
         return Good(found, self.name, at)
 
-    def _check(self, found: Found, subject: Digest) -> datetime:
+    def _check(self, found: Found, subject: Digest, predicate: str) -> datetime:
         if found.format is not Format.BUNDLE:
             raise payload.Malformed("identities are read from Sigstore bundles alone, and it is none")
         envelope = payload.read_bundle(found.payload)
         if envelope.hint is not None:
             raise payload.Malformed("it was made with a key, not with a certificate")
-        payload.check_statement(envelope.payload, subject)
+        payload.check_statement(envelope.payload, subject, predicate)
         kind, signed, at = self.root.verify(found.payload, _Policy(self.identity, self.issuer))
         # two parsers read the bundle: what one of them saw signed must be what the other saw to be over the subject
         if (kind, signed) != (envelope.payload_type, envelope.payload):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ovms import fsutil
 from ovms.errors import FileProblem, InputError, PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
 from ovms.lazy import dataclass
+from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.spec.digest import Digest
 from ovms.trust import keys
 from ovms.trust.model import Bad, Found, Good, Signer, Unreadable
@@ -138,8 +139,16 @@ class Case:
     created: datetime | None
 
 
-def judge(policy: Policy, signers: Signers, case: Case, evidence: Callable[[], Evidence], now: datetime) -> Verdict:
-    """What *policy* makes of *case*. *evidence* is asked for signatures only where the rule wants some.
+def judge(
+    policy: Policy,
+    signers: Signers,
+    case: Case,
+    evidence: Callable[[], Evidence],
+    now: datetime,
+    statements: Callable[[], Evidence] = tuple,
+) -> Verdict:
+    """What *policy* makes of *case*. *evidence* is asked for signatures only where the rule wants some, *statements* for signed
+    statements of other kinds.
 
     Raises:
         InputError: a signer of the policy can't be used.
@@ -172,12 +181,26 @@ def judge(policy: Policy, signers: Signers, case: Case, evidence: Callable[[], E
         good, lines = _count(signers, requirement, rule.max_age, case, evidence(), now)
         signed.update(dict.fromkeys(good))
         if len(good) < requirement.needed:
-            return _unsigned(policy, signers, rule, requirement, case, good, lines, ram=number > 0)
+            what = "its RAM snapshot has to be signed by" if number > 0 else "it has to be signed by"
+            return _unsigned(policy, signers, rule, requirement, case, good, lines, what, ram=number > 0)
+    for one in rule.attestations:
+        good, said = _count(signers, one.requirement, rule.max_age, case, statements(), now, one.predicate)
+        lines += said
+        signed.update(dict.fromkeys(good))
+        if len(good) < one.requirement.needed:
+            what = f"a statement about it of the type {one.predicate} has to be there, signed by"
+            return _unsigned(policy, signers, rule, one.requirement, case, good, said, what)
     return Verdict(policy.where, rule, case.place, tuple(signed), tuple(lines))
 
 
 def _count(
-    signers: Signers, requirement: Requirement, max_age: int | None, case: Case, evidence: Evidence, now: datetime
+    signers: Signers,
+    requirement: Requirement,
+    max_age: int | None,
+    case: Case,
+    evidence: Evidence,
+    now: datetime,
+    predicate: str = SIGN_PREDICATE,
 ) -> tuple[list[str], list[str]]:
     # who of the required has signed, and a line for everything that was found
     good: list[str] = []
@@ -189,7 +212,7 @@ def _count(
             continue
         details: list[str] = []
         for signer in asked:
-            result = signer.check(one, subject)
+            result = signer.check(one, subject, predicate)
             if isinstance(result, Bad):
                 details.append(f"{signers.described(signer.name)}: {result.detail}")
                 continue
@@ -231,13 +254,13 @@ def _unsigned(
     case: Case,
     good: list[str],
     lines: list[str],
+    what: str,
     *,
-    ram: bool,
+    ram: bool = False,
 ) -> Verdict:
     listed = ", ".join(signers.described(name) for name in requirement.names)
     many = len(requirement.names) > 1
     wanted = f"{requirement.needed} of {listed}" if many else listed
-    what = "its RAM snapshot has to be signed by" if ram else "it has to be signed by"
     if good:
         kind: type[Untrusted] = SignatureMissing
         found = f"only {', '.join(good)} has signed it" if len(good) == 1 else f"only {', '.join(good)} have signed it"

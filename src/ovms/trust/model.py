@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from ovms.lazy import dataclass
+from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.spec.digest import Digest
 
 
@@ -74,8 +75,9 @@ class Bad:
 class Source(Protocol):
     """Where the signatures of an artifact are looked for: a repository in a registry, or the local store."""
 
-    def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
-        """All signatures of *subject*, in every format, bounded in number and size.
+    def signatures(self, subject: Digest, *, attested: bool = False) -> Sequence[Found | Unreadable]:
+        """All signatures of *subject*, in every format, bounded in number and size. *attested*: signed statements of other
+        kinds instead.
 
         Raises:
             RegistryError: and its kinds: as the registry met us.
@@ -91,6 +93,8 @@ class Signer(Protocol):
         """What messages call it, without control characters."""
         ...
 
-    def check(self, found: Found, subject: Digest) -> Good | Bad:
-        """Whether this signer signed exactly *subject*. Never raises for what is in *found*."""
+    def check(self, found: Found, subject: Digest, predicate: str = SIGN_PREDICATE) -> Good | Bad:
+        """Whether this signer signed exactly *subject*, or a statement about it whose *predicate* is of that type (see
+        :func:`ovms.trust.payload.check_statement`). Never raises for what is in *found*.
+        """
         ...

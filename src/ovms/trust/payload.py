@@ -160,14 +160,21 @@ def read_bundle(data: bytes) -> Envelope:
     return Envelope(hint, payload_type, _base64(payload, "the payload"), decode(text, "the signature"))
 
 
-def check_statement(data: bytes, subject: Digest) -> None:
-    """Whether a statement is a signature over *subject*, and over nothing else. Raises :class:`Malformed`."""
+def check_statement(data: bytes, subject: Digest, wanted: str = SIGN_PREDICATE) -> None:
+    """Whether a statement is a signature over *subject*, and over nothing else. Raises :class:`Malformed`.
+
+    *wanted* is the type of its predicate, where it is to say something else of *subject*; one that ends with ``/`` is the
+    beginning of it.
+    """
     document = _parse(data, "the statement", BUNDLE_MAX)
     kind, predicate, subjects = (document.get(key) for key in ("_type", "predicateType", "subject"))
     if kind not in _STATEMENTS:
         raise Malformed(f"its payload is a {shown(kind)}, not an in-toto statement")
-    if predicate != SIGN_PREDICATE:
-        raise Malformed(f"its predicate is of the type {shown(predicate)}: it is no signature of an artifact")
+    if not isinstance(predicate, str) or not (
+        predicate == wanted or (wanted.endswith("/") and predicate.startswith(wanted))
+    ):
+        what = "no signature of an artifact" if wanted == SIGN_PREDICATE else f"none of {shown(wanted)}"
+        raise Malformed(f"its predicate is of the type {shown(predicate)}: it is {what}")
     if not isinstance(subjects, list) or not subjects:
         raise Malformed("its statement has no subject")
     if len(subjects) != 1:

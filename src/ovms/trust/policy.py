@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ovms.errors import InputError, Problem
 from ovms.lazy import dataclass, field, regex
+from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.oci.reference import Reference
 from ovms.spec import limits, strictjson
 from ovms.spec.document import Reader, shown
@@ -25,6 +26,8 @@ DEPTH_MAX: Final = 8
 SIGNERS_MAX: Final = 256
 SCOPES_MAX: Final = 4096
 NEEDED_MAX: Final = 64
+#: Statements that one rule asks for.
+ATTESTATIONS_MAX: Final = 16
 #: Characters of a path, an identity or an issuer.
 _TEXT_MAX: Final = 4096
 _SIGNER: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -66,6 +69,19 @@ class Requirement:
 
 
 @dataclass(frozen=True)
+class Attestation:
+    """A statement that has to be there, about the artifact: its *predicate* is of this type (or begins so, where that ends with
+    ``/``), and it is signed as the *requirement* says.
+    """
+
+    predicate: str
+    requirement: Requirement
+
+    def __str__(self) -> str:
+        return f"{self.predicate} {self.requirement}"
+
+
+@dataclass(frozen=True)
 class Rule:
     """What is asked of artifacts from *scope*; of those whose RAM snapshot is used, *ram* too. *max_age* is in seconds."""
 
@@ -73,6 +89,7 @@ class Rule:
     requirement: Requirement
     ram: Requirement | None = None
     max_age: int | None = None
+    attestations: tuple[Attestation, ...] = ()
 
     @property
     def age(self) -> str | None:
@@ -82,7 +99,8 @@ class Rule:
     @property
     def wants_signatures(self) -> bool:
         """Whether signatures have to be known before it can be told what comes of it."""
-        return any(r is not None and r.kind is Kind.SIGNED for r in (self.requirement, self.ram))
+        signed = any(r is not None and r.kind is Kind.SIGNED for r in (self.requirement, self.ram))
+        return signed or bool(self.attestations)
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class Policy:
                     "asks_for": str(rule.requirement),
                     "ram_asks_for": None if rule.ram is None else str(rule.ram),
                     "max_age_s": rule.max_age,
+                    "attestations": [str(one) for one in rule.attestations],
                 }
                 for rule in rules
             ],
@@ -244,7 +263,7 @@ def _signer(item: Reader, name: str) -> SignerSpec:
 
 
 def _rule(item: Reader, scope: str, signers: dict[str, SignerSpec]) -> Rule:
-    _known(item, {"type", "anyOf", "allOf", "atLeast", "of", "ramSnapshots", "maxAge"})
+    _known(item, {"type", "anyOf", "allOf", "atLeast", "of", "ramSnapshots", "maxAge", "attestations"})
     requirement = _requirement(item, signers)
     ram = None
     if (child := item.child("ramSnapshots")) is not None:
@@ -256,18 +275,33 @@ def _rule(item: Reader, scope: str, signers: dict[str, SignerSpec]) -> Rule:
             item.problem("maxAge", f"must be a number of hours or days, such as 12h or 90d, not {shown(text)}")
         else:
             max_age = int(match[1]) * _SECONDS[match[2]]
-    return Rule(scope, requirement, ram, max_age)
+    attestations = tuple(_attestation(one, signers) for one in item.children("attestations", ATTESTATIONS_MAX))
+    return Rule(scope, requirement, ram, max_age, attestations)
+
+
+def _attestation(item: Reader, signers: dict[str, SignerSpec]) -> Attestation:
+    _known(item, {"predicateType", "anyOf", "allOf", "atLeast", "of"})
+    predicate = item.string("predicateType", required=True, max_length=limits.NAME_MAX) or ""
+    if "://" not in predicate or predicate == SIGN_PREDICATE:
+        item.problem("predicateType", "must be the type of a predicate, such as https://slsa.dev/provenance/v1")
+    return Attestation(predicate, _signed(item, signers, "predicateType"))
 
 
 def _requirement(item: Reader, signers: dict[str, SignerSpec]) -> Requirement:
     kind = item.choice("type", Kind, required=True)
-    lists = [key for key in ("anyOf", "allOf", "of") if key in item.value]
     if kind is not Kind.SIGNED:
+        lists = [key for key in ("anyOf", "allOf", "of") if key in item.value]
         for key in [*lists, *(["atLeast"] if "atLeast" in item.value else [])]:
             item.problem(key, "goes with the type 'signed'")
         return Requirement(kind or Kind.REJECT)
+    return _signed(item, signers, "type")
+
+
+def _signed(item: Reader, signers: dict[str, SignerSpec], where: str) -> Requirement:
+    # what is wrong with the lists as a whole is told at *where*
+    lists = [key for key in ("anyOf", "allOf", "of") if key in item.value]
     if len(lists) != 1 or ("atLeast" in item.value) != (lists == ["of"]):
-        item.problem("type", "'signed' needs one of 'anyOf', 'allOf', and 'atLeast' with 'of'")
+        item.problem(where, "'signed' needs one of 'anyOf', 'allOf', and 'atLeast' with 'of'")
         return Requirement(Kind.REJECT)
 
     def check(name: str) -> str | None:
@@ -282,7 +316,7 @@ def _requirement(item: Reader, signers: dict[str, SignerSpec]) -> Requirement:
         needed = item.integer("atLeast", 1, max(1, len(names))) or 1
     else:
         needed = 1 if lists == ["anyOf"] else len(names)
-    return Requirement(kind, names, needed)
+    return Requirement(Kind.SIGNED, names, needed)
 
 
 def _known(reader: Reader, keys: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ artifact is refused; no amount of it makes a bad signature good.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from ovms.errors import (
@@ -39,6 +39,10 @@ _ANNOTATIONS_SIZE: Final = 64 * limits.KIB
 _STRANGE: Final = (BlobNotFound, IntegrityError, JsonInvalid, ReferenceNotFound, RegistryProtocol)
 
 
+#: Whether a referrer is one to be read, from what a list says of it.
+_Wanted = Callable[[Descriptor], bool]
+
+
 class _Place(Protocol):
     """Reads what belongs to a signature."""
 
@@ -52,21 +56,22 @@ class RegistrySource:
         self._client = client
         self._repository = repository
 
-    def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
-        """All signatures of *subject*. What can't be read is told in one line each.
+    def signatures(self, subject: Digest, *, attested: bool = False) -> Sequence[Found | Unreadable]:
+        """All signatures of *subject*, or (*attested*) its signed statements of other kinds. What can't be read is told in one
+        line each.
 
         Raises:
             RegistryError: and its kinds: as the registry met us; the fallback tag holds no index.
         """
         reader = _Reader(self, subject)
-        if (image := self._classic(subject, reader)) is not None:
+        if not attested and (image := self._classic(subject, reader)) is not None:
             reader.take(image, classic=True)
-        for image in self._referring(subject, reader):
+        for image in self._referring(subject, reader, cosign.may_attest if attested else cosign.may_sign):
             reader.take(image, classic=False)
         return reader.found
 
-    def _referring(self, subject: Digest, reader: _Reader) -> Iterator[ImageManifest]:
-        for digest in self._referrers(subject, reader):
+    def _referring(self, subject: Digest, reader: _Reader, wanted: _Wanted) -> Iterator[ImageManifest]:
+        for digest in self._referrers(subject, reader, wanted):
             target = Reference(self._client.host, self._repository, None, digest)
             with reader.noting(digest):
                 image = parse_manifest(self._client.get_manifest(target)[0], f"the manifest {digest}")
@@ -93,12 +98,12 @@ class RegistrySource:
             reader.note(digest, "the tag of the classic signatures holds an index")
         return None
 
-    def _referrers(self, subject: Digest, reader: _Reader) -> list[Digest]:
+    def _referrers(self, subject: Digest, reader: _Reader, wanted: _Wanted) -> list[Digest]:
         listing = referrers.fetch(self._client, self._repository, subject)
-        wanted = [d for d in listing.descriptors if cosign.may_sign(d)]
-        if not listing.complete or len(wanted) > MANIFESTS_MAX:
+        listed = [d for d in listing.descriptors if wanted(d)]
+        if not listing.complete or len(listed) > MANIFESTS_MAX:
             reader.note(subject, "it has more referrers than are looked at")
-        return [d.digest for d in wanted[:MANIFESTS_MAX]]
+        return [d.digest for d in listed[:MANIFESTS_MAX]]
 
     def blob(self, descriptor: Descriptor) -> bytes:
         """A small blob, checked. Raises like a registry client, and :class:`IntegrityError`."""
@@ -111,10 +116,13 @@ class LocalSource:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
-        """All signatures of *subject* that are here: those that were made here, and those that :func:`keep` fetched."""
+    def signatures(self, subject: Digest, *, attested: bool = False) -> Sequence[Found | Unreadable]:
+        """All signatures of *subject* that are here: those that were made here, and those that :func:`keep` fetched. *attested*: its
+        signed statements of other kinds instead.
+        """
         reader = _Reader(self, subject)
-        wanted = [d for d in referrers.local_lister(self._layout)(subject, None).descriptors if cosign.may_sign(d)]
+        fits = cosign.may_attest if attested else cosign.may_sign
+        wanted = [d for d in referrers.local_lister(self._layout)(subject, None).descriptors if fits(d)]
         if len(wanted) > MANIFESTS_MAX + SIGNATURES_MAX:
             reader.note(subject, "it has more referrers than are looked at")
         for descriptor in wanted[: MANIFESTS_MAX + SIGNATURES_MAX]:
@@ -196,8 +204,11 @@ class _Reader:
 # --- keeping ---------------------------------------------------------------------------------------------------------
 
 
-def keep(layout: Layout, client: RegistryClient, repository: str, subject: Descriptor) -> int:
-    """Keeps the signatures of *subject* in the local store, where :class:`LocalSource` finds them without the registry.
+def keep(
+    layout: Layout, client: RegistryClient, repository: str, subject: Descriptor, *, attested: bool = False
+) -> int:
+    """Keeps the signatures of *subject* in the local store, where :class:`LocalSource` finds them without the registry; or
+    (*attested*) its signed statements of other kinds.
 
     They have no name, and live as long as the artifact. Nothing is checked but digests. Returns how many signatures are
     here now that the registry has; what can't be read there, or is beyond a limit, stays there.
@@ -207,7 +218,8 @@ def keep(layout: Layout, client: RegistryClient, repository: str, subject: Descr
         RegistryError: and its kinds: as the registry met us.
     """
     with layout.using():
-        found = [f for f in RegistrySource(client, repository).signatures(subject.digest) if isinstance(f, Found)]
+        source = RegistrySource(client, repository)
+        found = [f for f in source.signatures(subject.digest, attested=attested) if isinstance(f, Found)]
         whole: dict[Digest, bool] = {}
         for one in found:
             if one.format is Format.CLASSIC:

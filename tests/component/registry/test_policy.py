@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +17,13 @@ from ovms.artifact.model import Artifact
 from ovms.artifact.resolve import Found
 from ovms.errors import PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
 from ovms.oci import cosign, origins, referrers, transfer
+from ovms.oci.descriptor import EMPTY_CONFIG, Descriptor, build_file_manifest
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.spec import mediatypes, strictjson
 from ovms.spec.digest import Digest, of_bytes
-from ovms.trust import keys, signing
+from ovms.trust import keys, payload, signing
 from ovms.trust.guard import Guard
 from ovms.trust.keys import PrivateKey
 from ovms.trust.model import Format
@@ -297,3 +299,45 @@ def _needed(*_: Any) -> None:
 
 def _offline(host: str) -> RegistryClient:
     raise AssertionError(f"{host} was asked")
+
+
+def attest(setting: Setting, key: PrivateKey, predicate: str, digest: Digest | None = None) -> None:
+    """Puts a signed statement beside the artifact, as 'cosign attest' does."""
+    subject = setting.artifact.image.descriptor()
+    document = {**json.loads(payload.statement(digest or subject.digest)), "predicateType": predicate}
+    statement = json.dumps(document).encode()
+    data = payload.bundle(key.public.hint, statement, key.sign(payload.pae(payload.IN_TOTO, statement)))
+    image = build_file_manifest(
+        cosign.BUNDLE_TYPE,
+        Descriptor.of(cosign.BUNDLE_TYPE, data),
+        subject,
+        {cosign.BUNDLE_CONTENT: "dsse-envelope", cosign.BUNDLE_PREDICATE: predicate},
+    )
+    cosign.push(setting.client, setting.ref.repository, image, (EMPTY_CONFIG, data))
+
+
+def test_provenance_can_be_asked_for(setting: Setting) -> None:
+    slsa = "https://slsa.dev/provenance/v1"
+    rule = {**ACCEPT, "attestations": [{"predicateType": slsa, "anyOf": ["a"]}]}
+    setting.sign(KEYS["a"])
+    setting.refuses(setting.guard(rule), SignatureMissing)
+    attest(setting, STRANGER, slsa)
+    attest(setting, KEYS["a"], "https://spdx.dev/Document")
+    attest(setting, KEYS["a"], slsa, of_bytes(b"another artifact"))
+    error = setting.refuses(setting.guard(rule), SignatureInvalid)
+    assert slsa in error.message
+    attest(setting, KEYS["a"], slsa)
+    found = setting.pull(setting.guard(rule))
+    # it is kept beside the artifact, and enough without the registry
+    resolve.resolve(setting.ours, _offline, str(setting.ref), policy="never", guard=setting.guard(rule))
+    with pytest.raises(SignatureInvalid):
+        stricter = {**ACCEPT, "attestations": [{"predicateType": slsa, "anyOf": ["b"]}]}
+        resolve.resolve(setting.ours, _offline, str(setting.ref), policy="never", guard=setting.guard(stricter))
+    # what came before anybody asked for it is looked for when it is used
+    other = Layout(setting.path / "other")
+    setting.ours = other
+    setting.pull(setting.guard(ACCEPT))
+    with pytest.raises(SignatureMissing):
+        resolve.resolve(other, _offline, found.artifact.digest, policy="never", guard=setting.guard(rule))
+    setting.guard(rule).allow(found.artifact.digest, "x", connect=setting.connect)
+    setting.guard(rule).allow(found.artifact.digest, "x")

@@ -25,7 +25,7 @@ class Named:
     name: str
     at: datetime | None = None
 
-    def check(self, found: Found, subject: Digest) -> Good | Bad:
+    def check(self, found: Found, subject: Digest, predicate: str = "") -> Good | Bad:
         assert subject == SUBJECT
         if found.payload == self.name.encode():
             return Good(found, self.name, self.at)
