@@ -31,7 +31,12 @@ FULL: Final[dict[str, Any]] = {
         "local": {"type": "accept"},
         "oci-archive": {"type": "signed", "allOf": ["a", "b"]},
         "registry.example": {"type": "accept", "ramSnapshots": {"type": "signed", "anyOf": ["a"]}, "maxAge": "12h"},
-        "registry.example/team": {"type": "signed", "atLeast": 2, "of": ["a", "b", "c"]},
+        "registry.example/team": {
+            "type": "signed",
+            "atLeast": 2,
+            "of": ["a", "b", "c"],
+            "attestations": [{"predicateType": "https://slsa.dev/provenance/", "anyOf": ["a", "b"]}],
+        },
     },
 }
 #: What the schema can't say.
@@ -40,10 +45,11 @@ VALUES: Final = st.sampled_from(
     [None, True, 0, 1, 2, 65, 1.5, "", "x", "a\n", "accept", "signed", "90d", "0d", "1m", "x" * 5000, [], ["a"], ["a", "a"],
      ["nobody"], ["a"] * 70, [1], {}, {"type": "accept"}, {"type": "signed"}, {"type": "signed", "anyOf": ["a"]},
      {"type": "reject", "anyOf": ["a"]}, {"type": "signed", "of": ["a"]}, {"keyPath": "x"}, {"key": ""},
-     {"key": "x", "keyPath": "y"}, {"identity": "x"}, ["registry.example"], ["Registry.Example"], ["local"]]
+     {"key": "x", "keyPath": "y"}, {"identity": "x"}, ["registry.example"], ["Registry.Example"], ["local"], "https://x/",
+     "https://sigstore.dev/cosign/sign/v1", [{"predicateType": "https://x", "anyOf": ["a"]}], [{"predicateType": "x", "of": ["a"]}]]
 )  # fmt: skip
 KEYS: Final = st.sampled_from(
-    ["x", "type", "anyOf", "allOf", "atLeast", "of", "ramSnapshots", "maxAge", "key", "issuer", "local", "host.example/X",
+    ["x", "type", "anyOf", "allOf", "atLeast", "of", "ramSnapshots", "maxAge", "attestations", "predicateType", "key", "issuer", "local", "host.example/X",
      "host.example/x", "oci", "a b", "enforced", ""]
 )  # fmt: skip
 
