@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import faulty
+from support import faulty, tools
 from support.artifacts import write_inputs, write_manifest
 from support.cli import OVM, Ovm
 from support.faulty import Server
@@ -69,6 +69,44 @@ def test_there_and_back(ovm: Ovm, each_registry: Registry, project: Path, bom: P
     lines = other.ok("referrers", name).out
     assert "  provenance\n" in lines
     assert "  SBOM (CycloneDX)\n" in lines
+
+
+@pytest.mark.long
+def test_what_cosign_attests_a_policy_takes(
+    ovm: Ovm, each_registry: Registry, project: Path, bom: Path, tmp_path: Path
+) -> None:
+    """docs/policy.md: how an artifact was made, signed by somebody who stands for it."""
+    tools.find("cosign")
+    name = f"{each_registry.host}/attested/{tmp_path.name.replace('_', '-').lower()}:1"
+    digest = ovm.ok("build", project, "-t", name).out.strip()
+    ovm.ok("push", name)
+    password = {"OVMS_KEY_PASSWORD": "x", "COSIGN_PASSWORD": "x"}
+    assert ovm("key", "generate", "--output-key-prefix", tmp_path / "ci", env=password).code == 0
+    policy = tmp_path / "policy.json"
+    other = Ovm(tmp_path / "other", tmp_path / "home", extra={"OVMS_POLICY": str(policy)})
+
+    def pulled(predicate: str) -> int:
+        needed = {"predicateType": predicate, "anyOf": ["ci"]}
+        rule = {"type": "accept", "attestations": [needed]}
+        policy.write_text(json.dumps({"version": 1, "signers": {"ci": {"keyPath": "ci.pub"}}, "default": rule}))
+        return other("pull", name).code
+
+    assert pulled(SLSA) == 14
+    predicate = tmp_path / "predicate.json"
+    statement = json.loads(ovm.ok("referrers", name, "--local", "--get", "provenance").out)
+    predicate.write_text(json.dumps(statement["predicate"]))
+    for kind, file in (("slsaprovenance1", predicate), ("cyclonedx", bom)):
+        done = tools.attempt(
+            "cosign", "attest", "--key", tmp_path / "ci.key", "--type", kind, "--predicate", file, "--use-signing-config=false",
+            "--tlog-upload=false", "-y", "--allow-http-registry", f"{name.rpartition(':')[0]}@{digest}",
+            home=ovm.home, env=password,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode()
+    assert pulled("https://spdx.dev/Document") == 14
+    assert pulled(SLSA) == 0
+    assert pulled("https://cyclonedx.org/bom") == 0
+    found = other.ok("referrers", name, "--json").json["referrers"]
+    assert {one["kind"] for one in found} == {"provenance", "cyclonedx"}
 
 
 @pytest.mark.long
