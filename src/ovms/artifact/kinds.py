@@ -22,8 +22,6 @@ RECOGNISED_MAX: Final = 32 * limits.MIB
 _DEPTH_MAX: Final = 128
 #: Bytes of a text in which the first thing has to stand that tells what it is.
 _HEAD: Final = 4096
-STATEMENT: Final = "https://in-toto.io/Statement/v1"
-_STATEMENTS: Final = (STATEMENT, "https://in-toto.io/Statement/v0.1")
 _SPDX_TEXT: Final = regex(rb"(?:\xef\xbb\xbf)?(?:#[^\n]*\n|\s)*SPDXVersion:[ \t]*SPDX-[0-9]")
 _CYCLONEDX_XML: Final = regex(rb"<bom\s[^>]*xmlns(?::[\w.-]+)?=[\"']http://cyclonedx\.org/schema/bom/1\.[0-9]")
 
@@ -117,7 +115,7 @@ def _of_document(document: dict[str, Any]) -> Recognised | None:
         return Recognised(Kind.SPDX, mediatypes.SPDX)
     if document.get("bomFormat") == "CycloneDX":
         return Recognised(Kind.CYCLONEDX, mediatypes.CYCLONEDX)
-    if document.get("_type") in _STATEMENTS:
+    if document.get("_type") in mediatypes.STATEMENTS:
         predicate = document.get("predicateType")
         if not isinstance(predicate, str) or not 0 < len(predicate) <= limits.NAME_MAX or not predicate.isprintable():
             return None

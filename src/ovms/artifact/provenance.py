@@ -15,7 +15,6 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from ovms import __version__
-from ovms.artifact import kinds
 from ovms.artifact.model import Artifact
 from ovms.errors import OvmsError, UsageError
 from ovms.lazy import dataclass
@@ -131,7 +130,7 @@ def add(layout: Layout, artifact: Artifact, work: Work, materials: Sequence[Mate
 def _statement(artifact: Artifact, work: Work, materials: Sequence[Material], times: Times) -> dict[str, Any]:
     moments = {} if times.began is None else {"metadata": {"startedOn": times.began, "finishedOn": times.created}}
     return {
-        "_type": kinds.STATEMENT,
+        "_type": mediatypes.STATEMENT,
         "subject": [{"name": artifact.manifest.name, "digest": {"sha256": hex_of(artifact.digest)}}],
         "predicateType": PREDICATE,
         "predicate": {

@@ -115,7 +115,8 @@ def _statements(layout: Layout, digest: Digest) -> list[Any]:
     for referrer in local_lister(layout)(digest, mediatypes.IN_TOTO).descriptors[:_STATEMENTS_MAX]:
         try:
             image = layout.manifest(referrer.digest)
-            assert isinstance(image, ImageManifest)
+            if not isinstance(image, ImageManifest):
+                continue
             data = layout.read(image.layers[0].digest, "a statement", max_size=limits.MANIFEST_MAX)
             answer.append(strictjson.parse(data, "a statement", max_size=limits.MANIFEST_MAX))
         except (OvmsError, IndexError):

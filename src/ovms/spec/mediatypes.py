@@ -39,6 +39,9 @@ SPDX_TEXT: Final = "text/spdx"
 CYCLONEDX: Final = "application/vnd.cyclonedx+json"
 CYCLONEDX_XML: Final = "application/vnd.cyclonedx+xml"
 IN_TOTO: Final = "application/vnd.in-toto+json"
+#: What an in-toto statement says of its type: what is written, and what is read.
+STATEMENT: Final = "https://in-toto.io/Statement/v1"
+STATEMENTS: Final = (STATEMENT, "https://in-toto.io/Statement/v0.1")
 DSSE: Final = "application/vnd.dsse.envelope.v1+json"
 #: What an in-toto statement says, where it is the content: BuildKit's name for it.
 PREDICATE_ANNOTATION: Final = "in-toto.io/predicate-type"

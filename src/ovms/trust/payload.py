@@ -16,7 +16,7 @@ from typing import Any, Final
 from ovms.errors import JsonInvalid
 from ovms.lazy import dataclass, regex
 from ovms.oci.cosign import BUNDLE_TYPE, SIGN_PREDICATE
-from ovms.spec import limits, strictjson
+from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of
 
 #: Bytes of a simple signing document, and of a bundle.
@@ -25,10 +25,8 @@ BUNDLE_MAX: Final = 512 * limits.KIB
 _DEPTH_MAX: Final = 16
 _SIGNATURE_TEXT_MAX: Final = 2048
 SIMPLE_TYPE: Final = "cosign container image signature"
-IN_TOTO: Final = "application/vnd.in-toto+json"
-STATEMENT: Final = "https://in-toto.io/Statement/v1"
+IN_TOTO: Final = mediatypes.IN_TOTO
 # tuples: a list is not hashable, and may stand where a string belongs
-_STATEMENTS: Final = (STATEMENT, "https://in-toto.io/Statement/v0.1")
 _BUNDLE_TYPES: Final = (BUNDLE_TYPE, "application/vnd.dev.sigstore.bundle+json;version=0.3")
 _HEX: Final = regex(r"[0-9a-f]{64}")
 
@@ -103,7 +101,7 @@ def decode(text: str, what: str) -> bytes:
 def statement(subject: Digest) -> bytes:
     """The in-toto statement that a signature over *subject* is made of."""
     document = {
-        "_type": STATEMENT,
+        "_type": mediatypes.STATEMENT,
         "subject": [{"digest": {"sha256": hex_of(subject)}}],
         "predicateType": SIGN_PREDICATE,
         "predicate": {},
@@ -168,7 +166,7 @@ def check_statement(data: bytes, subject: Digest, wanted: str = SIGN_PREDICATE) 
     """
     document = _parse(data, "the statement", BUNDLE_MAX)
     kind, predicate, subjects = (document.get(key) for key in ("_type", "predicateType", "subject"))
-    if kind not in _STATEMENTS:
+    if kind not in mediatypes.STATEMENTS:
         raise Malformed(f"its payload is a {shown(kind)}, not an in-toto statement")
     if not isinstance(predicate, str) or not (
         predicate == wanted or (wanted.endswith("/") and predicate.startswith(wanted))

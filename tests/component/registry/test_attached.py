@@ -233,3 +233,8 @@ def test_unpacked_by_hand(ovm: Ovm, project: Path, tmp_path: Path) -> None:
     assert ovm("unpack", "none:1", tmp_path / "new").code == 4
     assert not (tmp_path / "new").exists()
     assert len(Layout(again.root / "store").entries()) == 2  # with its provenance
+    # what is built of the files would be one's own: no way around a policy
+    (tmp_path / "policy.json").write_text(json.dumps({"version": 1, "default": {"type": "reject"}}))
+    refused = ovm("unpack", "web:1", tmp_path / "refused", env={"OVMS_POLICY": str(tmp_path / "policy.json")})
+    assert refused.code == 14
+    assert not (tmp_path / "refused").exists()

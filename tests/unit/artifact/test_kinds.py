@@ -22,7 +22,7 @@ SLSA = "https://slsa.dev/provenance/v1"
 
 def statement(predicate: Any = SLSA, **changes: Any) -> bytes:
     subject = [{"name": "x", "digest": {"sha256": SUBJECT[7:]}}]
-    document = {"_type": kinds.STATEMENT, "subject": subject, "predicateType": predicate, "predicate": {}}
+    document = {"_type": mediatypes.STATEMENT, "subject": subject, "predicateType": predicate, "predicate": {}}
     return json.dumps({**document, **changes}).encode()
 
 
@@ -80,7 +80,7 @@ def test_what_a_statement_is_about() -> None:
         statement("x" * 256),
         statement("https://x\x1b[31m"),
         statement(["a"]),
-        statement(_type=[kinds.STATEMENT]),
+        statement(_type=[mediatypes.STATEMENT]),
         b'{"payload": "", "payloadType": "x"}',
     ],
     ids=range(17),

@@ -19,7 +19,9 @@ from ovms.artifact.resolve import find
 from ovms.artifact.validate import validate_path
 from ovms.errors import BlobNotFound, DigestMismatch, DiskFull, FileProblem, NotFound, StoreCorrupt
 from ovms.oci import absent
+from ovms.oci.descriptor import Descriptor, build_file_manifest, parse_manifest
 from ovms.oci.layout import Layout
+from ovms.spec import mediatypes
 from ovms.spec.digest import Digest
 
 EPOCH = Times.of({"SOURCE_DATE_EPOCH": "0"})
@@ -68,6 +70,27 @@ def test_by_digest_nobody_knows_where_it_comes_from(layout: Layout, built: model
     layout.remove_name("web:1")
     unpacked.unpack(layout, find(layout, built.digest), tmp_path / "out")
     assert not (tmp_path / "out" / "metadata").exists()
+
+
+def test_statements_of_others_are_told_as_far_as_they_can_be_read(
+    layout: Layout, built: model.Artifact, tmp_path: Path
+) -> None:
+    layer = Descriptor.of(mediatypes.IN_TOTO, b"[")
+    layout.add_bytes(b"[")
+    image = build_file_manifest(mediatypes.IN_TOTO, layer, built.image.descriptor(), {})
+    index = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_INDEX,
+        "artifactType": mediatypes.IN_TOTO,
+        "manifests": [],
+        "subject": built.image.descriptor().to_json(),
+    }
+    for raw in (image.raw, json.dumps(index).encode()):
+        layout.add_bytes(raw)
+        layout.add_nameless(parse_manifest(raw, "x").descriptor())
+    unpacked.unpack(layout, find(layout, "web:1"), tmp_path / "out")
+    told = json.loads((tmp_path / "out/metadata/provenance.json").read_bytes())
+    assert len(told["statements"]) == 1
 
 
 def test_nothing_is_overwritten(layout: Layout, built: model.Artifact, tmp_path: Path) -> None:

@@ -25,12 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.artifact import unpacked
-    from ovms.artifact.resolve import find
+    from ovms.artifact.resolve import allow, find
 
     layout = context.layout
     directory = args.directory.absolute()
     with layout.using():
         found = find(layout, args.reference, args.platform)
+        # what is built of the files is one's own: a policy has to be met before
+        allow(context.guard, found, args.reference, context.connect, ram=True)
         unpacked.unpack(layout, found, directory, context.progress)
     if args.json:
         output.answer_json({"path": str(directory), "name": found.name, "digest": found.artifact.digest})
