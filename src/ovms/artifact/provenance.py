@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from pathlib import PurePath
 from typing import Any, Final
 
 from ovms import __version__
@@ -59,7 +58,9 @@ class Material:
         """A resource descriptor of in-toto."""
         uri = {} if self.uri is None else {"uri": self.uri}
         digest = {"sha256": hex_of(self.digest)}
-        return {"name": _last_name(self.name), **uri, "digest": digest, "mediaType": self.media_type}
+        # a file's name that is not UTF-8 has halves of surrogate pairs in Python
+        name = self.name.encode("utf-8", "replace").decode("utf-8")
+        return {"name": name, **uri, "digest": digest, "mediaType": self.media_type}
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,3 @@ def _timeless(document: Any) -> Any:
         return {**document, "predicate": {**predicate, "runDetails": details}}
     except (AttributeError, KeyError, TypeError):
         return document
-
-
-def _last_name(text: str) -> str:
-    # a name that is not UTF-8 has halves of surrogate pairs in Python
-    return PurePath(text).name.encode("utf-8", "replace").decode("utf-8") or "?"

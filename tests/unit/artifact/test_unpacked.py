@@ -105,6 +105,8 @@ def test_nothing_is_overwritten(layout: Layout, built: model.Artifact, tmp_path:
     for name in ("full", "file", "link", "to-empty", "no/directory", "\0"):
         with pytest.raises(FileProblem):
             unpacked.unpack(layout, found, tmp_path / name)
+    with pytest.raises(FileProblem, match="is not empty"):  # said before anything is copied
+        unpacked.unpack(layout, found, full)
     assert files(full) == ["mine"]
     assert list((tmp_path / "empty").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -246,6 +247,14 @@ def test_a_statement_is_no_signature() -> None:
     assert isinstance(ask_for(rule, PA, signatures=[PA]).refusal, SignatureInvalid)
     verdict = ask_for(rule, PA, signatures=[A])
     assert (verdict.allowed, verdict.signed) == (True, ("a",))
+
+
+@pytest.mark.parametrize("kind", [Format.CLASSIC, Format.REFERRER])
+def test_a_simple_signature_is_no_statement(kind: Format) -> None:
+    data = payload.simple(SUBJECT, "registry.example/x")
+    one = Found(kind, of_bytes(data), 0, data, base64.b64encode(KEYS["a"].sign(data)).decode())
+    assert ask_for(signed("a"), signatures=[one]).allowed
+    assert isinstance(ask_for({**ACCEPT, "attestations": [needs()]}, one).refusal, SignatureInvalid)
 
 
 def test_a_refusal_says_which_statement_is_missing() -> None:
