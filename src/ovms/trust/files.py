@@ -67,8 +67,8 @@ class Policies:
 
     def __init__(self, user: Path, *, needed: bool = False, system: Path | None = None) -> None:
         """*needed*: it is an error when *user* is not there. *system*: :data:`SYSTEM`."""
-        self._user = user
-        self._needed = needed
+        self.user = user
+        self.needed = needed
         self._system = SYSTEM if system is None else system
         self._lock = threading.Lock()
         self._stamps: tuple[Stamp, Stamp] | None = None
@@ -88,8 +88,8 @@ class Policies:
             HostError: a policy is there and can't be read, or the one that ``OVMS_POLICY`` names is not there.
             JsonInvalid, InputError: it is none. Nothing is to be accepted then.
         """
-        stamps = (_stamp(self._system), _stamp(self._user))
-        if stamps == (None, None) and not self._needed:
+        stamps = (_stamp(self._system), _stamp(self.user))
+        if stamps == (None, None) and not self.needed:
             return NONE
         with self._lock:
             if stamps != self._stamps or self._known.stamp != self._stamp_of(stamps):
@@ -100,8 +100,8 @@ class Policies:
         self._stamps = None  # should it fail, it is tried again, and fails again
         loaded: list[Loaded] = []
         system = None if stamps[0] is None else _read(self._system)
-        if stamps[1] is not None or self._needed:
-            loaded.append(_read(self._user))
+        if stamps[1] is not None or self.needed:
+            loaded.append(_read(self.user))
         if system is not None and (system.policy.enforced or not loaded):
             loaded.insert(0, system)
         self._files = tuple(
