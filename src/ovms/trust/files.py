@@ -70,9 +70,10 @@ class Policies:
         self.user = user
         self.needed = needed
         self._system = SYSTEM if system is None else system
+        self._paths = str(self._system), str(self.user)
         self._lock = threading.Lock()
         self._stamps: tuple[Stamp, Stamp] | None = None
-        self._files: tuple[Path, ...] = ()
+        self._files: tuple[str, ...] = ()
         self._known = NONE
 
     @classmethod
@@ -88,7 +89,7 @@ class Policies:
             HostError: a policy is there and can't be read, or the one that ``OVMS_POLICY`` names is not there.
             JsonInvalid, InputError: it is none. Nothing is to be accepted then.
         """
-        stamps = (_stamp(self._system), _stamp(self.user))
+        stamps = (_stamp(self._paths[0]), _stamp(self._paths[1]))
         if stamps == (None, None) and not self.needed:
             return NONE
         with self._lock:
@@ -105,7 +106,7 @@ class Policies:
         if system is not None and (system.policy.enforced or not loaded):
             loaded.insert(0, system)
         self._files = tuple(
-            Path(one.policy.where).parent / name
+            str(Path(one.policy.where).parent / name)
             for one in loaded
             for signer in one.policy.signers.values()
             for name in (signer.key_path, signer.trust_root)
@@ -118,13 +119,13 @@ class Policies:
         return stamps, tuple(map(_stamp, self._files))
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: str) -> Stamp:
     try:
-        info = path.stat()
+        info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise _unreadable(path, exc.strerror or type(exc).__name__) from exc
+        raise _unreadable(Path(path), exc.strerror or type(exc).__name__) from exc
     return info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size
 
 
