@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ovms import fsutil
-from ovms.errors import FileProblem, HostError
+from ovms.errors import HostError, InputError
 from ovms.lazy import dataclass
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Policies:
         """What holds now.
 
         Raises:
-            HostError: a policy is there and can't be read, or the one that ``OVMS_POLICY`` names is not there.
-            JsonInvalid, InputError: it is none. Nothing is to be accepted then.
+            HostError: a policy is there and can't be read, or is none; or the one that ``OVMS_POLICY`` names is not there.
+                Nothing is to be accepted then.
         """
         stamps = (_stamp(self._paths[0]), _stamp(self._paths[1]))
         if stamps == (None, None) and not self.needed:
@@ -134,15 +134,15 @@ def _read(path: Path) -> Loaded:
 
     try:
         data = fsutil.read_input(path, "the policy", max_size=policy.SIZE_MAX)
-    except FileProblem as exc:
+        parsed = policy.parse(data, str(path))
+    except InputError as exc:  # which is this host's to mend, and not of whoever asks for a start
         raise _unreadable(path, exc.message) from exc
-    parsed = policy.parse(data, str(path))
     return Loaded(parsed, judge.Signers(parsed))
 
 
 def _unreadable(path: Path, why: str) -> HostError:
     return HostError(
-        f"the policy {path} can't be read, so nothing is accepted: {why}",
-        hint=f"mend the file, or take it away; {VARIABLE} names another for the user",
+        f"the policy {path} can't be used, so nothing is accepted: {why}",
+        hint=f"mend the file (docs/policy.md tells what it holds), or take it away; {VARIABLE} names another for the user",
         path=str(path),
     )

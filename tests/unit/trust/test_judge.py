@@ -14,8 +14,7 @@ from support.keyless import IDENTITY, ISSUER, SIGNED, Sigstore
 from support.policies import ACCEPT, REJECT, signed
 
 from ovms.errors import (
-    FileProblem,
-    InputError,
+    HostError,
     PolicyRefused,
     SignatureInvalid,
     SignatureMissing,
@@ -165,7 +164,7 @@ def test_one_key_does_not_count_twice() -> None:
     value = {"version": 1, "signers": {"x": {"key": pem}, "y": {"key": pem}}, "default": signed("x", "y", of=2)}
     read = policy.parse(json.dumps(value).encode(), "policy.json")
     case = judge.Case("x:1", SUBJECT, "", False, None)
-    with pytest.raises(InputError, match="x and y are the same key"):
+    with pytest.raises(HostError, match="x and y are the same key"):
         judge.judge(read, judge.Signers(read), case, lambda: [(SUBJECT, A)], NOW)
 
 
@@ -173,7 +172,7 @@ def test_keys_in_files_beside_the_policy(tmp_path: Path) -> None:
     value = {"version": 1, "signers": {"a": {"keyPath": "keys/a.pub"}}, "default": signed("a")}
     read = policy.parse(json.dumps(value).encode(), str(tmp_path / "policy.json"))
     case = judge.Case("x:1", SUBJECT, "", False, None)
-    with pytest.raises(FileProblem):
+    with pytest.raises(HostError, match="the key of a"):
         judge.judge(read, judge.Signers(read), case, lambda: [(SUBJECT, A)], NOW)
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys/a.pub").write_bytes(KEYS["a"].public.pem)
@@ -219,7 +218,7 @@ def test_identities(tmp_path: Path) -> None:
     soon, later = SIGNED + timedelta(minutes=59), SIGNED + timedelta(hours=2)
     assert judge.judge(aged, judge.Signers(aged), case, lambda: [(SUBJECT, KEYLESS)], soon).allowed
     assert not judge.judge(aged, judge.Signers(aged), case, lambda: [(SUBJECT, KEYLESS)], later).allowed
-    with pytest.raises(InputError, match="s0 and s1 are the same identity"):
+    with pytest.raises(HostError, match="s0 and s1 are the same identity"):
         judge.judge(*by_identity(tmp_path, IDENTITY), case, lambda: [(SUBJECT, KEYLESS)], now)
     assert signers.get(["s0"])
 
