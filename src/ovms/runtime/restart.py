@@ -18,6 +18,7 @@ from ovms.runtime.record import Record, Restart
 
 if TYPE_CHECKING:
     from ovms.runtime.runtime import Runtime
+    from ovms.trust.files import Policies
 
 #: Seconds before the first new start; doubled each time, up to the most.
 _BACKOFF: Final = 0.1
@@ -40,14 +41,19 @@ def parse(text: str) -> Restart | None:
     return None if match[1] == "no" else Restart(None if match[2] is None else int(match[2]))
 
 
-def at_end(root: str, record: Record) -> tuple[str, ...]:
-    """What the watcher runs when the VM of *record* has ended; nothing where there is nothing to be done."""
+def at_end(root: str, record: Record, policies: Policies) -> tuple[str, ...]:
+    """What the watcher runs when the VM of *record* has ended; nothing where there is nothing to be done.
+
+    The watcher has nothing of our environment, so it is told which policies are asked before the VM is started again.
+    """
     if record.restart is None and not record.remove_on_exit:
         return ()
     # whatever it was that let us find ovms (a virtual environment, PYTHONPATH): there is no such thing in the watcher
     source = str(Path(__file__).parents[2])
+    policy = ("--policy", str(policies.user), *(["--policy-needed"] if policies.needed else []))
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ovms.cli.main import main; sys.exit(main())"
-    return (sys.executable, "-c", start, source, "--root", root, "--progress", "none", COMMAND, record.id)
+    command = ("--root", root, "--progress", "none", COMMAND, record.id, *policy)
+    return (sys.executable, "-c", start, source, *command)
 
 
 def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] = time.sleep) -> Record | None:

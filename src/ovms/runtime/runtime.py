@@ -451,7 +451,7 @@ class Runtime:
             overlay=directory / record.overlays[-1] if record.overlays else None,
             restore=restore,
             jail=record.jail,
-            at_end=restart.at_end(str(self.root.path), record),
+            at_end=restart.at_end(str(self.root.path), record, self.guard.policies),
             extras=extras,
         )
 

@@ -274,9 +274,10 @@ class Pools:
     def _allow(self, pool: _Pool, reference: str, wait: bool) -> None:
         # what a policy said of the clone may not hold any more
         guard, digest = self._runtime.guard, pool.found.artifact.digest
-        if not wait and not guard.quick(digest, asked=reference, ram=True):
+        if wait:
+            guard.allow(digest, pool.found.name, asked=reference, ram=True)
+        elif not guard.quick(digest, asked=reference, ram=True):
             raise Locked("signatures take their time")
-        guard.allow(digest, pool.found.name, asked=reference, ram=True)
 
     def _lookup(self, reference: str) -> Digest | None:
         # The index of a large store takes longer to read than all the rest of a start.

@@ -59,7 +59,7 @@ OPERATIONS: Final = (
          "unsupported", "reference-not-found", "blob-not-found", "file-missing", "file-unreadable", "conflict",
          "name-taken", "port-in-use", "locked", "snapshot-incompatible", "registry-error", "registry-unreachable",
          "registry-denied", "registry-protocol", "digest-mismatch", "store-corrupt", *_TRUST, "resource", "disk-full",
-         "tool-missing", "accel-unavailable", *_VMM, *_FAULT),
+         "host", "tool-missing", "accel-unavailable", *_VMM, *_FAULT),
     ),
     Operation("POST", "/stop", "stop", "StopRequest", "OperationResult", JSON, (*_BODY, *_INSTANCE, "locked", *_FAULT)),
     Operation("POST", "/pause", "pause", "InstanceRequest", "OperationResult", JSON,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ovms import fsutil
-from ovms.errors import FileProblem, HostError
+from ovms.errors import HostError, InputError
 from ovms.lazy import dataclass
 
 if TYPE_CHECKING:
@@ -67,12 +67,13 @@ class Policies:
 
     def __init__(self, user: Path, *, needed: bool = False, system: Path | None = None) -> None:
         """*needed*: it is an error when *user* is not there. *system*: :data:`SYSTEM`."""
-        self._user = user
-        self._needed = needed
+        self.user = user
+        self.needed = needed
         self._system = SYSTEM if system is None else system
+        self._paths = str(self._system), str(self.user)
         self._lock = threading.Lock()
         self._stamps: tuple[Stamp, Stamp] | None = None
-        self._files: tuple[Path, ...] = ()
+        self._files: tuple[str, ...] = ()
         self._known = NONE
 
     @classmethod
@@ -85,11 +86,11 @@ class Policies:
         """What holds now.
 
         Raises:
-            HostError: a policy is there and can't be read, or the one that ``OVMS_POLICY`` names is not there.
-            JsonInvalid, InputError: it is none. Nothing is to be accepted then.
+            HostError: a policy is there and can't be read, or is none; or the one that ``OVMS_POLICY`` names is not there.
+                Nothing is to be accepted then.
         """
-        stamps = (_stamp(self._system), _stamp(self._user))
-        if stamps == (None, None) and not self._needed:
+        stamps = (_stamp(self._paths[0]), _stamp(self._paths[1]))
+        if stamps == (None, None) and not self.needed:
             return NONE
         with self._lock:
             if stamps != self._stamps or self._known.stamp != self._stamp_of(stamps):
@@ -100,12 +101,12 @@ class Policies:
         self._stamps = None  # should it fail, it is tried again, and fails again
         loaded: list[Loaded] = []
         system = None if stamps[0] is None else _read(self._system)
-        if stamps[1] is not None or self._needed:
-            loaded.append(_read(self._user))
+        if stamps[1] is not None or self.needed:
+            loaded.append(_read(self.user))
         if system is not None and (system.policy.enforced or not loaded):
             loaded.insert(0, system)
         self._files = tuple(
-            Path(one.policy.where).parent / name
+            str(Path(one.policy.where).parent / name)
             for one in loaded
             for signer in one.policy.signers.values()
             for name in (signer.key_path, signer.trust_root)
@@ -118,13 +119,13 @@ class Policies:
         return stamps, tuple(map(_stamp, self._files))
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: str) -> Stamp:
     try:
-        info = path.stat()
+        info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise _unreadable(path, exc.strerror or type(exc).__name__) from exc
+        raise _unreadable(Path(path), exc.strerror or type(exc).__name__) from exc
     return info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size
 
 
@@ -133,15 +134,15 @@ def _read(path: Path) -> Loaded:
 
     try:
         data = fsutil.read_input(path, "the policy", max_size=policy.SIZE_MAX)
-    except FileProblem as exc:
+        parsed = policy.parse(data, str(path))
+    except InputError as exc:  # which is this host's to mend, and not of whoever asks for a start
         raise _unreadable(path, exc.message) from exc
-    parsed = policy.parse(data, str(path))
     return Loaded(parsed, judge.Signers(parsed))
 
 
 def _unreadable(path: Path, why: str) -> HostError:
     return HostError(
-        f"the policy {path} can't be read, so nothing is accepted: {why}",
-        hint=f"mend the file, or take it away; {VARIABLE} names another for the user",
+        f"the policy {path} can't be used, so nothing is accepted: {why}",
+        hint=f"mend the file (docs/policy.md tells what it holds), or take it away; {VARIABLE} names another for the user",
         path=str(path),
     )

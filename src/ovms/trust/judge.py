@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ovms import fsutil
-from ovms.errors import FileProblem, InputError, PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
+from ovms.errors import HostError, InputError, PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
 from ovms.lazy import dataclass
 from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.spec.digest import Digest
@@ -43,18 +43,24 @@ class Signers:
         """The signers of these names.
 
         Raises:
-            InputError: a key or trust root can't be read; or two of the names are one key, which would count twice.
+            HostError: a key or trust root can't be read; or two of the names are one signer, who would count twice.
+            ToolMissing: identities are asked for, and the package that checks them is not installed.
         """
-        signers = [self._signer(self._policy.signers[name]) for name in names]
-        seen: dict[str, str] = {}
-        for signer in signers:
-            if isinstance(signer, KeySigner):
-                other = seen.setdefault(signer.key.fingerprint, signer.name)
-                if other != signer.name:
-                    raise InputError(
-                        f"{self._policy.where}: {other} and {signer.name} are the same key, and one rule names both",
-                        hint="a rule that counts signers needs different ones",
-                    )
+        try:
+            signers = [self._signer(self._policy.signers[name]) for name in names]
+        except InputError as exc:  # which is this host's to mend, and not of whoever asks for a start
+            hint = "nothing that needs this signer is accepted until it can be asked"
+            raise HostError(exc.message, hint=hint) from exc
+        seen: dict[object, str] = {}
+        for name, signer in zip(names, signers, strict=True):
+            spec = self._policy.signers[name]
+            who = signer.key.fingerprint if isinstance(signer, KeySigner) else (spec.identity, spec.issuer)
+            if (other := seen.setdefault(who, name)) != name:
+                what = "key" if isinstance(signer, KeySigner) else "identity"
+                raise HostError(
+                    f"{self._policy.where}: {other} and {name} are the same {what}, and one rule names both",
+                    hint="a rule that counts signers needs different ones",
+                )
         return signers
 
     def _signer(self, spec: SignerSpec) -> Signer:
@@ -67,12 +73,7 @@ class Signers:
         if spec.pem is not None:
             return KeySigner(spec.name, keys.load_public(spec.pem.encode(), what))
         if spec.key_path is not None:
-            path = self._path(spec.key_path)
-            try:
-                data = fsutil.read_input(path, what, max_size=keys.KEY_MAX)
-            except FileProblem as exc:
-                exc.hint = exc.hint or "nothing that needs this key is accepted until it is there"
-                raise
+            data = fsutil.read_input(self._path(spec.key_path), what, max_size=keys.KEY_MAX)
             return KeySigner(spec.name, keys.load_public(data, what))
         return self._identity(spec)
 
@@ -151,7 +152,7 @@ def judge(
     statements of other kinds.
 
     Raises:
-        InputError: a signer of the policy can't be used.
+        HostError: a signer of the policy can't be asked.
         RegistryError: and its kinds: *evidence* could not be had.
     """
     rule = policy.rule(case.place)

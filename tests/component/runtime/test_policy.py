@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +18,7 @@ from ovms.errors import PolicyRefused, SignatureMissing
 from ovms.oci import origins
 from ovms.oci.reference import Reference
 from ovms.runtime import commit, snapshots, starting
-from ovms.runtime.record import Record
+from ovms.runtime.record import Record, Restart
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.trust import keys, signing
@@ -139,3 +141,17 @@ def test_a_start_that_is_refused_says_so(runtime: Runtime, echo: Found, policy: 
     (record,) = runtime.instances.records()
     assert record.problem is not None
     assert (record.problem["code"], record.problem["status"]) == ("policy-refused", 403)
+
+
+def test_a_watcher_asks_the_policy_of_whoever_started_the_vm(runtime: Runtime, echo: Found, policy: Any) -> None:
+    policy(ACCEPT)
+    record = runtime.start(echo, replace(TCG, restart=Restart(3))).record
+    Console(runtime.instances.directory(record.id)).wait_for("READY")
+    policy(REJECT)
+    assert record.process is not None
+    os.kill(record.process.pid, signal.SIGKILL)
+    assert record.watcher is not None
+    assert record.watcher.wait(30)
+    found = runtime.instances.find(record.id)
+    assert not runtime.instances.status(found).state.alive
+    assert found.restart == Restart(3, 0), "it was started again"

@@ -110,3 +110,11 @@ def _ready(server: Server) -> None:
     while server.get("/warm")["pools"][0]["ready"] < 1:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_policy_that_can_t_be_used_is_the_server_s_fault(guarded: Server) -> None:
+    (guarded.root.parent / "policy.json").write_text('{"version": 1}')
+    reply = guarded.call("POST", "/start", {"manifest": "echo:1", "overrides": LEAST})
+    assert (reply.status, reply.json["code"]) == (503, "host")
+    assert "$.default is required" in reply.json["detail"]
+    hold(guarded.root.parent, ACCEPT)

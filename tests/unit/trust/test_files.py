@@ -9,7 +9,7 @@ import pytest
 from support import policies
 from support.policies import ACCEPT, REJECT, signed
 
-from ovms.errors import HostError, InputError
+from ovms.errors import HostError
 from ovms.trust import keys
 from ovms.trust.files import NONE, Policies, user_file
 
@@ -45,7 +45,7 @@ def test_which_hold(tmp_path: Path) -> None:
 
 def test_a_policy_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
     found = Policies(tmp_path / "none.json", needed=True, system=policies.NOWHERE)
-    with pytest.raises(HostError, match="can't be read, so nothing is accepted"):
+    with pytest.raises(HostError, match="can't be used, so nothing is accepted"):
         found.in_force()
 
 
@@ -63,7 +63,7 @@ def test_a_broken_system_policy_is_not_passed_over(tmp_path: Path) -> None:
     system.write_text('{"version": 1, "default": {"type": "accept"}, "enforced": "yes"}')
     found = Policies(user, system=system)
     for _ in range(2):
-        with pytest.raises(InputError, match=r"\$.enforced"):
+        with pytest.raises(HostError, match=r"\$.enforced"):
             found.in_force()
 
 

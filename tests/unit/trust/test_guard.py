@@ -10,7 +10,7 @@ from support import artifacts, policies
 from support.policies import ACCEPT, REJECT, signed
 
 from ovms.artifact.model import Artifact
-from ovms.errors import InputError, PolicyRefused, SignatureMissing, StoreCorrupt
+from ovms.errors import HostError, PolicyRefused, SignatureMissing, StoreCorrupt
 from ovms.oci import collector, origins
 from ovms.oci.collector import Needs
 from ovms.oci.descriptor import Descriptor
@@ -246,7 +246,7 @@ def test_a_policy_that_can_t_be_read_accepts_nothing(layout: Layout) -> None:
     guard = guard_of(layout, ACCEPT)
     (layout.root.parent / "policy.json").write_text('{"version": 1}')
     for _ in range(2):
-        with pytest.raises(InputError, match="is no policy"):
+        with pytest.raises(HostError, match="is no policy"):
             guard.allow(found.digest, "x")
-        with pytest.raises(InputError):
+        with pytest.raises(HostError):
             guard.quick(found.digest)

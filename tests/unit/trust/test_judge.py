@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from support import policies
+from support.keyless import IDENTITY, ISSUER, SIGNED, Sigstore
 from support.policies import ACCEPT, REJECT, signed
 
-from ovms.errors import FileProblem, InputError, PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
+from ovms.errors import (
+    HostError,
+    InputError,
+    PolicyRefused,
+    SignatureInvalid,
+    SignatureMissing,
+    ToolMissing,
+    Untrusted,
+)
 from ovms.spec.digest import of_bytes
 from ovms.trust import judge, keys, payload, policy
 from ovms.trust.keys import PrivateKey
-from ovms.trust.model import Format, Found, Unreadable
+from ovms.trust.model import Format, Found, Good, Unreadable
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
 KEYS: Final = {name: keys.generate() for name in ("a", "b", "c")}
@@ -156,7 +166,7 @@ def test_one_key_does_not_count_twice() -> None:
     value = {"version": 1, "signers": {"x": {"key": pem}, "y": {"key": pem}}, "default": signed("x", "y", of=2)}
     read = policy.parse(json.dumps(value).encode(), "policy.json")
     case = judge.Case("x:1", SUBJECT, "", False, None)
-    with pytest.raises(InputError, match="x and y are the same key"):
+    with pytest.raises(HostError, match="x and y are the same key"):
         judge.judge(read, judge.Signers(read), case, lambda: [(SUBJECT, A)], NOW)
 
 
@@ -164,7 +174,7 @@ def test_keys_in_files_beside_the_policy(tmp_path: Path) -> None:
     value = {"version": 1, "signers": {"a": {"keyPath": "keys/a.pub"}}, "default": signed("a")}
     read = policy.parse(json.dumps(value).encode(), str(tmp_path / "policy.json"))
     case = judge.Case("x:1", SUBJECT, "", False, None)
-    with pytest.raises(FileProblem):
+    with pytest.raises(HostError, match="the key of a"):
         judge.judge(read, judge.Signers(read), case, lambda: [(SUBJECT, A)], NOW)
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys/a.pub").write_bytes(KEYS["a"].public.pem)
@@ -179,6 +189,73 @@ def test_nobody_is_asked_for_signatures_that_no_rule_wants() -> None:
 
     case = judge.Case("x:1", SUBJECT, "", False, None)
     assert judge.judge(read, judge.Signers(read), case, evidence, NOW).allowed
+
+
+def by_identity(path: Path, *others: str) -> tuple[policy.Policy, judge.Signers]:
+    """A policy of the identity that :data:`SIGSTORE` vouches for, and of *others*."""
+    SIGSTORE.write_root(path / "root.json")
+    common = {"issuer": ISSUER, "trustRoot": "root.json"}
+    signers = {f"s{i}": {"identity": name, **common} for i, name in enumerate([IDENTITY, *others])}
+    value = {"version": 1, "signers": signers, "default": {"type": "signed", "allOf": list(signers)}}
+    read = policy.parse(json.dumps(value).encode(), str(path / "policy.json"))
+    return read, judge.Signers(read)
+
+
+SIGSTORE: Final = Sigstore()
+KEYLESS: Final = Found(Format.BUNDLE, INDEX, 0, json.dumps(SIGSTORE.bundle(SUBJECT)).encode(), "")
+
+
+def test_identities(tmp_path: Path) -> None:
+    case = judge.Case("x:1", SUBJECT, "", False, None)
+    now = datetime.now(UTC)
+    assert judge.judge(*by_identity(tmp_path), case, lambda: [(SUBJECT, KEYLESS)], now).signed == ("s0",)
+    refused = judge.judge(*by_identity(tmp_path), case, lambda: [(INDEX, KEYLESS)], now).refusal
+    assert type(refused) is SignatureInvalid
+    assert repr(IDENTITY) in refused.message
+    refused = judge.judge(*by_identity(tmp_path, "else@example.com"), case, lambda: [(SUBJECT, KEYLESS)], now).refusal
+    assert type(refused) is SignatureMissing
+    # its time is known
+    read, signers = by_identity(tmp_path)
+    aged = policy.parse(json.dumps({**_document(read), "default": {**_rule(), "maxAge": "1h"}}).encode(), read.where)
+    soon, later = SIGNED + timedelta(minutes=59), SIGNED + timedelta(hours=2)
+    assert judge.judge(aged, judge.Signers(aged), case, lambda: [(SUBJECT, KEYLESS)], soon).allowed
+    assert not judge.judge(aged, judge.Signers(aged), case, lambda: [(SUBJECT, KEYLESS)], later).allowed
+    with pytest.raises(HostError, match="s0 and s1 are the same identity"):
+        judge.judge(*by_identity(tmp_path, IDENTITY), case, lambda: [(SUBJECT, KEYLESS)], now)
+    assert signers.get(["s0"])
+
+
+def _rule() -> dict[str, Any]:
+    return {"type": "signed", "anyOf": ["s0"]}
+
+
+def _document(read: policy.Policy) -> dict[str, Any]:
+    spec = read.signers["s0"]
+    signer = {"identity": spec.identity, "issuer": spec.issuer, "trustRoot": spec.trust_root}
+    return {"version": 1, "signers": {"s0": signer}}
+
+
+def test_without_the_package_that_checks_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_identity(tmp_path)
+    monkeypatch.setitem(sys.modules, "sigstore.errors", None)
+    case = judge.Case("x:1", SUBJECT, "", False, None)
+    with pytest.raises(ToolMissing, match="sigstore"):
+        judge.judge(*found, case, lambda: [(SUBJECT, KEYLESS)], NOW)
+
+
+class Anybody:
+    """A signer who takes every signature for theirs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self, found: Found, _subject: Any, predicate: str = "") -> Good:
+        return Good(found, self.name)
+
+
+def test_one_signature_counts_for_one_signer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge.Signers, "get", lambda _, names: [Anybody(name) for name in names])
+    assert type(ask(signed("a", "b", of=2), S).refusal) is SignatureMissing
 
 
 # --- signed statements -----------------------------------------------------------------------------------------------
