@@ -125,7 +125,7 @@ def _stamp(path: str) -> Stamp:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
-        raise _unreadable(Path(path), exc.strerror or type(exc).__name__) from exc
+        raise _unreadable(Path(path), f"{path}: {exc.strerror or type(exc).__name__}") from exc
     return info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size
 
 
@@ -142,7 +142,7 @@ def _read(path: Path) -> Loaded:
 
 def _unreadable(path: Path, why: str) -> HostError:
     return HostError(
-        f"the policy {path} can't be used, so nothing is accepted: {why}",
+        f"nothing is accepted, since a policy can't be used: {why}",
         hint=f"mend the file (docs/policy.md tells what it holds), or take it away; {VARIABLE} names another for the user",
         path=str(path),
     )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from ovms.errors import OvmsError, SignatureInvalid, SignatureMissing
+from ovms.errors import OvmsError, PolicyRefused, SignatureInvalid, SignatureMissing
 from ovms.lazy import dataclass, field
 from ovms.oci import absent, origins
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
@@ -46,6 +46,8 @@ _FRESH: Final = 60.0
 _KNOWN_MAX: Final = 4096
 
 _Connect = Callable[[str], "RegistryClient"]
+#: Artifacts that one was made from, without and with their RAM snapshots, and what decides them; None while that is looked for.
+_Seen = dict[tuple[Digest, bool], "list[Verdict] | None"]
 
 
 class Guard:
@@ -154,15 +156,15 @@ class Guard:
             return stamp[1] is not None and stamp == self._stamp and self._allowed.get(key, 0.0) > time.monotonic()
 
     def _using(self, force: InForce, asked: _Asked) -> list[Verdict]:
-        return [verdict for one in force.policies for verdict in self._decide(one, asked, [])]
+        return [verdict for one in force.policies for verdict in self._decide(one, asked, {})]
 
-    def _decide(self, loaded: Loaded, asked: _Asked, seen: list[Digest]) -> list[Verdict]:
+    def _decide(self, loaded: Loaded, asked: _Asked, seen: _Seen) -> list[Verdict]:
         # the verdicts that decide: all of them have to be good
         image = self._image(asked.digest)
         origin = origins.read(self._layout, asked.digest)
         # a name without a registry says nothing of where something comes from
         further = [place for place in _places([asked.asked or ""]) if place != LOCAL]
-        if origin is None:
+        if origin is None or not (origin.made or origin.places):
             places = [*_places(self._names(asked.digest)), *further] or [""]
             indexes = Origin(indexes=tuple(self._indexes(asked.digest)))
             return self._all(loaded, asked, image, indexes, dict.fromkeys(places))
@@ -180,19 +182,20 @@ class Guard:
         further = [place for place in further if place != decided[-1].place]
         return [*decided, *self._all(loaded, asked, image, origin, further)]
 
-    def _sources(self, loaded: Loaded, asked: _Asked, origin: Origin, seen: list[Digest]) -> list[Verdict]:
-        from ovms.errors import PolicyRefused
-
+    def _sources(self, loaded: Loaded, asked: _Asked, origin: Origin, seen: _Seen) -> list[Verdict]:
         verdicts: list[Verdict] = []
         for source in origin.sources:
-            if source.digest in seen:
-                continue
-            seen.append(source.digest)
-            if len(seen) > _SOURCES_MAX:
-                raise PolicyRefused(f"{asked.name} was made from more than {_SOURCES_MAX} artifacts")
             name = f"{source.digest[:19]}…, from which {asked.name} was made,"
             of = _Asked(source.digest, name, None, asked.connect, asked.ram and source.ram)
-            verdicts += self._decide(loaded, of, seen)
+            key = of.digest, of.ram
+            if key not in seen:
+                if len(seen) >= _SOURCES_MAX:
+                    raise PolicyRefused(f"{asked.name} was made from more than {_SOURCES_MAX} artifacts")
+                seen[key] = None
+                seen[key] = self._decide(loaded, of, seen)
+            if (known := seen[key]) is None:
+                raise PolicyRefused(f"{asked.name} is said to be made from itself")
+            verdicts += known
         return verdicts
 
     def _all(

@@ -273,7 +273,10 @@ def _unsigned(
         kind, found = SignatureMissing, "there is no signature"
     hint = None
     if ram:
-        hint = "'ovm run --cold' boots from the disk, and 'ovm pull --no-ram' leaves the RAM snapshot out"
+        hint = (
+            "'ovm pull' fetches signatures that came later; 'ovm run --cold' boots from the disk, and 'ovm pull --no-ram' leaves the"
+            " RAM snapshot out"
+        )
     return _refused(policy, rule, case, kind, f"{what} {wanted}, and {found}", lines, good, hint)
 
 
@@ -290,7 +293,7 @@ def _refused(
     text = f"{case.name} is refused by the rule for {rule.scope} in {policy.where}: {why}"
     refusal = kind(
         text,
-        hint=hint or f"'ovm policy check {case.name}' tells more; docs/policy.md tells what a rule asks for",
+        hint=hint or "'ovm policy check' tells more, and docs/policy.md what a rule asks for",
         policy=policy.where,
         scope=rule.scope,
         place=case.place,

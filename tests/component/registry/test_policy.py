@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import pytest
 from support import artifacts, policies
+from support.cli import Ovm
 from support.policies import ACCEPT, REJECT, signed
 from support.registry import Registry
 
 from ovms.artifact import ram, resolve
+from ovms.artifact.build import Builder
 from ovms.artifact.model import Artifact
 from ovms.artifact.resolve import Found
 from ovms.errors import PolicyRefused, SignatureInvalid, SignatureMissing, Untrusted
@@ -299,6 +301,84 @@ def _needed(*_: Any) -> None:
 
 def _offline(host: str) -> RegistryClient:
     raise AssertionError(f"{host} was asked")
+
+
+def test_check_and_show_by_command(setting: Setting) -> None:
+    setting.put(artifacts.with_ram(setting.theirs, str(setting.ref), artifacts.ram_blob()))
+    rule = {**signed("a", "b"), "ramSnapshots": signed("b"), "maxAge": "90d"}
+    path = setting.path / "policy.json"
+    allowed = ["registry.example", setting.client.host]
+    policies.write(path, policies.document(REJECT, KEYS, scopes={setting.ref.name: rule}, registries=allowed))
+    ovm = Ovm(setting.path / "root", setting.path, extra={"OVMS_POLICY": str(path)})
+
+    shown = ovm.ok("policy", "show").out
+    assert f"{path}\nallowed registries: registry.example, {setting.client.host}\n" in shown
+    row = next(line for line in shown.splitlines() if line.startswith(setting.ref.name))
+    assert [cell.strip() for cell in row.split("   ") if cell][1:] == [
+        "signed by one of a, b",
+        "signed by b",
+        "90 days",
+    ]
+    assert ovm.ok("policy", "show", "--json").json["policies"][0]["signers"] == ["a", "b", "c"]
+
+    # in the registry: nothing of it comes into a store
+    checked = ovm("policy", "check", setting.ref)
+    assert checked.code == 14
+    assert not (setting.path / "root").exists()
+    assert "refused: " in checked.out
+    assert "there is no signature" in checked.out
+    setting.sign(KEYS["a"])
+    pulled = ovm("pull", setting.ref, "--no-ram")
+    assert pulled.code == 14
+    assert "it does not say when it was made" in pulled.err
+    assert ovm("pull", setting.ref, "--json").error["code"] == "signature-invalid"
+    setting.guard({**signed("a", "b"), "ramSnapshots": signed("b")})
+    checked = ovm("policy", "check", setting.ref, "--json")
+    assert (checked.code, checked.json["allowed"], checked.json["ram_allowed"]) == (14, True, False)
+    assert checked.json["verdicts"][0]["signed_by"] == ["a"]
+    setting.sign(KEYS["b"], Format.CLASSIC)
+    checked = ovm.ok("policy", "check", setting.ref)
+    assert "accepted: signed by " in checked.out
+    assert "with its RAM snapshot:" in checked.out
+    ovm.ok("pull", setting.ref)
+    assert ovm.ok("policy", "check", setting.ref).out.splitlines()[-1] == checked.out.splitlines()[-1]
+
+    # in a file, where nobody has signed
+    archive = f"oci-archive:{setting.path / 'x.tar'}"
+    resolve.push(setting.theirs, setting.connect, str(setting.ref), destination=archive)
+    assert ovm("policy", "check", archive).code == 14
+    for wrong in (("check",), ("show", "x"), ("check", "none:1")):
+        assert ovm("policy", *wrong).code in (2, 4)
+    path.unlink()
+    assert ovm("policy", "show").code == 9
+    assert "every artifact is accepted" in Ovm(setting.path / "root", setting.path).ok("policy", "show").out
+
+
+def test_a_build_takes_no_part_of_what_is_refused(setting: Setting) -> None:
+    setting.put(artifacts.of(setting.theirs, str(setting.ref), b"kernel", b"disk" * 4096))
+    manifest = setting.path / "ovms.json"
+    manifest.write_text(
+        json.dumps(
+            {
+                "schemaVersion": 1,
+                "mediaType": mediatypes.MANIFEST,
+                "name": "mine",
+                "version": "1",
+                "diskLayers": [{"ref": str(setting.ref), "format": "raw"}],
+            }
+        )
+    )
+    with pytest.raises(SignatureMissing):
+        Builder(setting.ours, setting.connect, guard=setting.guard(signed("a"), local=ACCEPT)).build(manifest)
+    setting.sign(KEYS["a"])
+    guard = setting.guard(signed("a"), local=ACCEPT)
+    made = Builder(setting.ours, setting.connect, guard=guard).build(manifest, name="mine:1")
+    assert origins.read(setting.ours, made.digest) == origins.Origin(
+        made=True, sources=(origins.Source(setting.artifact.digest),)
+    )
+    guard.allow(made.digest, "mine:1")
+    with pytest.raises(SignatureInvalid, match="from which mine:1 was made"):
+        setting.guard(signed("b"), local=ACCEPT).allow(made.digest, "mine:1")
 
 
 def attest(setting: Setting, key: PrivateKey, predicate: str, digest: Digest | None = None) -> None:

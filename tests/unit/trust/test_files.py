@@ -45,7 +45,7 @@ def test_which_hold(tmp_path: Path) -> None:
 
 def test_a_policy_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
     found = Policies(tmp_path / "none.json", needed=True, system=policies.NOWHERE)
-    with pytest.raises(HostError, match="can't be used, so nothing is accepted"):
+    with pytest.raises(HostError, match="nothing is accepted, since a policy can't be used"):
         found.in_force()
 
 

@@ -19,7 +19,7 @@ from ovms.oci.origins import Origin, Source
 from ovms.oci.reference import Reference
 from ovms.oci.transport import parse_place
 from ovms.spec import mediatypes, strictjson
-from ovms.spec.digest import hex_of
+from ovms.spec.digest import Digest, hex_of, of_bytes
 from ovms.trust import keys, signing
 from ovms.trust.guard import Guard
 from ovms.trust.model import Format
@@ -250,3 +250,43 @@ def test_a_policy_that_can_t_be_read_accepts_nothing(layout: Layout) -> None:
             guard.allow(found.digest, "x")
         with pytest.raises(HostError):
             guard.quick(found.digest)
+
+
+def test_each_artifact_that_others_were_made_from_counts_each_time(layout: Layout) -> None:
+    base = artifacts.with_ram(layout, f"{HERE}:1", artifacts.ram_blob())
+    policies.came_from(layout, base.digest, HERE)
+    guard = guard_of(layout, ACCEPT, registry_example={**ACCEPT, "ramSnapshots": REJECT})
+    # its disk, and its memory
+    made = artifacts.with_ram(layout, "made:1", artifacts.ram_blob(), disk=b"x" * 5000)
+    origins.add(layout, made.digest, Origin(made=True, sources=(Source(base.digest), Source(base.digest, ram=True))))
+    assert allows(guard, made)
+    assert not allows(guard, made, ram=True)
+    # refused in one that is allowed for another reason, and in one that is not
+    guard = guard_of(layout, ACCEPT, registry_example=REJECT)
+    one = artifact(
+        layout, "one:1", origin=Origin(made=True, places=("good.example/x",), sources=(Source(base.digest),))
+    )
+    two = artifact(layout, "two:1", origin=Origin(made=True, sources=(Source(base.digest),)))
+    both = artifact(layout, "both:1", origin=Origin(made=True, sources=(Source(one.digest), Source(two.digest))))
+    assert allows(guard, one)
+    assert not allows(guard, two)
+    assert not allows(guard, both)
+
+
+def test_records_that_make_no_sense_let_nothing_pass(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = artifact(layout, "web:1", origin=Origin(indexes=()))
+    origins.add(layout, found.digest, Origin(indexes=(found.digest,)))
+    assert not allows(guard_of(layout, ACCEPT, local=REJECT), found)
+    origins.add(layout, found.digest, Origin(made=True, sources=(Source(found.digest),)))
+    with pytest.raises(PolicyRefused, match="made from itself"):
+        guard_of(layout, ACCEPT).allow(found.digest, "x")
+    from ovms.trust import guard as module
+
+    monkeypatch.setattr(module, "_SOURCES_MAX", 2)
+    many = artifact(layout, "many:1", origin=Origin(made=True, sources=tuple(Source(hash_of(i)) for i in range(3))))
+    with pytest.raises(PolicyRefused, match="more than 2 artifacts"):
+        guard_of(layout, ACCEPT).allow(many.digest, "x")
+
+
+def hash_of(number: int) -> Digest:
+    return of_bytes(bytes([number]))
