@@ -28,6 +28,7 @@ from ovms.oci import exporting
 from ovms.oci.descriptor import Descriptor, ImageManifest
 from ovms.oci.layout import Layout
 from ovms.oci.referrers import local_lister
+from ovms.oci.transfer import label
 from ovms.progress import NULL, Progress
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest
@@ -90,7 +91,7 @@ def _write(
     for blob in wanted:
         with (
             (directory / blob_name(blob.digest)).open("xb", buffering=0) as file,
-            progress.task(blob.annotations.get(mediatypes.TITLE_ANNOTATION, "a part"), blob.size) as task,
+            progress.task(label(blob), blob.size) as task,
         ):
             parts.copy(blob, file.fileno(), 0, task.advance)
             os.ftruncate(file.fileno(), blob.size)  # where it ends with a hole
