@@ -25,7 +25,7 @@ AUDIT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "audit.py"))
 def test_every_package_is_pinned_with_its_hashes(path: Path) -> None:
     text = path.read_text()
     pins = AUDIT["pins"](path)
-    assert len(pins) == len(re.findall("==[0-9]", text)) > 5
+    assert len(pins) == len(re.findall("==[0-9]", text)) > 0
     for entry in re.split(r"^(?=[A-Za-z])", text, flags=re.MULTILINE)[1:]:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry[:80]
     assert "://" not in text, "a package comes from somewhere else than the index"
