@@ -159,6 +159,11 @@ class Runtime:
             Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
+        confined = jail.Part.CGROUPS not in options.security.off
+        with cgroups.at_hand() if confined else contextlib.nullcontext():
+            return self._start(found, options, progress, pending)
+
+    def _start(self, found: Found, options: RunOptions, progress: Progress, pending: Record | None) -> Started:
         began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
