@@ -286,4 +286,5 @@ def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found)
     time.sleep(0.1)
     record = runtime.instances.find("orphan")
     assert runtime.instances.status(record).state is State.RUNNING
+    console(runtime, record).wait_for("READY")  # before it, nobody hears the button
     assert runtime.stop(record, grace=20).ending is Ending.POWERED_OFF
