@@ -232,6 +232,8 @@ def test_who_starts_it_again_finds_the_same_programs(tmp_path: Path, monkeypatch
     # a QEMU of another version, which the shell that started the VM had on its PATH, does not know its machine
     main = tmp_path / "ovms" / "cli" / "main.py"
     main.parent.mkdir(parents=True)
+    for package in main.parents[:2]:
+        (package / "__init__.py").touch()
     main.write_text("import os, sys\ndef main(): print(os.environ['PATH'], *sys.argv[1:])\n")
     monkeypatch.setenv("PATH", "/opt/vmm/bin:/usr/bin")
     python, option, start, path, source, *rest = restart.at_end(
