@@ -162,7 +162,6 @@ def _wrapped(encrypt: Sequence[str]) -> tuple[Encryption, Cipher] | None:
         return None
     from ovms.trust import age
 
-    age.check_number(len(encrypt))
     return age.new(encrypt)
 
 

@@ -37,7 +37,7 @@ def recipients(values: Sequence[str]) -> tuple[str, ...]:
     """The recipients that *values* name, each once; ``@FILE`` stands for those of a file.
 
     Raises:
-        UsageError: one is none, or there are too many.
+        UsageError: one is none.
         FileProblem, InputError: a file can't be read, or holds something else.
     """
     found: dict[str, None] = {}
@@ -55,25 +55,21 @@ def recipients(values: Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"a recipient {wrong}", hint=f"{FILE_MARK}FILE takes them from a file; {_MAKE_ONE}")
         else:
             found[value] = None
-    check_number(len(found))
     return tuple(found)
-
-
-def check_number(count: int) -> None:
-    """Raises UsageError where a snapshot can't have so many recipients."""
-    if count > limits.RAM_RECIPIENTS_MAX:
-        raise UsageError(f"{count} recipients are too many; at most {limits.RAM_RECIPIENTS_MAX} are allowed")
 
 
 def new(to: Sequence[str]) -> tuple[Encryption, Cipher]:
     """A new key, wrapped for the recipients *to*: for one blob.
 
     Raises:
-        InputError: a recipient is mistyped.
+        InputError: there are too many of them, or one is mistyped.
     """
     import pyrage
     from pyrage import x25519
 
+    if len(to) > limits.RAM_RECIPIENTS_MAX:
+        text = f"{len(to)} recipients are too many; at most {limits.RAM_RECIPIENTS_MAX} are allowed"
+        raise InputError(text, rule="RAM-59")
     keys = []
     for text in to:
         try:
