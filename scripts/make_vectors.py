@@ -881,14 +881,20 @@ def snapshot(pages: dict[int, bytes], header: Header = HEADER, compression: Comp
     chunks: list[ramsnap.Chunk] = []
     data = b""
     for page, content in sorted(pages.items()):
-        codec, stored, sha = ramsnap.CODEC_ZERO, b"", bytes(32)
-        if content and header.encryption is None:
-            codec, stored, sha = ramsnap.compress(content, compression)
-        elif content:
-            codec, stored, sha = ramsnap.encrypt(page, content, compression, Cipher(KEY))
+        codec, stored, sha = _stored(page, content, header, compression)
         chunks.append(ramsnap.Chunk(page, len(content) // PAGE or 1, len(data), len(stored), codec, sha))
         data += bytes(stored)
     return Blob(header, tuple(chunks), data)
+
+
+def _stored(
+    page: int, content: bytes, header: Header, compression: Compression
+) -> tuple[int, bytes | memoryview, bytes]:
+    if not content:
+        return ramsnap.CODEC_ZERO, b"", bytes(32)
+    if header.encryption is None:
+        return ramsnap.compress(content, compression)
+    return ramsnap.encrypt(page, content, compression, Cipher(KEY))
 
 
 def memory_of(pages: dict[int, bytes], below: bytes = bytes(limits.RAM_MIN)) -> bytes:
