@@ -290,7 +290,7 @@ def _parse_index(data: bytes, prefix: Prefix, header: Header) -> Iterator[Chunk]
     for i, (page, pages, stored, offset, codec, reserved, digest) in enumerate(_ENTRY.iter_unpack(index)):
         at += ENTRY_SIZE
         if codec not in known or reserved != _ZERO7:
-            if codec ^ ENCRYPTED in known and reserved == _ZERO7:
+            if codec & ~ENCRYPTED < CODEC_ZERO and reserved == _ZERO7:
                 raise _bad(
                     f"chunk {i} is {'not ' if added else ''}encrypted, and the header says otherwise", at + 24, "RAM-61"
                 )
