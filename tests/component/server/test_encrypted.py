@@ -13,6 +13,8 @@ from support.cli import Ovm
 from support.guests import Console
 from support.server import Server, prepare
 
+pytestmark = pytest.mark.long
+
 IDENTITY = x25519.Identity.generate()
 RECIPIENT = str(IDENTITY.to_public())
 
