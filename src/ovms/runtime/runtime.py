@@ -204,7 +204,7 @@ class Runtime:
             record = seeded
             if plan.restore is not None and restore is not None and template.digest_of(restore.ram) is None:
                 inode = os.fstat(restore.ram).st_ino
-                record = replace(seeded, still=Still(inode, artifact.digest, plan.restore.digest))
+                record = replace(seeded, still=Still(inode, artifact.digest, plan.restore.digest, artifact.encrypted))
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))

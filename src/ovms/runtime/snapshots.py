@@ -111,7 +111,7 @@ def take(
         if not newest.restored:  # of one that was, it is known what it needs
             fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
         if wrapped is None:
-            _require_plain(runtime, newest, source)
+            _require_plain(newest, source)
         # without a name: gone whatever happens to us
         memory = scratch.enter_context(_scratch(None if wrapped is not None else directory))
         in_directory = directory if wrapped is None else None
@@ -134,7 +134,7 @@ def take(
         with _left(runtime, frozen.record, leave):
             copy, done = frozen.seen[1], None
             if before is not None:
-                copy.finish()  # a diff has only what was written
+                _finish(copy, wrapped)  # a diff has only what was written
                 done = Scrubbed(before, content.nonzero(copy.fd, newest.machine.memory), bool(zeroed))
             parts, document, size = _add_parts(runtime, frozen, source, progress, wrapped)
             artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
@@ -142,7 +142,7 @@ def take(
                 layout.set_name(str(name), artifact.image.descriptor())
             if copy.shared:
                 newest_ram = Digest(parts.ram_snapshots[-1].digest)
-                still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram)
+                still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram, artifact.encrypted)
                 instances.save(replace(instances.newest(newest) or frozen.record, still=still))
         parents = len(parts.ram_snapshots) - 1
         taken = Taken(
@@ -172,12 +172,15 @@ def _scratch(directory: Path | None) -> BinaryIO:
     return cast("BinaryIO", tempfile.TemporaryFile(dir=directory, buffering=0))
 
 
-def _require_plain(runtime: Runtime, record: Record, source: model.Artifact) -> None:
-    # Nobody gets what was secret in plain because an option was forgotten.
-    origin = source if record.restored else None
-    if record.still is not None:
-        origin = model.load(runtime.layout, record.still.artifact)
-    if origin is not None and origin.encrypted:
+def _finish(memory: capture.Capture, wrapped: tuple[Encryption, Cipher] | None) -> None:
+    if wrapped is not None and memory.base is not None:  # the copy is in memory
+        snapshot.require_memory(os.fstat(memory.base).st_blocks * 512, "an encrypted snapshot")
+    memory.finish()
+
+
+def _require_plain(record: Record, source: model.Artifact) -> None:
+    # Nobody gets what was secret in plain because an option was forgotten. (A VM that was booted may have outlived its snapshot.)
+    if (record.restored and source.encrypted) or (record.still is not None and record.still.encrypted):
         raise InputError(
             f"the memory of {record.name} is that of an encrypted snapshot, and this one would not be",
             hint="name who may restore it: 'ovm snapshot --encrypt RECIPIENT'; 'ovm fork' clones that",
@@ -256,9 +259,7 @@ def _add_parts(
     all_disks = (*(layer.ref for layer in manifest.disk_layers), *(d.digest for d in added))
     parents = _parents(runtime, record, source, memory, all_disks)
     if not parents:
-        if wrapped is not None and memory.base is not None:
-            snapshot.require_memory(os.fstat(memory.base).st_blocks * 512, "an encrypted snapshot")
-        memory.finish()
+        _finish(memory, wrapped)
     encryption, cipher = (None, None) if wrapped is None else wrapped
     header = compat.describe(
         runtime.vmm(record.vmm),

@@ -117,8 +117,7 @@ class Identities:
         try:
             key = pyrage.decrypt(wrapped, self._found) if self._found else None
         except pyrage.DecryptError:
-            # one that fits a damaged file is told from one that fits none by nobody
-            key = None
+            key = None  # for others, or damaged: it says so in words alone
         if key is None:
             raise self._missing(header.encryption)
         if len(key) != ramcrypt.KEY_SIZE:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from pyrage import x25519
-from support import guests
 from support.guests import MEMORY, Console
 from support.registry import Registry
 
@@ -19,6 +18,7 @@ from ovms.artifact import model
 from ovms.artifact.resolve import Found, find, push, resolve
 from ovms.artifact.validate import validate_artifact
 from ovms.errors import BlobNotFound, IdentityMissing, InputError, SnapshotInvalid, Unsupported
+from ovms.memory import locking
 from ovms.memory.flatten import flatten
 from ovms.oci import absent
 from ovms.oci.collector import collect
@@ -29,7 +29,6 @@ from ovms.runtime import snapshots
 from ovms.runtime.fork import fork
 from ovms.runtime.local import Local
 from ovms.runtime.record import Record
-from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec import ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
@@ -73,19 +72,6 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry = Registry(tmp_path / "registry")
     yield registry
     registry.close()
-
-
-@pytest.fixture
-def away(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
-    """A runtime on another host, as far as its root goes."""
-    root = Root(tmp_path / "away")
-    root.prepare()
-    root.cache.symlink_to(qemu_cache)
-    runtime = Runtime(root)
-    yield runtime
-    for record in runtime.instances.records():
-        runtime.remove(record, force=True)
-    assert guests.qemu_children(root.path) == []
 
 
 def console(runtime: Runtime, record: Record) -> Console:
@@ -171,6 +157,7 @@ def test_memory_is_in_no_file(runtime: Runtime, echo: Found, pair: Pair) -> None
         assert clone.restored
         assert has_secret(runtime, clone)
         assert console(runtime, clone).ping() == 2
+        assert clone.memory_locked == (locking.why_not(MEMORY) is None)
     assert files_with_secret(runtime.root.path) == []
     assert list(runtime.layout.derived_dir.glob("*.ram")) == []
     # the same, not encrypted: this test would see it
@@ -244,6 +231,11 @@ def test_what_came_from_an_encrypted_snapshot_is_encrypted_again(
     with pytest.raises(InputError, match="encrypted") as info:
         take(runtime, record, "echo:b")  # goes on from it
     assert info.value.context["rule"] == "RAM-65"
+    runtime.layout.remove_name("echo:a")  # and outlives it
+    collect(runtime.layout, runtime.instances.needs)
+    with pytest.raises(InputError, match="encrypted"):
+        take(runtime, record, "echo:b")
+    take(runtime, record, "echo:a", pair)
     gone(runtime, record)
     clone = runtime.start(find(runtime.layout, "echo:a"), pair.options).record
     assert console(runtime, clone).ping() == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyrage
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyrage import x25519
 from support import ram
 
@@ -176,3 +179,22 @@ def test_no_core_is_dumped_with_a_key_in_it(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_CORE) == (0, hard)
     for thing in (identities, cipher):
         assert "SECRET" not in repr(thing)
+
+
+_WRAPPED = age.new([RECIPIENT])[0].key
+
+
+@pytest.mark.spec("RAM-58", "RAM-60")
+@given(st.integers(0, len(_WRAPPED) - 1), st.binary(max_size=40), st.integers(0, 40))
+def test_anything_as_a_key_is_a_key_or_an_error(at: int, other: bytes, gone: int) -> None:
+    wrapped = _WRAPPED[:at] + other + _WRAPPED[at + gone :]
+    with contextlib.suppress(SnapshotInvalid, IdentityMissing):
+        _IDENTITIES.cipher(header(Encryption((), wrapped)))
+
+
+class _Ours(Identities):
+    def _read(self) -> list[x25519.Identity]:
+        return [IDENTITY]
+
+
+_IDENTITIES = _Ours([Path("none")], {})
