@@ -166,6 +166,7 @@ def test_memory_is_in_no_file(runtime: Runtime, echo: Found, pair: Pair) -> None
     assert files_with_secret(runtime.root.path) != []
 
 
+@pytest.mark.long
 @pytest.mark.spec("RAM-64")
 @pytest.mark.parametrize("encrypt", [True, False])
 def test_nothing_without_a_name_has_it_either(
@@ -284,6 +285,7 @@ def test_an_encrypted_diff_of_a_base_that_everyone_can_read(runtime: Runtime, ec
         flatten(runtime.layout, find(runtime.layout, "echo:diff"))
 
 
+@pytest.mark.long
 @pytest.mark.spec("RAM-62", "RAM-63", "RAM-50")
 @pytest.mark.parametrize("at", [-100, 300])
 def test_a_damaged_one_leaves_nothing(runtime: Runtime, echo: Found, pair: Pair, at: int) -> None:
