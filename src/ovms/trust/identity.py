@@ -65,8 +65,9 @@ class TrustRoot:
                 "identities can't be checked: the Python package 'sigstore' is not installed",
                 hint="install it beside ovms: pip install 'ovms[keyless]'",
             ) from None
-        # it warns of keys that it does not know, which are then not trusted
-        logging.getLogger("sigstore").addHandler(logging.NullHandler())
+        # it warns of keys that it does not know, which are then not trusted: that is for programs that listen
+        if not (logger := logging.getLogger("sigstore")).handlers:
+            logger.addHandler(logging.NullHandler())
         data = fsutil.read_input(path, "trust root", max_size=ROOT_MAX)
         what = f"the trust root {path}"
         document = strictjson.parse(data, what, max_size=ROOT_MAX, max_depth=_DEPTH_MAX)

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import glob
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -80,6 +81,8 @@ def why(signer: IdentitySigner, one: Found, subject: Digest = SUBJECT) -> str:
     assert result.signer == signer.name
     assert result.detail.isprintable()
     assert len(result.detail) < 300
+    # what was found, as pydantic shows it
+    assert "[type=" not in result.detail
     return result.detail
 
 
@@ -217,6 +220,15 @@ def test_a_key_or_another_format(signer: IdentitySigner) -> None:
         assert "bundles alone" in why(signer, Found(kind, MANIFEST, 0, simple, "", notes))
 
 
+def test_what_only_one_parser_sees(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    class Other(TrustRoot):
+        def verify(self, data: bytes, policy: Any) -> tuple[str, bytes, datetime]:
+            kind, signed, at = signer.root.verify(data, policy)
+            return kind, signed.replace(b"{}", b"{ }"), at
+
+    assert "in two ways" in why(dataclasses.replace(signer, root=Other({})), found(bundle))
+
+
 # --- clocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +247,10 @@ def test_a_clock_tells_the_time(signer: IdentitySigner, clocked: Sigstore, tmp_p
     assert isinstance(result, Good)
     assert result.signed_at is not None
     assert abs(result.signed_at - now()) < timedelta(minutes=5)
+    # a time that the log did not sign
+    again = copy.deepcopy(document)
+    entry(again)["integratedTime"] = str(int(result.signed_at.timestamp()) + 60)
+    assert ours.check(found(again), SUBJECT) == dataclasses.replace(result, found=found(again))
     # a trust root without a clock, and with another
     assert "no Timestamp Authorities" in why(signer, found(document))
     assert clocked.clock is not None
@@ -360,13 +376,16 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_key_of_an_unknown_kind_is_not_trusted(
-    signer: IdentitySigner, bundle: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    signer: IdentitySigner, bundle: dict[str, Any], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # as in a program that sets up no logging
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     document = OURS.trusted_root()
     document["tlogs"][0]["publicKey"]["keyDetails"] = "PKIX_ECDSA_P384_SHA_256"
     ours = dataclasses.replace(signer, root=rooted(tmp_path / "root", document))
     assert "log entry" in why(ours, found(bundle))
-    assert capfd.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "")
 
 
 # --- whatever strangers write ----------------------------------------------------------------------------------------
