@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from sigstore.verify import Verifier
     from sigstore.verify.policy import VerificationPolicy
 
-#: Bytes of a trust root, and entries of one of its lists.
+#: Values in a bundle, of whatever kind: the package describes each that is wrong, in memory. One with a long proof has 200.
+VALUES_MAX: Final = 500
+#: Bytes of a trust root, values in it, and entries of one of its lists.
 ROOT_MAX: Final = 1 * limits.MIB
+ROOT_VALUES_MAX: Final = 10_000
 ENTRIES_MAX: Final = 64
 _DEPTH_MAX: Final = 16
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
@@ -90,6 +93,11 @@ class TrustRoot:
         from sigstore.models import Bundle
 
         try:
+            document = strictjson.parse(data, "the bundle", max_size=payload.BUNDLE_MAX, max_depth=_DEPTH_MAX)
+            if _has_more(document, VALUES_MAX):
+                raise payload.Malformed(
+                    f"it has more than {VALUES_MAX} values, and no bundle of one signature has so many"
+                )
             bundle = Bundle.from_json(data)
             # it is only claimed until the verifier, which trusts nothing that was not valid then, has checked it
             at = _claimed_time(bundle)
@@ -168,6 +176,8 @@ def _check_shape(document: Any, what: str) -> None:
 
     if not isinstance(document, dict):
         raise wrong("is no JSON object")
+    if _has_more(document, ROOT_VALUES_MAX):
+        raise wrong(f"has more than {ROOT_VALUES_MAX} values")
     for name, kind in _LISTS.items():
         entries = document.get(name)
         if not isinstance(entries, list) or not entries:
@@ -217,6 +227,16 @@ def _verifier(document: dict[str, Any]) -> Verifier:
         return Verifier(trusted_root=TrustedRoot.from_file(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
+
+
+def _has_more(document: Any, values: int) -> bool:
+    count, left = 0, [document]
+    while left and count <= values:
+        value = left.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        left += inner
+    return count > values
 
 
 def _claimed_time(bundle: Bundle) -> datetime:

@@ -341,6 +341,7 @@ def _root(change: Change) -> Callable[[], bytes]:
         (lambda: b"[" * 100, "deeper"),
         (lambda: b"{}", "names no certificate authority"),
         (_root(lambda d: d.update(tlogs=[])), "names no log of signatures"),
+        (_root(lambda d: d.update(timestampAuthorities=[{}] * 10_000)), "more than 10000 values"),
         (_root(lambda d: d.pop("ctlogs")), "names no log of certificates"),
         (_root(lambda d: d.update(ctlogs=d["ctlogs"] * 65)), "at most 64"),
         (_root(lambda d: d.update(mediaType="x\x1b")), "can't be used: "),
@@ -433,6 +434,30 @@ def test_nothing_in_a_bundle_makes_it_raise(signer: IdentitySigner, place: tuple
 
 
 TEXTS = {"rawBytes", "sig", "payload", "canonicalizedBody", "signedEntryTimestamp"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: entry(d)["inclusionProof"].update(hashes=[1] * 100_000),
+        lambda d: d["verificationMaterial"].update(tlogEntries=[{}] * 100_000),
+        lambda d: d["verificationMaterial"].update(tlogEntries=[[[]] * 9] * 50),
+        lambda d: d.update({str(i): 1 for i in range(40_000)}),
+    ],
+)
+def test_a_bundle_of_many_small_mistakes(signer: IdentitySigner, bundle: dict[str, Any], change: Change) -> None:
+    # each of which would be described: 600 MB, and six seconds
+    document = copy.deepcopy(bundle)
+    change(document)
+    assert "more than 500 values" in why(signer, found(document))
+
+
+def test_a_bundle_with_the_longest_proof(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    document = copy.deepcopy(bundle)
+    entry(document)["inclusionProof"]["hashes"] = [keyless.b64(bytes(32))] * 128
+    assert "wrong size" in why(signer, found(document))
+
+
 BYTES = [place for place in PLACES if TEXTS.intersection(place)]
 
 
