@@ -183,7 +183,7 @@ def raw_attacks() -> Iterator[Attack]:
         'ddb.geometry.heads = "1"\nddb.geometry.sectors = "8"\nddb.adapterType = "ide"\n'
     )
     vmdk = descriptor.encode().ljust(1024, b"\n")
-    yield Attack("raw", "a VMDK descriptor", vmdk, reads, HOST, None, "LAY-6 LAY-17")
+    yield Attack("raw", "a VMDK descriptor", vmdk, reads, HOST, None, "LAY-3 LAY-6")
 
 
 # --- kernels and initrds ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -120,13 +121,13 @@ def mutations(seeds: list[bytes], size: int, seed: int, seconds: float) -> Itera
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target")
+    parser.add_argument("target", help="a target, or all: each with its seeds, and no more")
     parser.add_argument("--seconds", type=int, default=0, help="how long to look for more (default: the seeds alone)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--found", type=Path, required=True, help="where inputs that are findings go")
     parser.add_argument("--corpus", type=Path, help="where inputs go that reach code which none reached before")
     parser.add_argument("--plain", action="store_true", help="with the mutator of our own")
-    parser.add_argument("inputs", nargs="*", type=Path, help="files to feed instead of the seeds")
+    parser.add_argument("--inputs", nargs="+", type=Path, default=[], help="files to feed instead of the seeds")
     args = parser.parse_args()
     guided = args.seconds > 0 and not args.plain and importlib.util.find_spec("atheris") is not None
     atheris: Any = importlib.import_module("atheris") if guided else None
@@ -136,16 +137,20 @@ def main() -> int:
         from fuzz import targets
     from fuzz import seeds
 
+    limit_memory()
+    if args.target == "all":
+        for name, target in targets.TARGETS.items():
+            count = replay(target, iter([b"", *seeds.of(name, target.vectors)]), args.found)
+            print(f"{name}: {count} inputs", file=sys.stderr)
+        return 0
     target = targets.TARGETS[args.target]
     known = [path.read_bytes() for path in args.inputs] or [b"", *seeds.of(args.target, target.vectors)]
-    limit_memory()
     count = replay(target, iter(known), args.found)
     if args.seconds and not guided:
         count += replay(target, mutations(known, target.size, args.seed, args.seconds), args.found)
     elif guided:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # libFuzzer's clock
-        start = args.found / "seeds"
-        start.mkdir()
+        start = Path(tempfile.mkdtemp(prefix="ovms-seeds-"))
         for number, data in enumerate(known):
             (start / f"{number:04}").write_bytes(data)
         options = {

@@ -7,10 +7,12 @@ compared. An AssertionError is a finding like any other.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import struct
 import tempfile
@@ -38,7 +40,8 @@ from ovms.spec.manifest import DiskFormat
 from ovms.vmm.model import VmFiles
 from ovms.vmm.qemu import qmp, state
 
-DIRECTORY = Path(tempfile.mkdtemp(prefix="ovms-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+DIRECTORY = Path(tempfile.mkdtemp(prefix="ovms-fuzz-"))
+atexit.register(shutil.rmtree, DIRECTORY, ignore_errors=True)
 _FD = os.memfd_create("input")
 DIGEST = "sha256:" + "a" * 64
 
