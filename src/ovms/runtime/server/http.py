@@ -185,7 +185,7 @@ class _Connection:
 
     async def run(self) -> None:
         while not self._http.stopping:
-            self.idle = True
+            self.idle, self._headless = True, False
             try:
                 head = await self._head()
             except HttpError as exc:
