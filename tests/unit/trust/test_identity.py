@@ -8,11 +8,13 @@ import dataclasses
 import glob
 import json
 import logging
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import sigstore
@@ -92,6 +94,24 @@ def test_good_ones(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
     workflow = "https://git.example/ovms/.build/release.yml@refs/tags/v1"
     one = found(OURS.bundle(SUBJECT, identity=workflow))
     assert isinstance(dataclasses.replace(signer, identity=workflow).check(one, SUBJECT), Good)
+
+
+def test_nothing_is_asked_of_anybody(
+    signer: IdentitySigner, bundle: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise AssertionError("it went online")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert isinstance(signer.check(found(bundle), SUBJECT), Good)
+
+
+def test_the_package_is_imported_when_it_is_needed() -> None:
+    script = "import sys, ovms.trust.identity; sys.exit(' '.join({'sigstore', 'cryptography', 'pydantic'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("missing", ["issuer", "old_issuer"])
