@@ -35,7 +35,8 @@ def test_a_pair_is_for_its_owner_and_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", ["a.key", "a.pub"])
-def test_nothing_is_written_over_a_key(tmp_path: Path, there: str) -> None:
+def test_nothing_is_written_over_a_key(tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys.PrivateKey, "encrypted", lambda *_: b"x")  # which takes a while
     paths = tmp_path / "a.key", tmp_path / "a.pub"
     # also not over a link to nowhere, through which somebody else would get the key
     (tmp_path / there).symlink_to(tmp_path / "elsewhere")
