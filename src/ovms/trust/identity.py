@@ -193,7 +193,11 @@ def _check_shape(document: Any, what: str) -> None:
 
 def _period(entry: dict[str, Any]) -> tuple[datetime | None, datetime | None]:
     # of an authority it stands in the entry, of a log beside its key; without one it is always valid
-    period = entry.get("publicKey", entry).get("validFor") or {}
+    holder = entry.get("publicKey", entry)
+    if any("_" in name for name in (*entry, *holder)):
+        # the package knows valid_for, too; taken for always valid, it would be no period at all
+        raise ValueError("a name with an underscore")
+    period = holder.get("validFor") or {}
     times = period.get("start"), period.get("end")
     for one in times:
         if one is not None and (problem := check_time(one)):

@@ -370,6 +370,9 @@ def _root(change: Change) -> Callable[[], bytes]:
         (_root(lambda d: d["certificateAuthorities"][0].update(validFor="x")), "certificateAuthorities[0] has no validity"),
         (_root(lambda d: d["tlogs"][0]["publicKey"].update(validFor={"start": "yesterday"})), "tlogs[0] has no validity"),
         (_root(lambda d: d["tlogs"][0]["publicKey"].update(validFor={"start": 7})), "tlogs[0] has no validity"),
+        # names that other writers of the format use
+        (_root(lambda d: d["tlogs"][0].update(public_key=d["tlogs"][0].pop("publicKey"))), "tlogs[0] has no validity"),
+        (_root(lambda d: d["tlogs"][0]["publicKey"].update(valid_for=d["tlogs"][0]["publicKey"].pop("validFor"))), "tlogs[0] has no validity"),
         (_root(lambda d: d["tlogs"].append("x")), "tlogs[1] has no validity"),
         (_root(lambda d: d["tlogs"][0].pop("publicKey")), "can't be used: "),
     ],
