@@ -120,7 +120,7 @@ def test_a_program_gets_the_environment_and_no_password(
         ("echo oh no >&2; exit 3", r"failed at public-key \(exit code 3\): oh no"),
         ("printf '\\033[31mred' >&2; exit 1", r"\?\[31mred"),
         ("kill -9 $$", "signal SIGKILL"),
-        ("sleep 60", "did not end within"),
+        ("exec sleep 60", r"did not end within 0\.5 s"),
         ("echo hello", "does not hold one public key"),
         ("", "does not hold one public key"),
         ("cat /dev/zero | head -c 100000", "100000 bytes"),
