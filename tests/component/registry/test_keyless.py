@@ -16,7 +16,7 @@ from support.keyless import IDENTITY, ISSUER, Clock, Sigstore
 from support.registry import Registry
 from support.rfc import ROOT
 
-from ovms.oci import cosign, referrers
+from ovms.oci import cosign
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, created_now
 from ovms.oci.registry import RegistryClient
 from ovms.spec import mediatypes
@@ -34,10 +34,7 @@ STRANGE = Sigstore()
 Made = Callable[[Any], dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
-    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def artifact(client: RegistryClient, repository: str) -> ImageManifest:
