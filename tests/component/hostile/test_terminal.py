@@ -90,7 +90,7 @@ def registry() -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = _answer  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = _answer
 
         def log_message(self, format: str, *args: Any) -> None:
             return
@@ -125,7 +125,9 @@ def walked(runtime: Runtime, echo_kernel: Path, tmp_path: Path) -> Iterator[str]
     region = "devices: [{type: ivshmem, name: shared, size: 4096}]\n"
     manifest = guests.write_project(tmp_path / "project", echo_kernel, more=region)
     Builder(runtime.layout, lambda host: pytest.fail(host)).build(manifest, name="echo:1")
-    started = runtime.start(find(runtime.layout, "echo:1"), RunOptions(name="vm", memory=guests.MEMORY, accel=Accel.TCG))
+    started = runtime.start(
+        find(runtime.layout, "echo:1"), RunOptions(name="vm", memory=guests.MEMORY, accel=Accel.TCG)
+    )
     record = started.record
     directory = runtime.instances.directory(record.id)
     guests.Console(directory).wait_for("READY")
@@ -147,7 +149,7 @@ def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
     file, sbom = directory / "file", directory / "sbom.json"
     file.write_bytes(ESCAPES.encode())
     sbom.write_bytes(b"{}")
-    archives = []
+    archives: list[list[object]] = []
     for number, attack in enumerate(a for a in hostile.attacks("oci-archive") if "escapes" in a.name):
         (directory / f"{number}.tar").write_bytes(attack.data)
         archives.append(["pull", f"oci-archive:{directory / f'{number}.tar'}", "-t", f"web:{number}"])
@@ -182,7 +184,11 @@ def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
         "run": [["run", "-d", e], ["run", "-d", "echo:1", "--name", e], ["run", "-d", f"{host}/x:1"]],
         "snapshot": [["snapshot", vm, "-t", e], ["snapshot", e]],
         "export": [["export", "web:0", "-o", directory / e / "x"], ["export", e, "-o", "x"]],
-        "login": [["login", host, "-u", e, "--password-stdin"], ["login", host, "-u", "me", "--password-stdin"], ["login", e]],
+        "login": [
+            ["login", host, "-u", e, "--password-stdin"],
+            ["login", host, "-u", "me", "--password-stdin"],
+            ["login", e],
+        ],
         "rm": [["rm", e], ["rm", vm]],
         "prune": [["prune", "--dry-run"], ["prune", "--filter", e]],
         "commit": [["commit", vm, "-t", e], ["commit", e, "-t", "x"]],
