@@ -480,8 +480,10 @@ def oci_attacks(bad: Any, harmless: Any) -> Iterator[Attack]:
     def hostile(**fields: Any) -> bytes:
         return archive(layout(*image(**fields)))
 
-    changed = {name: data for name, data in layout(honest, ovms).items() if name != _blob(_DISK)}
-    other = archive({**changed, _blob(_DISK): b"evil" * 128})
+    good = b"good" * 128
+    promised = descriptor(mediatypes.DISK_LAYER, good, annotations=disk["annotations"])
+    signed = plain({**MINIMAL, "diskLayers": [{"ref": promised["digest"], "format": "raw"}]})
+    other = archive({**layout(*image(manifest=signed, layers=[promised])), _blob(good): b"evil" * 128})
     yield bad("a blob of other content", other, "bytes that nobody signed", "digest-mismatch", "OCI-21", OTHERS)
     large = [{**disk, "size": 2**62}]
     yield bad("a layer of 4 EiB", hostile(layers=large), "room for it", "registry-protocol", "OCI-9", SERVICE)

@@ -26,6 +26,7 @@ from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 from support import keyless
@@ -36,9 +37,23 @@ from ovms.cli import output, terminal
 from ovms.disk import layers, qcow2, seed
 from ovms.errors import AgentUnavailable, InputError, OvmsError, VmmError
 from ovms.memory import chain
-from ovms.oci import auth, authfile, credentials, platform, registries, source, tar, transport
-from ovms.oci.descriptor import ImageIndex, ImageManifest, parse_manifest
+from ovms.oci import (
+    auth,
+    authfile,
+    connections,
+    credentials,
+    platform,
+    referrers,
+    registries,
+    registry,
+    route,
+    source,
+    tar,
+    transport,
+)
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.reference import Reference
+from ovms.oci.session import Session, Settings
 from ovms.runtime import agent, guest, logrecords, logs, seeds
 from ovms.runtime.server import http
 from ovms.spec import api, bootstrap, limits, manifest, ramheader, ramsnap, strictjson
@@ -307,6 +322,58 @@ def registries_conf(data: bytes) -> None:
             with contextlib.suppress(OvmsError):
                 for endpoint in found.endpoints(host, repository, pull=True):
                     endpoint.rewrite(repository)
+
+
+class _Socket(socket.socket):
+    """One that passes for TCP."""
+
+    def setsockopt(self, *options: Any) -> None:
+        return
+
+
+class _Client(registry.RegistryClient):
+    """One attempt at everything."""
+
+    def retrying(self, attempt: Callable[[], Any], *rest: Any, **named: Any) -> Any:
+        return attempt()
+
+
+@target()
+def registry_answers(data: bytes) -> None:
+    # each connection brings the next answer, and then the last one again
+    answers = data.split(b"\n---\n")[:4]
+
+    def connect(address: object, *rest: object) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.sendall(answers.pop(0) if len(answers) > 1 else answers[0])
+            theirs.shutdown(socket.SHUT_WR)
+            # what it is asked must not be lost: the kernel would answer with an end, before the answer
+            kept.append(os.dup(theirs.fileno()))
+        return _Socket(fileno=ours.detach())
+
+    kept: list[int] = []
+    session = Session("127.0.0.1:5000", Settings(connect_timeout=0.5, read_timeout=0.5))
+    session._use("http")
+    named = Reference("127.0.0.1:5000", "x", "1")
+    blob = Descriptor("application/x", Digest(DIGEST), 100)
+    try:
+        with (
+            mock.patch.object(connections, "_connect", connect),
+            _Client(session.host, find=route.Alone(session)) as client,
+        ):
+            steps: tuple[Callable[[], object], ...] = (
+                lambda: client.get_manifest(named),
+                lambda: client.has_blob("x", blob.digest),
+                lambda: sum(len(piece) for piece in client.read_blob("x", blob)),
+                lambda: referrers.fetch(client, "x", blob.digest),
+            )
+            for step in steps:
+                with said_safely():
+                    step()
+    finally:
+        for fd in kept:
+            os.close(fd)
 
 
 # --- who signed it ---------------------------------------------------------------------------------------------------
