@@ -23,6 +23,7 @@ from ovms.lazy import dataclass
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest
 from ovms.spec.document import check_time
+from ovms.text import printable
 from ovms.trust import payload
 from ovms.trust.model import Bad, Format, Found, Good
 
@@ -268,4 +269,4 @@ def _line(exc: Exception) -> str:
     """What the package says, in one short line without control characters: much of it may come from a stranger."""
     # after the bracket pydantic shows what it was given
     text = " ".join(str(exc).partition(" [type=")[0].split()) or type(exc).__name__
-    return ascii(text)[1:-1][:200]
+    return printable(text, 200)
