@@ -29,7 +29,7 @@ from ovms.trust.model import Bad, Format, Found, Good
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-    from sigstore.models import Bundle
+    from sigstore.models import Bundle, TrustedRoot
     from sigstore.verify import Verifier
     from sigstore.verify.policy import VerificationPolicy
 
@@ -76,9 +76,12 @@ class TrustRoot:
         what = f"the trust root {path}"
         document = strictjson.parse(data, what, max_size=ROOT_MAX, max_depth=_DEPTH_MAX)
         _check_shape(document, what)
+        import ssl
+
         try:
             _verifier(document)
-        except (Error, ValueError) as exc:
+            _check_clocks(document)
+        except (Error, ValueError, ssl.SSLError) as exc:
             raise InputError(
                 f"{what} can't be used: {_line(exc)}", hint="it is a Sigstore trusted_root.json", path=str(path)
             ) from None
@@ -110,8 +113,11 @@ class TrustRoot:
             raise payload.Malformed(
                 f"no authority of the trust root stands for its certificate: {_line(exc)}"
             ) from None
-        except Exception as exc:  # noqa: BLE001 - whatever a stranger's bundle does to the parsers, it is no signature
-            raise payload.Malformed(_line(exc)) from None
+        except BaseException as exc:
+            # Whatever a stranger's bundle does to the parsers, it is no signature. A panic of those in Rust is no Exception.
+            if isinstance(exc, Exception) or type(exc).__module__ == "pyo3_runtime":
+                raise payload.Malformed(_line(exc)) from None
+            raise
         return kind, signed, at
 
 
@@ -222,16 +228,33 @@ def _valid_at(document: dict[str, Any], at: datetime) -> dict[str, Any]:
 
 
 def _verifier(document: dict[str, Any]) -> Verifier:
-    from sigstore.models import TrustedRoot
     from sigstore.verify import Verifier
+
+    return Verifier(trusted_root=_trusted_root(document))
+
+
+def _trusted_root(document: dict[str, Any]) -> TrustedRoot:
+    from sigstore.models import TrustedRoot
 
     # it reads files alone
     fd = os.memfd_create("trusted_root.json")
     try:
         fsutil.pwrite_all(fd, json.dumps(document).encode(), 0)
-        return Verifier(trusted_root=TrustedRoot.from_file(f"/proc/self/fd/{fd}"))
+        return TrustedRoot.from_file(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
+
+
+def _check_clocks(document: dict[str, Any]) -> None:
+    # The package reads their certificates when a timestamp comes, and panics where OpenSSL takes one for none.
+    import ssl
+
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for clock in _trusted_root(document).get_timestamp_authorities():
+        for certificate in clock.certificates(allow_expired=True):
+            context.load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
 
 
 def _has_more(document: Any, values: int) -> bool:
@@ -265,7 +288,7 @@ def _check_period(certificate: Certificate, at: datetime) -> None:
         )
 
 
-def _line(exc: Exception) -> str:
+def _line(exc: BaseException) -> str:
     """What the package says, in one short line without control characters: much of it may come from a stranger."""
     # after the bracket pydantic shows what it was given
     text = " ".join(str(exc).partition(" [type=")[0].split()) or type(exc).__name__

@@ -299,6 +299,31 @@ def test_a_clock_tells_the_time(signer: IdentitySigner, clocked: Sigstore, tmp_p
     assert "its certificate was good from" in why(ours, found(old))
 
 
+def test_a_panic_is_no_signature(signer: IdentitySigner, clocked: Sigstore, tmp_path: Path) -> None:
+    document = clocked.trusted_root()
+    [clock] = document["timestampAuthorities"]
+    certificate = clock["certChain"]["certificates"][1]
+    name = b"\x0c\x0aclock root"
+    der = base64.b64decode(certificate["rawBytes"])
+    assert name in der
+    # a name that is no UTF-8
+    certificate["rawBytes"] = keyless.b64(der.replace(name, name[:-1] + b"\xff"))
+    with pytest.raises(InputError, match="can't be used"):
+        rooted(tmp_path / "root", document)
+    # without that check, the parser of timestamps panics
+    ours = dataclasses.replace(signer, root=TrustRoot(document))
+    assert "unwrap()" in why(ours, found(clocked.bundle(SUBJECT, now())))
+
+
+def test_what_stops_a_check_is_not_taken_for_its_result(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    policy = type("Policy", (), {"verify": stop})()
+    with pytest.raises(KeyboardInterrupt):
+        signer.root.verify(found(bundle).payload, policy)
+
+
 # --- trust roots -----------------------------------------------------------------------------------------------------
 
 
