@@ -207,6 +207,9 @@ def kernel_attacks() -> Iterator[Attack]:
     struct.pack_into("<H", setup, 0x206, 0x01FF)
     setup[0x211] = 1
     yield attack("a setup of before the protocol", bytes(setup), "fields that mean something else", "BIN-5")
+    struct.pack_into("<H", setup, 0x206, 0x020F)
+    lies = "sizes of what a VMM copies into the guest, beyond the end of the file"
+    yield Attack("kernel", "a setup longer than the file", bytes(setup), lies, HOST, None, "BIN-5")
     yield attack("65535 program headers", elf(headers=65535), "reads 3.5 MiB, a header at a time")
     yield attack("program headers far away", elf(offset=2**63), "an offset that is negative")
     yield attack("program headers of no size", elf(size=0), "a loop that stands still")
@@ -415,6 +418,13 @@ def archive_attacks() -> Iterator[Attack]:
 
     outside = "who unpacks it writes outside of where they unpack"
     yield harmless("a name that climbs", archive(honest, member("../escaped", b"x")), outside)
+    absolute = member("/index.json", index(descriptor(mediatypes.OCI_MANIFEST, b"{}")))
+    yield harmless(
+        "a name that is absolute",
+        archive(honest, absolute),
+        "without its slash it is what others unpack",
+        victim=OTHERS,
+    )
     yield harmless(
         "a link that others are written through",
         archive(honest, before=(member("door", type=tarfile.SYMTYPE, linkname=".."), member("door/escaped", b"x"))),
