@@ -27,7 +27,6 @@ from scripts.make_vectors import (
     HEADER,
     MINIMAL,
     PAGE,
-    REPOSITORY,
     Blob,
     Case,
     Files,
@@ -38,6 +37,7 @@ from scripts.make_vectors import (
     qcow2,
     snapshot,
     with_header,
+    write,
     write_cases,
 )
 
@@ -69,8 +69,10 @@ class Attack:
     def case(self) -> Case:
         suffix = {"oci-archive": ".tar", "manifest": ".json", "bootstrap": ".json", "console": ".log"}
         more = {"form": self.form, "tries": self.tries, "victim": self.victim, "name": self.name}
-        name = f"{self.form} {self.name}{suffix.get(self.form, '.bin')}"
-        return Case(name, self.data, tuple(self.rules.split()), code=self.code, more=more)
+        rules = tuple(self.rules.split())
+        return Case(
+            f"{self.form} {self.name}", self.data, rules, code=self.code, more=more, suffix=suffix.get(self.form, "")
+        )
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
@@ -584,21 +586,12 @@ def attacks() -> list[Attack]:
 def generate() -> Files:
     """Every file, by its path below ``spec/``."""
     files: Files = {}
-    write_cases(files, "hostile", "", [attack.case() for attack in attacks()])
+    write_cases(files, "hostile", ".bin", [attack.case() for attack in attacks()])
     return files
 
 
 def main() -> int:
-    files = generate()
-    root = REPOSITORY / "spec"
-    for old in (root / "vectors" / "hostile").rglob("*"):
-        if old.is_file() and str(old.relative_to(root)) not in files:
-            old.unlink()
-    for path, content in files.items():
-        target = root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    print(f"{len(files)} hostile files written")
+    write(generate())
     return 0
 
 
