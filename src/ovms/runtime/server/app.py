@@ -258,7 +258,9 @@ class App:
 
         def work() -> dict[str, Any]:
             record = self._instances.find(request.instance_id)
-            taken = snapshots.take(self._runtime, record, name, leave=request.leave, scrub=request.scrub)
+            taken = snapshots.take(
+                self._runtime, record, name, leave=request.leave, scrub=request.scrub, encrypt=request.encrypt
+            )
             answer: dict[str, Any] = {**taken.to_json(), "pushed": False}
             if name is not None:
                 answer["reference"] = str(name)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import Conflict, HostError, Locked, OvmsError, PortInUse, UsageError
@@ -34,6 +34,8 @@ from ovms.text import printable
 GRACE: Final = 10.0
 #: Seconds between two looks at what killed commands and servers left.
 _TIDY: Final = 5.0
+#: Python 3.13 and later would look for the socket's file by the path that it was bound to, which is gone, and remove it.
+_AS_IT_IS: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _BACKLOG: Final = 512
 #: Descriptors beside those of connections: records, logs, VMs that are being started, their watchers.
 _DESCRIPTORS_SPARE: Final = 1024
@@ -231,7 +233,7 @@ class _Server:
         # a descriptor of its own: a reload closes it, and the socket goes on listening
         copy = sock.dup()
         if sock.family == socket.AF_UNIX:
-            return await asyncio.start_unix_server(serve, sock=copy, limit=HEAD_MAX, backlog=_BACKLOG)
+            return await asyncio.start_unix_server(serve, sock=copy, limit=HEAD_MAX, backlog=_BACKLOG, **_AS_IT_IS)
         return await asyncio.start_server(
             serve,
             sock=copy,
