@@ -27,7 +27,6 @@ from scripts.make_vectors import (
     HEADER,
     MINIMAL,
     PAGE,
-    REPOSITORY,
     Blob,
     Case,
     Files,
@@ -38,6 +37,7 @@ from scripts.make_vectors import (
     qcow2,
     snapshot,
     with_header,
+    write,
     write_cases,
 )
 
@@ -69,8 +69,10 @@ class Attack:
     def case(self) -> Case:
         suffix = {"oci-archive": ".tar", "manifest": ".json", "bootstrap": ".json", "console": ".log"}
         more = {"form": self.form, "tries": self.tries, "victim": self.victim, "name": self.name}
-        name = f"{self.form} {self.name}{suffix.get(self.form, '.bin')}"
-        return Case(name, self.data, tuple(self.rules.split()), code=self.code, more=more)
+        rules = tuple(self.rules.split())
+        return Case(
+            f"{self.form} {self.name}", self.data, rules, code=self.code, more=more, suffix=suffix.get(self.form, "")
+        )
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
@@ -207,6 +209,9 @@ def kernel_attacks() -> Iterator[Attack]:
     struct.pack_into("<H", setup, 0x206, 0x01FF)
     setup[0x211] = 1
     yield attack("a setup of before the protocol", bytes(setup), "fields that mean something else", "BIN-5")
+    struct.pack_into("<H", setup, 0x206, 0x020F)
+    lies = "sizes of what a VMM copies into the guest, beyond the end of the file"
+    yield Attack("kernel", "a setup longer than the file", bytes(setup), lies, HOST, None, "BIN-5")
     yield attack("65535 program headers", elf(headers=65535), "reads 3.5 MiB, a header at a time")
     yield attack("program headers far away", elf(offset=2**63), "an offset that is negative")
     yield attack("program headers of no size", elf(size=0), "a loop that stands still")
@@ -415,6 +420,13 @@ def archive_attacks() -> Iterator[Attack]:
 
     outside = "who unpacks it writes outside of where they unpack"
     yield harmless("a name that climbs", archive(honest, member("../escaped", b"x")), outside)
+    absolute = member("/index.json", index(descriptor(mediatypes.OCI_MANIFEST, b"{}")))
+    yield harmless(
+        "a name that is absolute",
+        archive(honest, absolute),
+        "without its slash it is what others unpack",
+        victim=OTHERS,
+    )
     yield harmless(
         "a link that others are written through",
         archive(honest, before=(member("door", type=tarfile.SYMTYPE, linkname=".."), member("door/escaped", b"x"))),
@@ -574,21 +586,12 @@ def attacks() -> list[Attack]:
 def generate() -> Files:
     """Every file, by its path below ``spec/``."""
     files: Files = {}
-    write_cases(files, "hostile", "", [attack.case() for attack in attacks()])
+    write_cases(files, "hostile", ".bin", [attack.case() for attack in attacks()])
     return files
 
 
 def main() -> int:
-    files = generate()
-    root = REPOSITORY / "spec"
-    for old in (root / "vectors" / "hostile").rglob("*"):
-        if old.is_file() and str(old.relative_to(root)) not in files:
-            old.unlink()
-    for path, content in files.items():
-        target = root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    print(f"{len(files)} hostile files written")
+    write(generate())
     return 0
 
 

@@ -119,7 +119,7 @@ def written(name: str, data: bytes) -> Path:
 # --- what an artifact consists of ------------------------------------------------------------------------------------
 
 
-@target("disk/*/*.img", "hostile/qcow2/*")
+@target("disk/*/*.img", "hostile/*/qcow2-*")
 def qcow2_header(data: bytes) -> None:
     fd = opened(data)
     with contextlib.suppress(OvmsError):
@@ -131,13 +131,13 @@ def qcow2_header(data: bytes) -> None:
         assert data[:4] != qcow2.MAGIC
 
 
-@target("kernel/*/*.bin", "hostile/kernel/*")
+@target("kernel/*/*.bin", "hostile/*/kernel-*")
 def kernel(data: bytes) -> None:
     with contextlib.suppress(OvmsError):
         kernels.check_kernel(opened(data))
 
 
-@target("ramsnap/*/*.ovmr", "hostile/ramsnap/*", size=16384)
+@target("ramsnap/*/*.ovmr", "hostile/*/ramsnap-*", size=16384)
 def ram_snapshot(data: bytes) -> None:
     # with the digest of its control part, as an attacker would have it: else nothing behind it is ever reached
     if len(data) >= 128:
@@ -175,7 +175,7 @@ def json_document(data: bytes) -> None:
         assert strictjson.parse(strictjson.canonical(value), "it again", max_size=1 << 24, max_depth=64) == value
 
 
-@target("manifest/*/*.json", "hostile/manifest/*")
+@target("manifest/*/*.json", "hostile/*/manifest-*")
 def ovms_manifest(data: bytes) -> None:
     with contextlib.suppress(OvmsError):
         checked = manifest.parse(data)
@@ -190,7 +190,7 @@ def yaml_manifest(data: bytes) -> None:
         manifest.check(value, "the manifest")
 
 
-@target("bootstrap/*/*.json", "bootstrap/mapping.json")
+@target("bootstrap/*/*.json", "bootstrap/mapping.json", "hostile/*/bootstrap-*")
 def bootstrap_config(data: bytes) -> None:
     with contextlib.suppress(OvmsError):
         assert bootstrap.read_disk_image(bootstrap.disk_image(data)) == data
@@ -206,7 +206,7 @@ def bootstrap_config(data: bytes) -> None:
         bootstrap.user_data(config)
 
 
-@target("oci/*/*.json", "hostile/oci-manifest/*")
+@target("oci/*/*.json")
 def oci_manifest(data: bytes) -> None:
     with contextlib.suppress(OvmsError):
         image = parse_manifest(data, "the manifest")
@@ -249,7 +249,7 @@ def layout_index(data: bytes) -> None:
             source.Source(_Files(data), "oci:x").select(parsed)
 
 
-@target(size=16384)
+@target("hostile/*/oci-archive-*", size=16384)
 def tar_archive(data: bytes) -> None:
     blocks = bytearray(data)
     for at in range(0, len(blocks) - 511, 512):  # checksums that are right, or no member would be read
@@ -557,7 +557,7 @@ def log_records(data: bytes) -> None:
             json.dumps(line.to_json())
 
 
-@target()
+@target("hostile/*/console-*")
 def terminal_text(data: bytes) -> None:
     whole = terminal.Cleaner().feed(data, final=True)
     assert all(c.isprintable() or c in "\n\t" for c in whole), whole

@@ -61,7 +61,7 @@ class Cli:
 
 
 #: What a root and a store have when there is nothing in them.
-KEPT = frozenset({"oci-layout", "index.lock", "index.json", "ovms.index.json", "lock", "ovms.lock", "version"})
+KEPT = frozenset({".lock", "oci-layout", "index.lock", "index.json", "ovms.index.json", "lock", "ovms.lock", "version"})
 
 
 @pytest.fixture
@@ -136,6 +136,10 @@ def test_pull_and_run(cli: Cli, tmp_path: Path, script: ModuleType, attack: Atta
         code, out, _ = cli("validate", "web:1")
         assert code
         assert attack.code in {problem["code"] for problem in json.loads(out)["problems"]}, out
+    elif attack.form == "kernel":  # which the specification takes, and no VMM
+        code, _, error = cli("run", "-d", "web:1", "--pull", "never", "--memory", "32M", "--accel", "tcg")
+        assert error.get("code") == "vmm-failed", error
+        assert json.loads(cli("ps", "-a")[1]) == []
     inside = {path for path in cli.left() - before if not path.startswith("root/store/blobs/")}
     assert inside == set(), "it left something behind"
     assert hostile.SECRET not in {

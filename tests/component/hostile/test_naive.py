@@ -77,6 +77,15 @@ def test_unpacking_writes_outside(here: Path, attack: str, tool: str) -> None:
     assert (here / "escaped").read_bytes() == b"x"
 
 
+def test_what_tar_unpacks_is_not_what_is_in_the_archive(here: Path) -> None:
+    (here / "x.tar").write_bytes(ATTACKS["oci-archive: a name that is absolute"].data)
+    subprocess.run(["tar", "-xf", "x.tar"], cwd=here, check=True, capture_output=True, timeout=60)
+    with tarfile.open(here / "x.tar") as archive:
+        honest = archive.extractfile("index.json")
+        assert honest is not None
+        assert (here / "index.json").read_bytes() != honest.read()
+
+
 def test_a_blob_that_is_a_link_is_the_secret_once_unpacked(here: Path) -> None:
     (here / "x.tar").write_bytes(ATTACKS["oci-archive: a blob that is a link"].data)
     below = here / "unpacked"
