@@ -46,6 +46,8 @@ class Case:
     problems: tuple[tuple[str, str], ...] = ()
     schema: bool | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    #: What the file's name ends with, where it is not what those of all cases end with.
+    suffix: str = ""
 
 
 def write_cases(files: Files, kind: str, suffix: str, cases: list[Case]) -> None:
@@ -53,7 +55,7 @@ def write_cases(files: Files, kind: str, suffix: str, cases: list[Case]) -> None
     entries = []
     for case in cases:
         name = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
-        path = f"{'invalid' if case.code else 'valid'}/{name}{suffix}"
+        path = f"{'invalid' if case.code else 'valid'}/{name}{case.suffix or suffix}"
         assert f"vectors/{kind}/{path}" not in files, path
         files[f"vectors/{kind}/{path}"] = case.data
         entry: dict[str, Any] = {"name": case.name, "file": path, "valid": case.code is None, "rules": list(case.rules)}
@@ -1423,8 +1425,8 @@ def generate() -> Files:
     return files
 
 
-def main() -> int:
-    files = generate()
+def write(files: Files) -> None:
+    """Puts the files in their places, and takes away what else is there."""
     root = REPOSITORY / "spec"
     for kind in {path.split("/")[1] for path in files if path.startswith("vectors/")}:
         for old in (root / "vectors" / kind).rglob("*"):
@@ -1435,6 +1437,10 @@ def main() -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     print(f"{len(files)} files written")
+
+
+def main() -> int:
+    write(generate())
     return 0
 
 

@@ -28,6 +28,7 @@ from ovms.runtime.server.http import CONNECTIONS_MAX, HEAD_MAX, Http
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.warm import Pools
 from ovms.runtime.watching import EventLog, Watcher
+from ovms.text import printable
 
 #: Seconds that requests and starts get to come to their end when the server is to end.
 GRACE: Final = 10.0
@@ -252,7 +253,7 @@ class _Server:
                 task.add_done_callback(lambda _: _notify("READY=1"))
                 return
         except OvmsError as exc:
-            print(f"ovm: reload: {exc.message}; what was in force stays", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"ovm: reload: {printable(exc.message)}; what was in force stays", file=sys.stderr, flush=True)  # noqa: T201
         _notify("READY=1")
 
     async def _renew(self) -> None:
@@ -277,7 +278,7 @@ class _Server:
 
 
 def _say(text: str) -> None:
-    print(f"ovm: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"ovm: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _connections_max() -> int:
