@@ -16,6 +16,7 @@ from typing import IO
 
 from ovms.errors import HostError, ToolMissing
 from ovms.lazy import dataclass
+from ovms.text import printable
 
 #: Nothing of the caller's environment reaches a program but this: no credentials, no library paths.
 CLEAN_ENV: Mapping[str, str] = {
@@ -138,7 +139,7 @@ def tail(data: bytes) -> str:
     """The end of a program's output, fit for a message: one line, no control characters."""
     text = data[-STDERR_TAIL:].decode("utf-8", "replace").strip()
     joined = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    return "".join(c if c.isprintable() else "?" for c in joined) or "it said nothing"
+    return printable(joined, None) or "it said nothing"
 
 
 def describe_exit(returncode: int) -> str:

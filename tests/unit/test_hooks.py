@@ -21,7 +21,7 @@ GUARDED: Final = {
 CHECKED: Final = {"pull": {"transfer"}, "fetch": {"importing"}}
 #: What starts a VM, or reads what a guest has written, from an artifact: each of these has to ask.
 USERS: Final = {
-    "runtime/runtime.py": {"start", "_plan", "start_again"},
+    "runtime/runtime.py": {"_start", "_plan", "start_again"},
     "runtime/starting.py": {"_find"},
     "runtime/warm.py": {"_allow", "_make"},
     "runtime/local.py": {"start"},

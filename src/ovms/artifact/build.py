@@ -16,7 +16,16 @@ from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.document import parse_document, read_bytes
 from ovms.artifact.guard import Guard
-from ovms.artifact.parts import SIZE_LIMITS, blob_name, check_content, label, manifest_of, ram_annotations, read_control
+from ovms.artifact.parts import (
+    SIZE_LIMITS,
+    blob_name,
+    check_content,
+    label,
+    manifest_of,
+    ram_annotations,
+    ram_encrypted,
+    read_control,
+)
 from ovms.artifact.provenance import Material, Times, Work
 from ovms.artifact.provenance import add as add_provenance
 from ovms.errors import (
@@ -234,7 +243,7 @@ class Builder:
         rams = [_titled(d, f"ram-{i}.ovmr") for i, d in enumerate(by_kind[PartKind.RAM])]
         if rams:
             self._check_chain(rams)
-            if rams[-1].media_type != mediatypes.RAM_SNAPSHOT_LZ4:  # what another artifact has, this one has
+            if rams[-1].media_type.startswith(mediatypes.RAM_SNAPSHOT_ZSTD):  # what another artifact has, this one has
                 final["ramSnapshot"].setdefault("compression", str(Compression.ZSTD))
             final["ramSnapshot"]["ref"] = rams[-1].digest
             if len(rams) > 1:
@@ -297,6 +306,7 @@ def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:
         size,
         format=part.format,
         compression=item.compression,
+        encrypted=part.kind is PartKind.RAM and ram_encrypted(fd),
         number=part.number,
         annotations=ram_annotations(fd) if part.kind is PartKind.RAM else None,
     )

@@ -283,7 +283,10 @@ def _bug(exc: Exception) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
-        traceback.print_exc()
+        from ovms.cli import output
+
+        for line in traceback.format_exc().splitlines():
+            print(output.safe(line), file=sys.stderr)
     print(
         f"ovm: internal error: {type(exc).__name__}: {str(exc)[:500]!a}\n"
         f"  hint: this is a bug in ovms; report it with the output of {DEBUG_VARIABLE}=1",

@@ -50,7 +50,7 @@ def _get(fd: int | None, prompt: str, twice: bool) -> bytes:
     for name in PASSWORD_VARIABLES:
         if (value := os.environb.get(name.encode())) is not None:
             return _checked(value)
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
             "a password is needed, and there is no terminal to ask on",
             hint=f"use --password-fd, or set {PASSWORD_VARIABLES[0]}",

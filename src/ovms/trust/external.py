@@ -5,8 +5,8 @@ more:
 
 ==============  =======================================================================================================
 ``public-key``  nothing on stdin; the public key as PEM on stdout
-``sign``        the message on stdin, to its end; the signature on stdout, as raw bytes: DER for ECDSA (over the hash of the
-                curve's size: SHA-256 for P-256), 64 bytes for Ed25519, PKCS #1 v1.5 with SHA-256 for RSA
+``sign``        the message on stdin, to its end; the signature on stdout, as raw bytes: DER for ECDSA (over SHA-256; the
+                hash of the curve's size is taken, too, but not by cosign), 64 bytes for Ed25519, PKCS #1 v1.5 with SHA-256 for RSA
 ==============  =======================================================================================================
 
 Exit code 0 means that it did so; else the end of its stderr is shown. It has a minute for each. It gets the caller's

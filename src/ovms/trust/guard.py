@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from ovms.errors import OvmsError, PolicyRefused, SignatureInvalid, SignatureMissing
 from ovms.lazy import dataclass, field
-from ovms.oci import absent, origins
+from ovms.oci import origins
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
 from ovms.oci.layout import Layout
 from ovms.oci.origins import Origin
@@ -282,7 +282,7 @@ class _Asked:
 
 def has_ram(image: ImageManifest) -> bool:
     """Whether a RAM snapshot is among an artifact's parts."""
-    return any(layer.media_type in absent.RAM_TYPES for layer in image.layers)
+    return any(layer.media_type in mediatypes.RAM_SNAPSHOTS for layer in image.layers)
 
 
 def created(image: ImageManifest) -> datetime | None:

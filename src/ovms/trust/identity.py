@@ -24,17 +24,21 @@ from ovms.oci.cosign import SIGN_PREDICATE
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import Digest
 from ovms.spec.document import check_time
+from ovms.text import printable
 from ovms.trust import payload
 from ovms.trust.model import Bad, Format, Found, Good
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-    from sigstore.models import Bundle
+    from sigstore.models import Bundle, TrustedRoot
     from sigstore.verify import Verifier
     from sigstore.verify.policy import VerificationPolicy
 
-#: Bytes of a trust root, and entries of one of its lists.
+#: Values in a bundle, of whatever kind: the package describes each that is wrong, in memory. One with a long proof has 200.
+VALUES_MAX: Final = 500
+#: Bytes of a trust root, values in it, and entries of one of its lists.
 ROOT_MAX: Final = 1 * limits.MIB
+ROOT_VALUES_MAX: Final = 10_000
 ENTRIES_MAX: Final = 64
 _DEPTH_MAX: Final = 16
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
@@ -66,15 +70,19 @@ class TrustRoot:
                 "identities can't be checked: the Python package 'sigstore' is not installed",
                 hint="install it beside ovms: pip install 'ovms[keyless]'",
             ) from None
-        # it warns of keys that it does not know, which are then not trusted
-        logging.getLogger("sigstore").addHandler(logging.NullHandler())
+        # it warns of keys that it does not know, which are then not trusted: that is for programs that listen
+        if not (logger := logging.getLogger("sigstore")).handlers:
+            logger.addHandler(logging.NullHandler())
         data = fsutil.read_input(path, "trust root", max_size=ROOT_MAX)
         what = f"the trust root {path}"
         document = strictjson.parse(data, what, max_size=ROOT_MAX, max_depth=_DEPTH_MAX)
         _check_shape(document, what)
+        import ssl
+
         try:
             _verifier(document)
-        except (Error, ValueError) as exc:
+            _check_clocks(document)
+        except (Error, ValueError, ssl.SSLError) as exc:
             raise InputError(
                 f"{what} can't be used: {_line(exc)}", hint="it is a Sigstore trusted_root.json", path=str(path)
             ) from None
@@ -90,6 +98,11 @@ class TrustRoot:
         from sigstore.models import Bundle
 
         try:
+            document = strictjson.parse(data, "the bundle", max_size=payload.BUNDLE_MAX, max_depth=_DEPTH_MAX)
+            if _has_more(document, VALUES_MAX):
+                raise payload.Malformed(
+                    f"it has more than {VALUES_MAX} values, and no bundle of one signature has so many"
+                )
             bundle = Bundle.from_json(data)
             # it is only claimed until the verifier, which trusts nothing that was not valid then, has checked it
             at = _claimed_time(bundle)
@@ -101,8 +114,11 @@ class TrustRoot:
             raise payload.Malformed(
                 f"no authority of the trust root stands for its certificate: {_line(exc)}"
             ) from None
-        except Exception as exc:  # noqa: BLE001 - whatever a stranger's bundle does to the parsers, it is no signature
-            raise payload.Malformed(_line(exc)) from None
+        except BaseException as exc:
+            # Whatever a stranger's bundle does to the parsers, it is no signature. A panic of those in Rust is no Exception.
+            if isinstance(exc, Exception) or type(exc).__module__ == "pyo3_runtime":
+                raise payload.Malformed(_line(exc)) from None
+            raise
         return kind, signed, at
 
 
@@ -168,6 +184,8 @@ def _check_shape(document: Any, what: str) -> None:
 
     if not isinstance(document, dict):
         raise wrong("is no JSON object")
+    if _has_more(document, ROOT_VALUES_MAX):
+        raise wrong(f"has more than {ROOT_VALUES_MAX} values")
     for name, kind in _LISTS.items():
         entries = document.get(name)
         if not isinstance(entries, list) or not entries:
@@ -183,7 +201,11 @@ def _check_shape(document: Any, what: str) -> None:
 
 def _period(entry: dict[str, Any]) -> tuple[datetime | None, datetime | None]:
     # of an authority it stands in the entry, of a log beside its key; without one it is always valid
-    period = entry.get("publicKey", entry).get("validFor") or {}
+    holder = entry.get("publicKey", entry)
+    if any("_" in name for name in (*entry, *holder)):
+        # the package knows valid_for, too; taken for always valid, it would be no period at all
+        raise ValueError("a name with an underscore")
+    period = holder.get("validFor") or {}
     times = period.get("start"), period.get("end")
     for one in times:
         if one is not None and (problem := check_time(one)):
@@ -207,16 +229,43 @@ def _valid_at(document: dict[str, Any], at: datetime) -> dict[str, Any]:
 
 
 def _verifier(document: dict[str, Any]) -> Verifier:
-    from sigstore.models import TrustedRoot
     from sigstore.verify import Verifier
+
+    return Verifier(trusted_root=_trusted_root(document))
+
+
+def _trusted_root(document: dict[str, Any]) -> TrustedRoot:
+    from sigstore.models import TrustedRoot
 
     # it reads files alone
     fd = os.memfd_create("trusted_root.json")
     try:
         fsutil.pwrite_all(fd, json.dumps(document).encode(), 0)
-        return Verifier(trusted_root=TrustedRoot.from_file(f"/proc/self/fd/{fd}"))
+        return TrustedRoot.from_file(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
+
+
+def _check_clocks(document: dict[str, Any]) -> None:
+    # The package reads their certificates when a timestamp comes, and panics where OpenSSL takes one for none.
+    import ssl
+
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for clock in _trusted_root(document).get_timestamp_authorities():
+        for certificate in clock.certificates(allow_expired=True):
+            context.load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
+
+
+def _has_more(document: Any, values: int) -> bool:
+    count, left = 0, [document]
+    while left and count <= values:
+        value = left.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        left += inner
+    return count > values
 
 
 def _claimed_time(bundle: Bundle) -> datetime:
@@ -240,8 +289,8 @@ def _check_period(certificate: Certificate, at: datetime) -> None:
         )
 
 
-def _line(exc: Exception) -> str:
+def _line(exc: BaseException) -> str:
     """What the package says, in one short line without control characters: much of it may come from a stranger."""
     # after the bracket pydantic shows what it was given
     text = " ".join(str(exc).partition(" [type=")[0].split()) or type(exc).__name__
-    return ascii(text)[1:-1][:200]
+    return printable(text, 200)

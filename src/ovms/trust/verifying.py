@@ -94,7 +94,7 @@ def require(verdict: Verdict, needed: int, what: str) -> None:
     if not verdict.any_found:
         raise SignatureMissing(
             f"{what} has no signature",
-            hint="'ovm sign' makes one; 'ovm referrers' lists what else belongs to it",
+            hint="signatures lie beside an artifact, and a copy elsewhere has none; 'ovm referrers' lists what is there",
             **verdict.to_json(),
         )
     asked = len(verdict.signers)

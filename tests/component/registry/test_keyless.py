@@ -14,8 +14,9 @@ from support import keyless, keyless_services, tools
 from support.cli import Done, Ovm
 from support.keyless import IDENTITY, ISSUER, Clock, Sigstore
 from support.registry import Registry
+from support.rfc import ROOT
 
-from ovms.oci import cosign, referrers
+from ovms.oci import cosign
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest, created_now
 from ovms.oci.registry import RegistryClient
 from ovms.spec import mediatypes
@@ -25,16 +26,15 @@ from ovms.trust.identity import IdentitySigner, TrustRoot
 from ovms.trust.model import Bad, Format, Good
 from ovms.trust.sources import RegistrySource
 
+PAGE = ROOT / "docs" / "signing" / "identities.md"
+BEGIN = "<!-- what the test found -->\n"
 ANOTHER = of_bytes(b"another")
 OURS = Sigstore()
 STRANGE = Sigstore()
 Made = Callable[[Any], dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
-    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def artifact(client: RegistryClient, repository: str) -> ImageManifest:
@@ -147,24 +147,37 @@ def _redated(subject: Any) -> dict[str, Any]:
     return document
 
 
+#: What the table of the page calls it, and the bundle. The first ones are good.
 GOOD: dict[str, Made] = {
-    "good": OURS.bundle,
-    "new-extension": lambda s: OURS.bundle(s, old_issuer=None),
-    "old-extension": lambda s: OURS.bundle(s, issuer=None),
+    "as it should be": OURS.bundle,
+    "the issuer in the newer extension alone": lambda s: OURS.bundle(s, old_issuer=None),
+    "the issuer in the older extension alone": lambda s: OURS.bundle(s, issuer=None),
 }
 BAD: dict[str, Made] = {
-    "identity": lambda s: OURS.bundle(s, identity="mallory@ovms.example"),
-    "issuer": lambda s: OURS.bundle(s, issuer="https://accounts.example", old_issuer="https://accounts.example"),
-    "digest": lambda s: OURS.bundle(ANOTHER),
-    "authority": lambda s: dataclasses.replace(OURS, authority=STRANGE.authority).bundle(s),
-    "certificate-log": lambda s: dataclasses.replace(OURS, certificates=STRANGE.certificates).bundle(s),
-    "log": lambda s: dataclasses.replace(OURS, signatures=STRANGE.signatures).bundle(s),
-    "no-sct": lambda s: OURS.bundle(s, sct=False),
-    "no-entry": lambda s: OURS.bundle(s, logged=False),
-    "expired": lambda s: OURS.bundle(s, late=timedelta(hours=1)),
-    "tampered": _tampered,
-    "moved": _moved,
-    "redated": _redated,
+    "another identity": lambda s: OURS.bundle(s, identity="mallory@ovms.example"),
+    "another issuer": lambda s: OURS.bundle(
+        s, issuer="https://accounts.example", old_issuer="https://accounts.example"
+    ),
+    "moved: over another artifact": lambda s: OURS.bundle(ANOTHER),
+    "an authority that is not in the trust root": lambda s: dataclasses.replace(
+        OURS, authority=STRANGE.authority
+    ).bundle(s),
+    "a log of certificates that is not in the trust root": lambda s: dataclasses.replace(
+        OURS, certificates=STRANGE.certificates
+    ).bundle(s),
+    "a log of signatures that is not in the trust root": lambda s: dataclasses.replace(
+        OURS, signatures=STRANGE.signatures
+    ).bundle(s),
+    "a certificate that no log saw": lambda s: OURS.bundle(s, sct=False),
+    "a signature that no log saw": lambda s: OURS.bundle(s, logged=False),
+    "expired: made after the certificate's end": lambda s: OURS.bundle(s, late=timedelta(hours=1)),
+    "changed: the envelope of another signature": _tampered,
+    "changed: the log's entry of another signature": _moved,
+    "changed: the time in the log's entry": _redated,
+}
+ENDED = {
+    "an authority that had ended before": "certificateAuthorities",
+    "a log of signatures whose key had ended before": "tlogs",
 }
 
 
@@ -186,20 +199,29 @@ def theirs(registry: Registry, repository: str, image: ImageManifest, root: Path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [*GOOD, *BAD, "tlogs", "certificateAuthorities"])
-def test_cosign_says_the_same(registry: Registry, tmp_path: Path, case: str) -> None:
+def test_cosign_says_the_same(registry: Registry, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What comes out is the table of docs/signing/identities.md (``pytest --regenerate`` writes it)."""
     tools.find("cosign")
     path = tmp_path / "trusted_root.json"
-    path.write_text(json.dumps(OURS.trusted_root() if case in GOOD | BAD else _ended(case)))
-    signer = IdentitySigner("us", TrustRoot.load(path), IDENTITY, ISSUER)
-    repository = f"keyless/{case}".lower()
-    made: Made = (GOOD | BAD).get(case) or OURS.bundle
-    with RegistryClient(registry.host) as client:
-        image = artifact(client, repository)
-        attach(client, repository, image, made(image.digest))
-        result = ours(client, repository, image, signer)
-    said = theirs(registry, repository, image, path)
-    assert isinstance(result, Good) is (said == "") is (case in GOOD), said
+    lines = ["| the bundle | `ovm verify` | `cosign verify` |\n", "| --- | --- | --- |\n"]
+    said = {True: "taken", False: "refused"}
+    for number, case in enumerate([*GOOD, *BAD, *ENDED]):
+        path.write_text(json.dumps(_ended(ENDED[case]) if case in ENDED else OURS.trusted_root()))
+        signer = IdentitySigner("us", TrustRoot.load(path), IDENTITY, ISSUER)
+        repository = f"keyless/{number}"
+        made: Made = (GOOD | BAD).get(case) or OURS.bundle
+        with RegistryClient(registry.host) as client:
+            image = artifact(client, repository)
+            attach(client, repository, image, made(image.digest))
+            result = ours(client, repository, image, signer)
+        other = theirs(registry, repository, image, path)
+        assert isinstance(result, Good) is (other == "") is (case in GOOD), f"{case}: {other}"
+        lines.append(f"| {case} | {said[isinstance(result, Good)]} | {said[other == '']} |\n")
+    text = PAGE.read_text()
+    whole = text[: text.index(BEGIN) + len(BEGIN)] + "".join(lines)
+    if request.config.getoption("--regenerate"):
+        PAGE.write_text(whole)
+    assert whole == PAGE.read_text()
 
 
 @pytest.mark.long

@@ -149,6 +149,7 @@ def test_m_of_n(setting: Setting) -> None:
     setting.pull(guard)
 
 
+@pytest.mark.spec("SEC-7")
 def test_a_digest_is_no_way_around(setting: Setting) -> None:
     pinned = f"{setting.ref.name}@{setting.artifact.digest}"
     setting.refuses(setting.guard(signed("a")), SignatureMissing, pinned)
@@ -237,6 +238,7 @@ def test_a_ram_snapshot_needs_more(setting: Setting) -> None:
     assert not ram.left_out(setting.ours, found.artifact)
 
 
+@pytest.mark.spec("SEC-7")
 def test_a_file_is_no_way_around(setting: Setting) -> None:
     archive = f"oci-archive:{setting.path / 'x.tar'}"
     resolve.push(setting.theirs, setting.connect, str(setting.ref), destination=archive)
@@ -303,6 +305,7 @@ def _offline(host: str) -> RegistryClient:
     raise AssertionError(f"{host} was asked")
 
 
+@pytest.mark.long
 def test_check_and_show_by_command(setting: Setting) -> None:
     setting.put(artifacts.with_ram(setting.theirs, str(setting.ref), artifacts.ram_blob()))
     rule = {**signed("a", "b"), "ramSnapshots": signed("b"), "maxAge": "90d"}

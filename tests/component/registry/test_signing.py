@@ -136,6 +136,13 @@ def test_an_index_and_what_it_lists(
     assert out.splitlines() == [f"{name}@{digest}" for digest in (index, *(image.digest for image in images))]
     for tag in ("all", "0", "1"):
         assert ovm("verify", f"{name}:{tag}", "--key", pair[1])[0] == Exit.OK
+    # and all of it comes here: of the index, and of the manifest in it that was taken
+    for tag in ("all", "0"):
+        ovm("sign", f"{name}:{tag}", "--key", pair[0], "--format", "classic")
+    assert ovm("pull", f"{name}:all", "--referrers", root="second")[0] == Exit.OK
+    for digest in (index, images[0].digest):
+        answer = ovm("verify", digest, "--key", pair[1], "--json", root="second")[1]
+        assert sorted(one["format"] for one in json.loads(answer)["signatures"]) == ["bundle", "classic"]
 
 
 @ONE

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.guests import MEMORY, Console, qemu_children
 
+from ovms import process
 from ovms.artifact.resolve import Found
 from ovms.errors import (
     InputError,
@@ -33,6 +34,7 @@ from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.manifest import Device, Metadata, Platform, RamSnapshot
 from ovms.spec.states import State
 from ovms.vmm.model import Ending
+from ovms.vmm.qemu.binary import BINARY
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 
@@ -43,6 +45,17 @@ def console(runtime: Runtime, record: Record) -> Console:
 
 def state(runtime: Runtime, record: Record) -> State:
     return runtime.instances.status(runtime.instances.find(record.id)).state
+
+
+def test_the_vmm_may_be_a_link_that_the_jail_has_not(
+    runtime: Runtime, echo: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / BINARY).symlink_to(process.find_tool(BINARY))
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    record = runtime.start(echo, TCG).record
+    console(runtime, record).wait_for("READY")
 
 
 @pytest.mark.spec("RUN-12", "STA-3", "LAY-1")
@@ -273,4 +286,5 @@ def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found)
     time.sleep(0.1)
     record = runtime.instances.find("orphan")
     assert runtime.instances.status(record).state is State.RUNNING
+    console(runtime, record).wait_for("READY")  # before it, nobody hears the button
     assert runtime.stop(record, grace=20).ending is Ending.POWERED_OFF

@@ -52,6 +52,7 @@ def nothing_runs(runtime: Runtime) -> None:
     assert guests.qemu_children(runtime.root.path) == []
 
 
+@pytest.mark.spec("SEC-7", "BOOT-50")
 def test_what_is_not_signed_is_not_started(runtime: Runtime, echo: Found, policy: Any) -> None:
     came_from(runtime.layout, echo.artifact.digest, THERE)
     policy(ACCEPT, registry_example=signed("us"))
@@ -92,6 +93,7 @@ def commit_of(runtime: Runtime, echo: Found) -> Found:
     return found
 
 
+@pytest.mark.spec("SEC-7", "RAM-40")
 def test_a_ram_snapshot_of_strangers_is_not_restored(runtime: Runtime, echo: Found, policy: Any) -> None:
     taken = commit_of(runtime, echo)
     came_from(runtime.layout, taken.artifact.digest, THERE)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import io
 import json
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def ovm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
     return run
 
 
+@contextlib.contextmanager
+def given(data: bytes) -> Iterator[int]:
+    """A descriptor from which *data* is read."""
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A key pair whose private half needs no password: deriving one takes a while."""
@@ -64,9 +77,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 # --- key -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", external.PASSWORD_VARIABLES)
-def test_a_new_pair(ovm: Callable[..., tuple[int, str, str]], variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, PASSWORD)
+def test_a_new_pair(ovm: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COSIGN_PASSWORD", PASSWORD)
     assert ovm("key", "generate") == (Exit.OK, "ovm.key\novm.pub\n", "")
     assert stat.S_IMODE(os.stat("ovm.key").st_mode) == 0o600
     before = Path("ovm.key").read_bytes()
@@ -75,7 +87,8 @@ def test_a_new_pair(ovm: Callable[..., tuple[int, str, str]], variable: str, mon
     assert Path("ovm.key").read_bytes() == before
     code, out, _ = ovm("key", "public", "ovm.key")
     assert out == Path("ovm.pub").read_text()
-    monkeypatch.setenv(variable, "wrong")
+    # ours comes before the other
+    monkeypatch.setenv("OVMS_KEY_PASSWORD", "wrong")
     assert ovm("key", "public", "ovm.key")[0] == Exit.INPUT
 
 
@@ -96,6 +109,26 @@ def test_a_key_from_elsewhere(
     assert ovm("key", "public", "b.key")[1] == pair[1].read_text()
     code, out, _ = ovm("key", "public", pair[0], "--json")
     assert json.loads(out)["pem"] == pair[1].read_text()
+
+
+def test_one_password_of_a_descriptor_is_the_old_ones_and_the_new_ones(
+    ovm: Callable[..., tuple[int, str, str]], pair: tuple[Path, Path]
+) -> None:
+    from cryptography.hazmat.primitives.serialization import (
+        BestAvailableEncryption,
+        Encoding,
+        PrivateFormat,
+        load_pem_private_key,
+    )
+
+    locked = load_pem_private_key(pair[0].read_bytes(), None).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSWORD.encode())
+    )
+    Path("locked.pem").write_bytes(locked)
+    with given(PASSWORD.encode()) as fd:
+        assert ovm("key", "import", "locked.pem", "--password-fd", fd)[0] == Exit.OK
+    assert Path("ovm.pub").read_bytes() == pair[1].read_bytes()
+    assert keyfiles.signing_key("ovm.key", PASSWORD.encode).public.pem == pair[1].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -120,27 +153,21 @@ def test_what_key_does_not_take(ovm: Callable[..., tuple[int, str, str]], argume
 # --- passwords -------------------------------------------------------------------------------------------------------
 
 
-def descriptor(data: bytes) -> int:
-    reading, writing = os.pipe()
-    os.write(writing, data)
-    os.close(writing)
-    return reading
-
-
 @pytest.mark.parametrize(
     ("data", "password"),
     [(b"a b\n", b"a b"), (b"a\r\nb", b"a"), (b"a", b"a"), (b"", b""), (b"\xff\0\n", b"\xff\0")],
 )
 def test_a_descriptor_comes_first(data: bytes, password: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVMS_KEY_PASSWORD", "of the environment")
-    ask = passwords.asker(descriptor(data), "Password")
-    assert ask() == password
-    assert ask() == password  # it is read once
+    with given(data) as fd:
+        ask = passwords.asker(fd, "Password")
+        assert ask() == password
+        assert ask() == password  # it is read once
 
 
 def test_too_long_a_password() -> None:
-    with pytest.raises(InputError, match="at most"):
-        passwords.asker(descriptor(b"a" * 5000), "Password")()
+    with given(b"a" * 5000) as fd, pytest.raises(InputError, match="at most"):
+        passwords.asker(fd, "Password")()
 
 
 def test_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +209,9 @@ def test_signed_in_the_store(
     assert (code, out) == (Exit.OK, f"web@{digest}\n")
     assert f"the {form} signature" in err
     assert ovm("verify", digest, "--key", pair[1])[1] in (f"web@{digest}\n", f"also@{digest}\n")
-    (value,) = json.loads(ovm("verify", "also:1", "--key", pair[1], "--json")[1])["signatures"]
+    answer = json.loads(ovm("verify", "also:1", "--key", pair[1], "--json")[1])
+    assert answer["name"] == f"also@{digest}"
+    (value,) = answer["signatures"]
     assert (value["format"], value["signer"], value["good"]) == (form, str(pair[1]), True)
 
 

@@ -7,11 +7,14 @@ import copy
 import dataclasses
 import glob
 import json
+import logging
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import sigstore
@@ -80,6 +83,8 @@ def why(signer: IdentitySigner, one: Found, subject: Digest = SUBJECT) -> str:
     assert result.signer == signer.name
     assert result.detail.isprintable()
     assert len(result.detail) < 300
+    # what was found, as pydantic shows it
+    assert "[type=" not in result.detail
     return result.detail
 
 
@@ -89,6 +94,24 @@ def test_good_ones(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
     workflow = "https://git.example/ovms/.build/release.yml@refs/tags/v1"
     one = found(OURS.bundle(SUBJECT, identity=workflow))
     assert isinstance(dataclasses.replace(signer, identity=workflow).check(one, SUBJECT), Good)
+
+
+def test_nothing_is_asked_of_anybody(
+    signer: IdentitySigner, bundle: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise AssertionError("it went online")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert isinstance(signer.check(found(bundle), SUBJECT), Good)
+
+
+def test_the_package_is_imported_when_it_is_needed() -> None:
+    script = "import sys, ovms.trust.identity; sys.exit(' '.join({'sigstore', 'cryptography', 'pydantic'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("missing", ["issuer", "old_issuer"])
@@ -217,6 +240,15 @@ def test_a_key_or_another_format(signer: IdentitySigner) -> None:
         assert "bundles alone" in why(signer, Found(kind, MANIFEST, 0, simple, "", notes))
 
 
+def test_what_only_one_parser_sees(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    class Other(TrustRoot):
+        def verify(self, data: bytes, policy: Any) -> tuple[str, bytes, datetime]:
+            kind, signed, at = signer.root.verify(data, policy)
+            return kind, signed.replace(b"{}", b"{ }"), at
+
+    assert "in two ways" in why(dataclasses.replace(signer, root=Other({})), found(bundle))
+
+
 # --- clocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +267,10 @@ def test_a_clock_tells_the_time(signer: IdentitySigner, clocked: Sigstore, tmp_p
     assert isinstance(result, Good)
     assert result.signed_at is not None
     assert abs(result.signed_at - now()) < timedelta(minutes=5)
+    # a time that the log did not sign
+    again = copy.deepcopy(document)
+    entry(again)["integratedTime"] = str(int(result.signed_at.timestamp()) + 60)
+    assert ours.check(found(again), SUBJECT) == dataclasses.replace(result, found=found(again))
     # a trust root without a clock, and with another
     assert "no Timestamp Authorities" in why(signer, found(document))
     assert clocked.clock is not None
@@ -261,6 +297,31 @@ def test_a_clock_tells_the_time(signer: IdentitySigner, clocked: Sigstore, tmp_p
     # a good clock does not help a certificate that was not valid then
     old = clocked.bundle(SUBJECT, now() - timedelta(hours=1))
     assert "its certificate was good from" in why(ours, found(old))
+
+
+def test_a_panic_is_no_signature(signer: IdentitySigner, clocked: Sigstore, tmp_path: Path) -> None:
+    document = clocked.trusted_root()
+    [clock] = document["timestampAuthorities"]
+    certificate = clock["certChain"]["certificates"][1]
+    name = b"\x0c\x0aclock root"
+    der = base64.b64decode(certificate["rawBytes"])
+    assert name in der
+    # a name that is no UTF-8
+    certificate["rawBytes"] = keyless.b64(der.replace(name, name[:-1] + b"\xff"))
+    with pytest.raises(InputError, match="can't be used"):
+        rooted(tmp_path / "root", document)
+    # without that check, the parser of timestamps panics
+    ours = dataclasses.replace(signer, root=TrustRoot(document))
+    assert "unwrap()" in why(ours, found(clocked.bundle(SUBJECT, now())))
+
+
+def test_what_stops_a_check_is_not_taken_for_its_result(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    policy = type("Policy", (), {"verify": stop})()
+    with pytest.raises(KeyboardInterrupt):
+        signer.root.verify(found(bundle).payload, policy)
 
 
 # --- trust roots -----------------------------------------------------------------------------------------------------
@@ -325,6 +386,7 @@ def _root(change: Change) -> Callable[[], bytes]:
         (lambda: b"[" * 100, "deeper"),
         (lambda: b"{}", "names no certificate authority"),
         (_root(lambda d: d.update(tlogs=[])), "names no log of signatures"),
+        (_root(lambda d: d.update(timestampAuthorities=[{}] * 10_000)), "more than 10000 values"),
         (_root(lambda d: d.pop("ctlogs")), "names no log of certificates"),
         (_root(lambda d: d.update(ctlogs=d["ctlogs"] * 65)), "at most 64"),
         (_root(lambda d: d.update(mediaType="x\x1b")), "can't be used: "),
@@ -333,6 +395,9 @@ def _root(change: Change) -> Callable[[], bytes]:
         (_root(lambda d: d["certificateAuthorities"][0].update(validFor="x")), "certificateAuthorities[0] has no validity"),
         (_root(lambda d: d["tlogs"][0]["publicKey"].update(validFor={"start": "yesterday"})), "tlogs[0] has no validity"),
         (_root(lambda d: d["tlogs"][0]["publicKey"].update(validFor={"start": 7})), "tlogs[0] has no validity"),
+        # names that other writers of the format use
+        (_root(lambda d: d["tlogs"][0].update(public_key=d["tlogs"][0].pop("publicKey"))), "tlogs[0] has no validity"),
+        (_root(lambda d: d["tlogs"][0]["publicKey"].update(valid_for=d["tlogs"][0]["publicKey"].pop("validFor"))), "tlogs[0] has no validity"),
         (_root(lambda d: d["tlogs"].append("x")), "tlogs[1] has no validity"),
         (_root(lambda d: d["tlogs"][0].pop("publicKey")), "can't be used: "),
     ],
@@ -360,13 +425,16 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_key_of_an_unknown_kind_is_not_trusted(
-    signer: IdentitySigner, bundle: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    signer: IdentitySigner, bundle: dict[str, Any], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # as in a program that sets up no logging
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     document = OURS.trusted_root()
     document["tlogs"][0]["publicKey"]["keyDetails"] = "PKIX_ECDSA_P384_SHA_256"
     ours = dataclasses.replace(signer, root=rooted(tmp_path / "root", document))
     assert "log entry" in why(ours, found(bundle))
-    assert capfd.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "")
 
 
 # --- whatever strangers write ----------------------------------------------------------------------------------------
@@ -414,6 +482,30 @@ def test_nothing_in_a_bundle_makes_it_raise(signer: IdentitySigner, place: tuple
 
 
 TEXTS = {"rawBytes", "sig", "payload", "canonicalizedBody", "signedEntryTimestamp"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: entry(d)["inclusionProof"].update(hashes=[1] * 100_000),
+        lambda d: d["verificationMaterial"].update(tlogEntries=[{}] * 100_000),
+        lambda d: d["verificationMaterial"].update(tlogEntries=[[[]] * 9] * 50),
+        lambda d: d.update({str(i): 1 for i in range(40_000)}),
+    ],
+)
+def test_a_bundle_of_many_small_mistakes(signer: IdentitySigner, bundle: dict[str, Any], change: Change) -> None:
+    # each of which would be described: 600 MB, and six seconds
+    document = copy.deepcopy(bundle)
+    change(document)
+    assert "more than 500 values" in why(signer, found(document))
+
+
+def test_a_bundle_with_the_longest_proof(signer: IdentitySigner, bundle: dict[str, Any]) -> None:
+    document = copy.deepcopy(bundle)
+    entry(document)["inclusionProof"]["hashes"] = [keyless.b64(bytes(32))] * 128
+    assert "wrong size" in why(signer, found(document))
+
+
 BYTES = [place for place in PLACES if TEXTS.intersection(place)]
 
 

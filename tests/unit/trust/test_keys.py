@@ -116,12 +116,15 @@ def test_what_sec1_holds_is_read() -> None:
     assert keys.load_private(pem, "k", never).sign(b"x")
 
 
-def test_sha256_with_a_larger_curve_is_taken_as_cosign_writes_it() -> None:
-    from cryptography.hazmat.primitives.hashes import SHA256
+def test_a_larger_curve_signs_over_sha256_and_its_own_hash_is_taken_too() -> None:
+    from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
 
     raw = ec.generate_private_key(ec.SECP384R1())
     pem = raw.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    assert keys.load_public(pem, "p").verify(raw.sign(b"m", ec.ECDSA(SHA256())), b"m")
+    key = keys.load_private(raw.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "k", never)
+    raw.public_key().verify(key.sign(b"m"), b"m", ec.ECDSA(SHA256()))
+    for hashed, taken in ((SHA256(), True), (SHA384(), True), (SHA512(), False)):
+        assert keys.load_public(pem, "p").verify(raw.sign(b"m", ec.ECDSA(hashed)), b"m") is taken
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -89,6 +89,7 @@ def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[st
 
 def _pull_referrers(text: str, context: Context) -> list[str]:
     from ovms.artifact import attach, resolve
+    from ovms.oci.referrers import roots
     from ovms.trust import sources
 
     reference = resolve.pushable(text)
@@ -97,8 +98,11 @@ def _pull_referrers(text: str, context: Context) -> list[str]:
     fetched, left_out = attach.pull_referrers(
         context.layout, client, reference.repository, top.digest, context.progress
     )
-    # those under a tag are no referrers, and are kept as such
-    sources.keep(context.layout, client, reference.repository, top.descriptor())
+    # signatures under a tag are no referrers, but are kept like them
+    for digest in roots(top):
+        if context.layout.size(digest) is not None:
+            subject = context.layout.manifest(digest).descriptor()
+            sources.keep(context.layout, client, reference.repository, subject)
     if left_out:
         output.say(f"{left_out} of the referrers were not fetched; 'ovm referrers {reference}' lists all of them")
     return [referrer.digest for referrer in fetched]
