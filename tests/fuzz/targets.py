@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from support import keyless
 
 from fuzz.seeds import CORPUS
-from ovms.artifact import document, kernels, model
+from ovms.artifact import document, kernels, kinds, model
 from ovms.cli import output, terminal
 from ovms.disk import layers, qcow2, seed
 from ovms.errors import AgentUnavailable, InputError, OvmsError, VmmError
@@ -56,7 +56,7 @@ from ovms.oci.reference import Reference
 from ovms.oci.session import Session, Settings
 from ovms.runtime import agent, guest, logrecords, logs, seeds
 from ovms.runtime.server import http
-from ovms.spec import api, bootstrap, limits, manifest, ramheader, ramsnap, strictjson
+from ovms.spec import api, bootstrap, limits, manifest, mediatypes, ramheader, ramsnap, strictjson
 from ovms.spec.digest import Digest, of_bytes
 from ovms.spec.manifest import DiskFormat
 from ovms.trust import keys, payload
@@ -394,6 +394,16 @@ def simple_signing(data: bytes) -> None:
     key = signing_key()
     result = judged(KeySigner("us", key.public), Format.CLASSIC, data, base64.b64encode(key.sign(b"another")).decode())
     assert isinstance(result, Bad)
+
+
+@target(size=8192)
+def attached(data: bytes) -> None:
+    found = kinds.recognise(data)
+    if found is not None:
+        assert found.predicate is None or found.predicate.isprintable()
+        notes = {} if found.predicate is None else {mediatypes.PREDICATE_ANNOTATION: found.predicate}
+        listed = Descriptor("x/y", Digest(DIGEST), 1, notes, artifact_type=found.media_type)
+        assert kinds.of_referrer(listed) is found.kind
 
 
 @functools.cache
