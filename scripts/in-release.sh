@@ -33,13 +33,13 @@ fi
 for file in /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt /etc/pip.conf; do
     [ ! -e "$file" ] || cp -L "$file" "$root$file"
 done
-if [ ! -e "$root/root/ovms/.git" ]; then
-    git clone -q --no-hardlinks "$here" "$root/root/ovms"
+if [ ! -e "$root/srv/ovms/.git" ]; then
+    git clone -q --no-hardlinks "$here" "$root/srv/ovms"
 else
-    git -C "$root/root/ovms" fetch -q "$here" HEAD
-    git -C "$root/root/ovms" checkout -q --detach FETCH_HEAD
+    git -C "$root/srv/ovms" fetch -q "$here" HEAD
+    git -C "$root/srv/ovms" checkout -q --detach FETCH_HEAD
 fi
-say "$(git -C "$root/root/ovms" log -1 --format='%h %s')"
+say "$(git -C "$root/srv/ovms" log -1 --format='%h %s')"
 
 # pivot_root, not chroot: in a chroot nobody may make a user namespace, and VMs live in some
 # shellcheck disable=SC2016
@@ -52,7 +52,7 @@ exec unshare --mount --propagation private sh -eu -c '
     cd "$1"
     pivot_root . .host
     umount -l /.host
-    cd /root/ovms
+    cd /srv/ovms
     exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
         DEBIAN_FRONTEND=noninteractive SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
         PIP_CERT=/etc/ssl/certs/ca-certificates.crt sh -c "$2"

@@ -72,15 +72,18 @@ def run(
     check: bool = True,
     input: bytes | None = None,
     env: Mapping[str, str] | None = None,
+    shown: str | None = None,
 ) -> Completed:
     """Runs a program to its end, with a clean environment (and what *env* adds to it) and no stdin but *input*.
+
+    *shown* is what errors call it, where its arguments must not be told (None: the command line).
 
     Raises:
         HostError: it failed (with *check*), took longer than *timeout* seconds (it is then killed and reaped), or
             could not be started.
     """
     args = tuple(str(a) for a in argv)
-    shown = shlex.join(args)
+    shown = shlex.join(args) if shown is None else shown
     try:
         done = subprocess.run(
             args,

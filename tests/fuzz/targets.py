@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import base64
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -19,12 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 
+from support import keyless
+
+from fuzz.seeds import CORPUS
 from ovms.artifact import document, kernels, model
 from ovms.cli import output, terminal
 from ovms.disk import layers, qcow2, seed
@@ -52,6 +59,10 @@ from ovms.runtime.server import http
 from ovms.spec import api, bootstrap, limits, manifest, ramcrypt, ramheader, ramsnap, strictjson
 from ovms.spec.digest import Digest, of_bytes
 from ovms.spec.manifest import DiskFormat
+from ovms.trust import keys, payload
+from ovms.trust.identity import IdentitySigner, TrustRoot
+from ovms.trust.model import Bad, Format, Found, Good, Signer
+from ovms.trust.signers import KeySigner
 from ovms.vmm.model import VmFiles
 from ovms.vmm.qemu import qmp, state
 
@@ -380,6 +391,87 @@ def registry_answers(data: bytes) -> None:
     finally:
         for fd in kept:
             os.close(fd)
+
+
+# --- who signed it ---------------------------------------------------------------------------------------------------
+
+
+def judged(signer: Signer, kind: Format, data: bytes, signature: str = "") -> Good | Bad:
+    result = signer.check(Found(kind, Digest(DIGEST), 0, data, signature), Digest(DIGEST))
+    assert result.signer == signer.name
+    assert isinstance(result, Good) or (result.detail.isprintable() and len(result.detail) < 1000)
+    return result
+
+
+@target()
+def simple_signing(data: bytes) -> None:
+    with contextlib.suppress(payload.Malformed):
+        payload.check_simple(data, Digest(DIGEST))
+        assert DIGEST in json.dumps(json.loads(data))
+    key = signing_key()
+    result = judged(KeySigner("us", key.public), Format.CLASSIC, data, base64.b64encode(key.sign(b"another")).decode())
+    assert isinstance(result, Bad)
+
+
+@functools.cache
+def signing_key() -> keys.PrivateKey:
+    return keys.load_private((CORPUS / "private-key" / "cosign.key").read_bytes(), "the key", lambda: b"x")
+
+
+@target(size=8192)
+def key_bundle(data: bytes) -> None:
+    result = judged(KeySigner("us", signing_key().public), Format.BUNDLE, data)
+    if isinstance(result, Good):
+        # it says what it said in the first place
+        payload.check_statement(payload.read_bundle(data).payload, Digest(DIGEST))
+
+
+@functools.cache
+def identity_signer() -> IdentitySigner:
+    root = TrustRoot.load(CORPUS / "trust-root" / "root.json")
+    return IdentitySigner("us", root, keyless.IDENTITY, keyless.ISSUER)
+
+
+@functools.cache
+def signed_times() -> frozenset[datetime | None]:
+    found = [judged(identity_signer(), Format.BUNDLE, one) for one in seeds_of("identity-bundle")]
+    return frozenset(one.signed_at for one in found if isinstance(one, Good))
+
+
+def seeds_of(name: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+
+
+@target(size=16384)
+def identity_bundle(data: bytes) -> None:
+    result = judged(identity_signer(), Format.BUNDLE, data)
+    assert isinstance(result, Bad) or result.signed_at in signed_times()
+
+
+@target(size=16384)
+def trust_root(data: bytes) -> None:
+    with said_safely(InputError):
+        root = TrustRoot.load(written("trusted_root.json", data))
+        for one in seeds_of("identity-bundle"):
+            judged(dataclasses.replace(identity_signer(), root=root), Format.BUNDLE, one)
+
+
+@target()
+def public_key(data: bytes) -> None:
+    with said_safely(InputError):
+        key = keys.load_public(data, "the key")
+        assert keys.load_public(key.pem, "it again") == key
+        assert not key.verify(b"no signature", b"message")
+
+
+@target()
+def private_key(data: bytes) -> None:
+    def ask() -> bytes:
+        # before what a derivation costs
+        raise InputError("no password")
+
+    with said_safely(InputError):
+        keys.load_private(data, "the key", ask)
 
 
 # --- what a guest and its VMM say ------------------------------------------------------------------------------------
