@@ -633,6 +633,7 @@ class _Handler:
 
 
 _LOOP = asyncio.new_event_loop()
+atexit.register(_LOOP.close)
 
 
 @target("json/*/*.json")
