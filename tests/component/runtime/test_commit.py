@@ -66,6 +66,22 @@ def disk(**blocks: str) -> bytes:
     return bytes(content)
 
 
+@pytest.mark.long
+def test_a_running_guest_gets_as_many_overlays_as_there_may_be_layers(
+    runtime: Runtime, running: Record, echo: Found
+) -> None:
+    below = len(echo.artifact.manifest.disk_layers)
+    record = running
+    while below + len(record.overlays) <= limits.DISK_LAYERS_MAX:
+        record = disks.still(runtime.instances, record, below).record
+    assert runtime.instances.directory(record.id).joinpath(record.overlays[-1]).exists()
+    with runtime.instances.control(record) as control:
+        assert control.active_overlay() == record.overlays[-1]
+        assert control.figures()["disk_read_bytes"] == 0
+    with pytest.raises(Unsupported, match="disk layers"):
+        disks.still(runtime.instances, record, below)
+
+
 @pytest.mark.spec("LAY-1", "LAY-4", "OCI-19")
 def test_what_a_running_guest_wrote_becomes_one_layer(
     runtime: Runtime, running: Record, echo: Found, tmp_path: Path
