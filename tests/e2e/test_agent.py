@@ -109,7 +109,6 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     assert (tmp_path / "version").read_text().startswith("Linux version")
     for words, code in (
         (("web:/nothing", tmp_path), 4),
-        (("web:/etc", tmp_path), 3),
         (("web:/dev/zero", tmp_path), 3),
         ((tmp_path / "nothing", "web:/srv"), 3),
         ((source, "web:/nowhere/x"), 4),
@@ -126,6 +125,42 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     done = ovm("cp", "--json", source.with_name("back"), "web:/run/small/x")
     assert (done.code, done.error["code"]) == (13, "guest-failed")
     assert ovm.ok("exec", "web", "--", "ls", "-A", "/run/small").out == ""
+
+
+def test_directories_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
+    started(ovm)
+    source = tmp_path / "site"
+    (source / "sub" / ("d" * 150)).mkdir(parents=True)
+    (source / "sub" / ("d" * 150) / "x").write_text("x")
+    (source / "big").write_bytes(os.urandom(3_000_000))
+    (source / "tool").write_text("#!/bin/sh\n")
+    (source / "tool").chmod(0o751)
+    (source / "link").symlink_to("sub")
+    ovm.ok("cp", source, "web:/srv")
+    assert ovm.ok("exec", "web", "stat", "-c", "%a %s %U", "/srv/site/tool").out == "751 10 root\n"
+    done = ovm.ok("cp", "--json", "web:/srv/site", tmp_path / "back")
+    assert (done.json["target"], done.json["files"]) == (str(tmp_path / "back"), 3)
+    subprocess.run(["diff", "-r", "--no-dereference", source, tmp_path / "back"], check=True)
+    # what is in it goes into what is there
+    ovm.ok("cp", f"{source}/.", "web:/srv/site/sub")
+    ovm.ok("cp", "web:/srv/site/.", tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "big").read_bytes() == (source / "big").read_bytes()
+    # links out of it, and a device
+    ovm.ok("exec", "web", "--", "sh", "-c", "cd /srv/site && ln -s /etc/passwd out && mknod null c 1 3")
+    done = ovm.ok("cp", "--json", "web:/srv/site", tmp_path)
+    assert (done.json["left_out"], done.json["target"]) == (2, str(tmp_path / "site"))
+    assert "left out" in done.err
+    assert sorted(path.name for path in (tmp_path / "site").iterdir()) == ["big", "link", "sub", "tool"]
+    ovm.ok("cp", "web:/etc", tmp_path / "etc")
+    assert (tmp_path / "etc" / "passwd").read_text().startswith("root:")
+    for words, code in ((("web:/etc", tmp_path / "back" / "tool"), 3), ((source, "web:/nowhere/x"), 4)):
+        assert ovm("cp", *words).code == code, words
+    # no room in the guest
+    ovm.ok("exec", "web", "--", "sh", "-c", "mkdir /run/little && busybox mount -t tmpfs -o size=1m little /run/little")
+    done = ovm("cp", "--json", source, "web:/run/little")
+    assert (done.code, done.error["code"]) == (13, "guest-failed")
+    assert ovm.ok("exec", "web", "--", "ls", "-A", "/run/little").out == ""
+    assert ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv /var/tmp | grep -c tmp$ || true").out == "0\n"
 
 
 def test_a_clone_answers_and_so_does_what_it_was_made_of(ovm: Ovm) -> None:
