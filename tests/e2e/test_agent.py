@@ -14,6 +14,11 @@ import pytest
 from support import guests
 from support.cli import Ovm
 
+from ovms.runtime import quiesce
+from ovms.runtime.agent import Agent
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import Runtime
+
 MAKE = Path(__file__).parents[2] / "demo" / "make_images.py"
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
@@ -161,6 +166,60 @@ def test_directories_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     assert (done.code, done.error["code"]) == (13, "guest-failed")
     assert ovm.ok("exec", "web", "--", "ls", "-A", "/run/little").out == ""
     assert ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv /var/tmp | grep -c tmp$ || true").out == "0\n"
+
+
+def frozen(ovm: Ovm) -> bool:
+    """Whether a write waits for a thaw."""
+    look = "sync -f /srv; echo x > /srv/probe & sleep 1; kill -0 $! 2>/dev/null && echo frozen; true"
+    return "frozen" in ovm.ok("exec", "web", "--", "sh", "-c", look).out
+
+
+def test_a_commit_and_an_export_freeze_the_file_systems(ovm: Ovm, tmp_path: Path) -> None:
+    started(ovm)
+    write = (
+        "cd /srv && echo committed > fresh && dd if=/dev/zero of=dirty bs=1M count=8 2>/dev/null && echo end >> dirty"
+    )
+    ovm.ok("exec", "web", "--", "sh", "-c", write)
+    done = ovm.ok("commit", "--json", "web", "-t", "agent:frozen")
+    assert done.json["not_frozen"] is None
+    assert "power failure" not in done.err
+    target = tmp_path / "disk.img"
+    assert ovm.ok("export", "--json", "web", "-o", target).json["not_frozen"] is None
+    # nothing to be mended, and all there
+    assert subprocess.run(["/sbin/e2fsck", "-fn", target], check=False, capture_output=True).returncode == 0
+    for name in ("agent:frozen", target):
+        if name != target:
+            ovm.ok("export", name, "-o", tmp_path / "committed.img")
+        image = target if name == target else tmp_path / "committed.img"
+        read = subprocess.run(["/sbin/debugfs", "-R", "cat /srv/fresh", image], capture_output=True, check=True)
+        assert read.stdout == b"committed\n"
+    done = ovm.ok("commit", "--no-freeze", "--json", "web", "-t", "agent:torn")
+    assert done.json["not_frozen"] == "it was not asked for"
+    assert "power failure" not in done.err
+    ovm.ok("pause", "web")
+    done = ovm.ok("commit", "--json", "web", "-t", "agent:torn")
+    assert done.json["not_frozen"] == "the instance is paused"
+    assert "as after a power failure" in done.err
+    ovm.ok("resume", "web")
+    assert not frozen(ovm)
+
+
+def test_a_guest_that_was_left_frozen_is_thawed_by_the_next_command(ovm: Ovm) -> None:
+    started(ovm)
+    runtime = Runtime(Root(Path(ovm.root)))
+    record = runtime.instances.find("web")
+    with runtime.instances.locked(record) as newest, runtime.instances.control(newest) as control:
+        keep = quiesce.file_systems(runtime.instances, newest, control)
+        _, why = keep.__enter__()  # and never left: as one who is killed
+        assert why is None
+    noted = runtime.instances.find("web").fs_frozen
+    with Agent(runtime.instances.files(record)) as agent:
+        assert (noted, agent.execute("guest-fsfreeze-status")) == (True, "frozen")
+    ovm.ok("ps")
+    assert not runtime.instances.find("web").fs_frozen
+    with Agent(runtime.instances.files(record)) as agent:
+        assert agent.execute("guest-fsfreeze-status") == "thawed"
+    assert not frozen(ovm)
 
 
 def test_a_clone_answers_and_so_does_what_it_was_made_of(ovm: Ovm) -> None:

@@ -23,30 +23,35 @@ from ovms.spec.manifest import PartKind
 class Committed:
     """An artifact in the store. ``layers`` are new in it; ``downtime_ms`` is how long a running guest stood still.
 
-    ``user_data``: the guest was given some, and cloud-init keeps it on the disk.
+    ``user_data``: the guest was given some, and cloud-init keeps it on the disk. ``not_quiesced``: as of :class:`.disks.Frozen`.
     """
 
     artifact: model.Artifact
     layers: int
     downtime_ms: float
     user_data: bool
+    not_quiesced: str | None = None
 
 
-def take(runtime: Runtime, record: Record, name: Reference, progress: Progress = NULL) -> Committed:
+def take(
+    runtime: Runtime, record: Record, name: Reference, progress: Progress = NULL, *, quiesce: bool = False
+) -> Committed:
     """Makes an artifact of an instance's disk, whether it runs (it goes on) or not, and lets *name* stand for it.
 
+    With *quiesce* the file systems of a running guest are frozen for the moment, where its agent does that.
     What the artifact had beside the disk stays, except a RAM snapshot: that was one of another disk.
 
     Raises:
         Unsupported: no disk, or too many layers.
         StateConflict: it is just starting or stopping.
+        AgentUnavailable: the guest's file systems may stand frozen still.
         DiskFull, VmmError: the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
     with instances.locked(record) as newest, layout.using():
         source = runtime.artifact(newest)
         below = len(source.manifest.disk_layers)
-        frozen = disks.still(instances, newest, below)
+        frozen = disks.still(instances, newest, below, quiesce=quiesce)
         written = [path for path in frozen.overlays if not _empty(path)]
         if below + len(written) > limits.DISK_LAYERS_MAX:
             raise Unsupported(
@@ -64,7 +69,7 @@ def take(runtime: Runtime, record: Record, name: Reference, progress: Progress =
         )
         artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
         layout.set_name(str(name), artifact.image.descriptor())
-        return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data)
+        return Committed(artifact, len(added), frozen.downtime_ms, newest.user_data, frozen.not_quiesced)
 
 
 def _empty(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """What the guest of an instance wrote: made to stand still, and made into layers of a new artifact.
 
 While a VM runs, its newest overlay changes. So it is given another one, in a moment in which it is paused, and what was written until
-then is complete. Without the guest's help that is a disk as after a power failure, which file systems and databases are made for.
+then is complete. Where the guest's agent helps, its file systems are frozen meanwhile (:mod:`ovms.runtime.quiesce`); without that it is
+a disk as after a power failure, which file systems and databases are made for.
 
 A VMM that a guest has taken over can still write to an overlay that it does not use any more. So nothing of a living VM is believed
 that was checked before it was copied.
@@ -39,12 +40,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Frozen(Generic[T]):
-    """What was written until the VM stood still, and what was *seen* then. ``record`` names the overlay in use now."""
+    """What was written until the VM stood still, and what was *seen* then. ``record`` names the overlay in use now.
+
+    ``not_quiesced``: why the guest's file systems were not frozen then (None: they were, or no guest runs).
+    """
 
     record: Record
     overlays: tuple[Path, ...]
     seen: T
     downtime_ms: float
+    not_quiesced: str | None = None
 
 
 def freeze(
@@ -97,10 +102,13 @@ def _drop_unused(directory: Path, record: Record, active: str | None) -> Record:
     return replace(record, overlays=used)
 
 
-def still(instances: Instances, record: Record, below: int) -> Frozen[bool]:
+def still(instances: Instances, record: Record, below: int, *, quiesce: bool = False) -> Frozen[bool]:
     """The overlays of an instance, on *below* layers, in a state that stays (under its lock). *seen*: whether its VM lives.
 
+    With *quiesce* its guest's file systems are frozen at that moment, where it runs an agent that does that.
+
     Raises:
+        AgentUnavailable: they may stand frozen still.
         Unsupported: it has no disk, or it would become one of too many layers.
         StateConflict: it is just starting or stopping.
     """
@@ -117,7 +125,15 @@ def still(instances: Instances, record: Record, below: int) -> Frozen[bool]:
         )  # fmt: skip
     require_layers(record, below)
     with instances.control(record) as control:
-        return freeze(instances, record, control, lambda: True)
+        if not quiesce:
+            return replace(freeze(instances, record, control, lambda: True), not_quiesced="it was not asked for")
+        if state is State.PAUSED:
+            return replace(freeze(instances, record, control, lambda: True), not_quiesced="the instance is paused")
+        from ovms.runtime.quiesce import file_systems
+
+        with file_systems(instances, record, control) as (noted, why):
+            frozen = freeze(instances, noted, control, lambda: True)
+        return replace(frozen, record=replace(frozen.record, fs_frozen=False), not_quiesced=why)
 
 
 def require_layers(record: Record, below: int) -> None:

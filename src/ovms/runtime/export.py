@@ -59,6 +59,7 @@ class Exported:
     size: int
     downtime_ms: float = 0.0
     user_data: bool = False
+    not_quiesced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def of_artifact(layout: Layout, artifact: Artifact, target: Target, progress: Pr
         return _write(layers, target, progress)
 
 
-def of_instance(runtime: Runtime, record: Record, target: Target, progress: Progress = NULL) -> Exported:
+def of_instance(
+    runtime: Runtime, record: Record, target: Target, progress: Progress = NULL, *, quiesce: bool = False
+) -> Exported:
     """Writes the disk of an instance, which goes on if it runs. Raises like :func:`of_artifact`, and:
 
     Raises:
@@ -99,7 +102,7 @@ def of_instance(runtime: Runtime, record: Record, target: Target, progress: Prog
     with layout.using(), contextlib.ExitStack() as held:
         with instances.locked(record) as newest:
             layers = _open_layers(layout, runtime.artifact(newest), held)
-            frozen = disks.still(instances, newest, len(layers))
+            frozen = disks.still(instances, newest, len(layers), quiesce=quiesce)
             for number, path in enumerate(frozen.overlays, start=len(layers)):
                 what = f"disk layer {number}"
                 file = held.enter_context(fsutil.open_input(path, what))
@@ -110,7 +113,12 @@ def of_instance(runtime: Runtime, record: Record, target: Target, progress: Prog
                 layers.append(_Open(fd, DiskFormat.QCOW2, what))
         # what follows takes its time, and needs nothing of the instance any more
         written = _write(layers, target, progress)
-        return replace(written, downtime_ms=frozen.downtime_ms, user_data=newest.user_data)
+        return replace(
+            written,
+            downtime_ms=frozen.downtime_ms,
+            user_data=newest.user_data,
+            not_quiesced=frozen.not_quiesced,
+        )
 
 
 def _private_copy(fd: int, directory: Path, held: contextlib.ExitStack) -> int:

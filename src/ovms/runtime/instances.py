@@ -465,6 +465,8 @@ class Instances:
                 with self.control(record) as control:
                     control.set_link(True)
                 record = self.save(replace(record, link_down=False))
+            if record.fs_frozen and record.process is not None and record.process.alive():
+                record = self._thaw(record)
             if _ended(record):
                 network.sweep(directory)
             elif self._is_cut_off(record):
@@ -476,10 +478,21 @@ class Instances:
             if record.remove_on_exit and record.process is not None and not self.status(record).state.alive:
                 self.remove(record)
 
+    def _thaw(self, record: Record) -> Record:
+        from ovms.runtime import quiesce
+
+        with contextlib.suppress(OvmsError), self.control(record) as control:
+            # one whose agent is gone has perhaps been booted anew; one that is paused cannot answer yet
+            if not record.paused and control.agent_listens():
+                quiesce.thaw(self.files(record), control, quiesce.THAW_FOUND)
+                return self.save(replace(record, fs_frozen=False))
+        return record
+
     def _needs_recovery(self, record: Record) -> bool:
         if (
             record.pausing
             or record.link_down
+            or record.fs_frozen
             or (record.process is None and record.problem is None and not record.stop_requested)
         ):
             return True
