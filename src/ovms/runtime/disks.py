@@ -156,22 +156,27 @@ def add_overlays(layout: Layout, overlays: Sequence[Path], first: int, progress:
         DiskInvalid: a VMM that was taken over made something else of one.
     """
     for number, path in enumerate(overlays, start=first):
-        what = f"disk layer {number}"
-        with (
-            fsutil.open_input(path, "the overlay") as file,
-            progress.task(what, os.fstat(file.fileno()).st_size) as task,
-        ):
-            digest, size, _ = layout.add_file(file.fileno(), "the overlay", advance=task.advance)
-        with fsutil.open_input(layout.path(Digest(digest)), what) as stored:
-            check_layer(stored.fileno(), DiskFormat.QCOW2, what)
-        yield model.part_descriptor(PartKind.DISK, Digest(digest), size, format=DiskFormat.QCOW2, number=number)
+        with fsutil.open_input(path, "the overlay") as file:
+            yield add_layer(layout, file.fileno(), number, progress)
+
+
+def add_layer(layout: Layout, fd: int, number: int, progress: Progress) -> Descriptor:
+    """Adds an open qcow2 file to the store, as the disk layer of that number. Raises as :func:`add_overlays`."""
+    what = f"disk layer {number}"
+    with progress.task(what, os.fstat(fd).st_size) as task:
+        digest, size, _ = layout.add_file(fd, what, advance=task.advance)
+    with fsutil.open_input(layout.path(Digest(digest)), what) as stored:
+        check_layer(stored.fileno(), DiskFormat.QCOW2, what)
+    return model.part_descriptor(PartKind.DISK, Digest(digest), size, format=DiskFormat.QCOW2, number=number)
 
 
 def extended(
-    source: model.Artifact, disks: Sequence[Descriptor], created: str
+    source: model.Artifact, disks: Sequence[Descriptor], created: str, *, keep: int = limits.DISK_LAYERS_MAX
 ) -> tuple[dict[str, Any], Mapping[PartKind, list[Descriptor]]]:
-    """The manifest of *source* with *disks* on its own, and without its RAM snapshot; and the parts that stay."""
+    """The manifest of *source* with *disks* on its own (the first *keep* of them), and without its RAM snapshot; and the parts that stay."""
     document = copy.deepcopy(dict(source.manifest.document))
+    if "diskLayers" in document:
+        document["diskLayers"] = document["diskLayers"][:keep]
     if disks:
         document["diskLayers"] = [
             *document.get("diskLayers", []),
@@ -181,7 +186,7 @@ def extended(
     document["metadata"] = {**document.get("metadata", {}), "created": created}
     kept: dict[PartKind, list[Descriptor]] = {kind: [] for kind in PartKind}
     for part in source.manifest.parts():
-        if part.kind is not PartKind.RAM:
+        if part.kind is not PartKind.RAM and (part.kind is not PartKind.DISK or part.number < keep):
             kept[part.kind].append(model.reused(source, part))
     kept[PartKind.DISK].extend(disks)
     return document, kept
