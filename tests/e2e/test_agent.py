@@ -256,3 +256,25 @@ def test_killed_amid_a_copy(ovm: Ovm, tmp_path: Path) -> None:
         assert running.wait(60) == 130
     left = ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv | grep -c '^.big' || true").out
     assert left == "1\n", "what the killed one left; the interrupted one left nothing"
+
+
+def test_a_kernel_that_panics_ends_its_vm_and_is_told(ovm: Ovm) -> None:
+    ovm.ok("run", "-d", "--name", "doomed", "--memory", "256m", "agent:1")
+    with ovm.popen(
+        "exec",
+        "--wait",
+        "120",
+        "doomed",
+        "--",
+        "sh",
+        "-c",
+        "sleep 1; echo c > /proc/sysrq-trigger",
+        stderr=subprocess.DEVNULL,
+    ):
+        deadline = time.monotonic() + 200
+        while (told := ovm.ok("inspect", "doomed").json)["state"] != "error":
+            assert time.monotonic() < deadline, told
+            time.sleep(0.2)
+    assert (told["ending"], told["error"]["detail"]) == ("panicked", "the guest panicked")
+    assert "Error (the guest panicked)" in ovm.ok("ps", "-a").out
+    assert "Kernel panic - not syncing: sysrq triggered crash" in ovm.ok("logs", "doomed").out

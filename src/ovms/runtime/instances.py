@@ -61,7 +61,7 @@ class Status:
     @property
     def failed(self) -> bool:
         """Whether the VM ended otherwise than by its guest's or its user's will."""
-        return self.state is State.ERROR or (self.ending is Ending.PANICKED and not self.record.stop_requested)
+        return self.state is State.ERROR
 
     @property
     def ran_s(self) -> float | None:
@@ -184,7 +184,7 @@ class Instances:
             return Status(record, State.STOPPED, Ending.HOST_REBOOTED)
         if ending is Ending.KILLED and (record.oom_killed or cgroups.oom_killed(_groups(record))):
             ending = Ending.OUT_OF_MEMORY
-        failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY) and not record.stop_requested
+        failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY, Ending.PANICKED) and not record.stop_requested
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
