@@ -26,7 +26,9 @@ from ovms.errors import (
     Unsupported,
     VmmError,
 )
-from ovms.runtime import ports
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.runtime import commit, ports, starting
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel, RestorePolicy
@@ -43,6 +45,29 @@ def console(runtime: Runtime, record: Record) -> Console:
 
 def state(runtime: Runtime, record: Record) -> State:
     return runtime.instances.status(runtime.instances.find(record.id)).state
+
+
+def test_an_artifact_is_read_once_and_anew_where_its_name_stands_for_another(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = starting.find
+
+    def find(layout: Layout, text: str, platform: Any = None) -> Found:
+        reads.append(text)
+        return real(layout, text, platform)
+
+    monkeypatch.setattr(starting, "find", find)
+    records: list[Record] = []
+    for renamed in (False, True):
+        begun = starting.begin(runtime, "echo:1", TCG)
+        assert isinstance(begun, starting.Start)
+        if renamed:
+            commit.take(runtime, runtime.instances.find(records[0].id), Reference.parse("echo:1"))
+        assert begun.answered()
+        records.append(begun.run(lambda host: pytest.fail(host)).record)
+        assert (records[-1].digest == echo.artifact.digest) is not renamed
+    assert len(reads) == 3
 
 
 @pytest.mark.spec("RUN-12", "STA-3", "LAY-1")
