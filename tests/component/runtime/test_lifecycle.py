@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.guests import MEMORY, Console, qemu_children
 
+from ovms.artifact import resolve
 from ovms.artifact.resolve import Found
 from ovms.errors import (
     InputError,
@@ -51,11 +52,10 @@ def test_an_artifact_is_read_once_and_anew_where_its_name_stands_for_another(
     runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
-    real = starting.find
 
     def find(layout: Layout, text: str, platform: Any = None) -> Found:
         reads.append(text)
-        return real(layout, text, platform)
+        return resolve.find(layout, text, platform)
 
     monkeypatch.setattr(starting, "find", find)
     records: list[Record] = []
@@ -295,7 +295,7 @@ def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found)
         assert starter.stdout is not None
         assert starter.stdout.readline() == b"started\n"
         os.kill(starter.pid, signal.SIGKILL)
-    time.sleep(0.1)
     record = runtime.instances.find("orphan")
+    console(runtime, record).wait_for("READY")  # before it, nobody hears the button
     assert runtime.instances.status(record).state is State.RUNNING
     assert runtime.stop(record, grace=20).ending is Ending.POWERED_OFF
