@@ -346,6 +346,10 @@ class Instances:
             save(self.directory(record.id), record, durable=False)
         yield record
 
+    def gone(self, record: Record) -> bool:
+        """Whether an instance was removed meanwhile; cheaper than :meth:`newest`."""
+        return not (self.directory(record.id) / FILE).exists()
+
     def newest(self, record: Record) -> Record | None:
         """What the record of an instance says now (under its lock); None when it was removed."""
         return load(self.directory(record.id))

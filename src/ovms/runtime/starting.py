@@ -143,8 +143,8 @@ class Start:
 
     def _look(self) -> None:
         instances = self._runtime.instances
-        gone = instances.newest(self.record) is None  # removed by force
-        if gone or self._broken_off or instances.stop_asked(self.record):
+        # gone: removed by force
+        if instances.gone(self.record) or self._broken_off or instances.stop_asked(self.record):
             raise Interrupted(f"the start of {self.record.name} was broken off")
 
     def _failed(self, error: OvmsError) -> None:
