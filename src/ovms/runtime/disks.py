@@ -173,7 +173,7 @@ def add_layer(layout: Layout, fd: int, number: int, progress: Progress) -> Descr
 def extended(
     source: model.Artifact, disks: Sequence[Descriptor], created: str, *, keep: int = limits.DISK_LAYERS_MAX
 ) -> tuple[dict[str, Any], Mapping[PartKind, list[Descriptor]]]:
-    """The manifest of *source* with *disks* on its own (the first *keep* of them), and without its RAM snapshot; and the parts that stay."""
+    """The manifest of *source* with *disks* on the first *keep* of its own, and without its RAM snapshot; and the parts that stay."""
     document = copy.deepcopy(dict(source.manifest.document))
     if "diskLayers" in document:
         document["diskLayers"] = document["diskLayers"][:keep]

@@ -1,8 +1,8 @@
 """Make an artifact of what an instance's guest wrote to its disk: the artifact's layers, and a new one on them.
 
 The instance may run, and goes on: it stands still for a moment. Where it runs qemu-guest-agent, its file systems are frozen then, and
-whole; else what the guest has not yet written to its disk is missing, as after a power failure. With --squash all layers but the lowest become one; qemu-img reads both disks then, and compares them.
-Its memory is no part of it (that is 'ovm snapshot'), nor are volumes.
+whole; else what the guest has not yet written to its disk is missing, as after a power failure. Its memory is no part of it (that is
+'ovm snapshot'), nor are volumes. With --squash all layers but the lowest become one; qemu-img reads both disks then, and compares them.
 """
 
 from __future__ import annotations

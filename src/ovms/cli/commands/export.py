@@ -1,7 +1,8 @@
 """Write the disk of an instance, or of an artifact, as one image: all layers, and what the guest wrote, in one.
 
 A running instance goes on: it stands still for a moment, and the image is what its disk was then. Where it runs qemu-guest-agent, its
-file systems are frozen for that, and whole; else they are as after a power failure. The work is qemu-img's. The file appears whole or not at all, with holes where the disk is empty.
+file systems are frozen for that, and whole; else they are as after a power failure. The work is qemu-img's. The file appears whole or
+not at all, with holes where the disk is empty.
 """
 
 from __future__ import annotations
