@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from ovms import fsutil
+from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.disk import qcow2
 from ovms.errors import Unsupported
@@ -86,8 +86,9 @@ def take(
 def _squashed(
     runtime: Runtime, record: Record, source: model.Artifact, progress: Progress, *, quiesce: bool
 ) -> tuple[tuple[Descriptor, ...], disks.Frozen[bool]]:
-    from ovms.runtime import export, squash
+    from ovms.runtime import export, images, squash
 
+    process.find_tool(images.TOOL)  # before the guest is bothered
     with contextlib.ExitStack() as held:
         (base, *pieces), frozen = export.opened(runtime, record, source, held, quiesce=quiesce)
         fd = squash.layers(base, pieces, runtime.instances.directory(record.id), held, progress)

@@ -469,7 +469,7 @@ class Instances:
                 with self.control(record) as control:
                     control.set_link(True)
                 record = self.save(replace(record, link_down=False))
-            if record.fs_frozen and record.process is not None and record.process.alive():
+            if record.fs_frozen:
                 record = self._thaw(record)
             if _ended(record):
                 network.sweep(directory)
@@ -483,6 +483,8 @@ class Instances:
                 self.remove(record)
 
     def _thaw(self, record: Record) -> Record:
+        if record.process is None or not record.process.alive():
+            return self.save(replace(record, fs_frozen=False))
         from ovms.runtime import quiesce
 
         with contextlib.suppress(OvmsError), self.control(record) as control:
