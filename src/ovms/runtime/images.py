@@ -6,6 +6,7 @@ that what stands in the images about files is never looked at.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from ovms import process
 from ovms.errors import HostError
@@ -112,10 +113,16 @@ def run(
         finally:
             process.terminate(child)
             child.stdout.close()
-        if code != 0:
-            said.seek(0)
-            words = said.read(_OUTPUT_MAX)
-            if b"No space left on device" in words:
-                raise OSError(28, "No space left on device")
-            raise HostError(f"qemu-img failed ({process.describe_exit(code)}): {process.tail(words)}")
+        require_success(code, said)
         return output
+
+
+def require_success(code: int, said: IO[bytes]) -> None:
+    """Raises as :func:`run` where qemu-img ended with another code than 0; *said* is the file with what it said then."""
+    if code == 0:
+        return
+    said.seek(0)
+    words = said.read(_OUTPUT_MAX)
+    if b"No space left on device" in words:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    raise HostError(f"qemu-img failed ({process.describe_exit(code)}): {process.tail(words)}")

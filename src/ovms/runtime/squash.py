@@ -23,7 +23,6 @@ from ovms.errors import HostError
 from ovms.progress import Progress
 from ovms.runtime import images
 from ovms.runtime.images import Open
-from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
 
 #: Bytes of one line of a map.
@@ -89,10 +88,7 @@ def _parts(tool: Path, source: str, fds: Sequence[int]) -> Iterator[tuple[int, i
         finally:
             process.terminate(child)
             child.stdout.close()
-        if code != 0:
-            said.seek(0)
-            words = process.tail(said.read(64 * limits.KIB))
-            raise HostError(f"qemu-img map failed ({process.describe_exit(code)}): {words}")
+        images.require_success(code, said)
 
 
 def _part(line: bytes) -> tuple[int, int, bool] | None:
