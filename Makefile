@@ -18,6 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 TESTS ?=
 WORKERS ?= 2
+FUZZ_SECONDS ?= 60
 
 .PHONY: help
 help: ## show this text
@@ -43,8 +44,12 @@ setup-tools: setup-system
 	@scripts/fetch-tools.sh
 
 .PHONY: setup-interop
-setup-interop: setup ## build other people's tools for the tests, with Go (left out where there is none)
+setup-interop: setup ## get other people's tools for the tests; all but cosign need Go (what can't be had is left out)
 	@scripts/fetch-tools.sh interop
+
+.PHONY: setup-fuzz
+setup-fuzz: setup-python
+	@scripts/setup-fuzz.sh $(VENV)
 
 .PHONY: demo
 demo: setup-demo ## build, push, pull, run, snapshot and restore a real VM
@@ -55,13 +60,17 @@ test: setup lint ## the quick tests (under 5 minutes)
 	$(BIN)/pytest -q -n $(WORKERS) -m "not guest and not long" $(TESTS)
 
 .PHONY: test-all
-test-all: setup-demo setup-interop lint ## all tests, with real Linux guests and those that take minutes
+test-all: setup-demo setup-interop setup-fuzz lint ## all tests, with real Linux guests and those that take minutes
 	@$(BIN)/python demo/make_images.py
 	$(BIN)/pytest -q -n $(WORKERS) $(TESTS)
 
 .PHONY: test-long
 test-long: setup ## the property tests with other examples in each run, and fifty times as many (an hour or so; TESTS=tests/unit/spec)
 	OVMS_TEST_PROFILE=long $(BIN)/pytest -q -n $(WORKERS) --timeout 3600 $(or $(TESTS),tests/unit)
+
+.PHONY: fuzz
+fuzz: setup-fuzz ## every parser of foreign bytes, FUZZ_SECONDS each (60); what is found, and what reached new code, is kept in .cache/fuzz
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CORPUS=$(CURDIR)/.cache/fuzz $(BIN)/pytest -q -n $(WORKERS) $(or $(TESTS),tests/fuzz)
 
 .PHONY: lint
 lint: setup-python ## ruff and mypy
@@ -72,6 +81,7 @@ lint: setup-python ## ruff and mypy
 .PHONY: vectors
 vectors: setup-python ## write the test vectors of spec/vectors, and the worked example of the RAM snapshot format
 	@$(BIN)/python scripts/make_vectors.py
+	@$(BIN)/python scripts/make_hostile_vectors.py
 
 .PHONY: spec-coverage
 spec-coverage: setup-python ## which tests and vectors cite which rule of the specification (ALL=1: every one of them)

@@ -94,15 +94,17 @@ def run(ovm: Ovm) -> float:
 
 
 def start(server: Server) -> float:
-    """Milliseconds from POST /start until the status says that it runs."""
+    """Milliseconds from POST /start until the server tells that the guest runs, as ``ovm`` waits for it.
+
+    Asking for its status all the time instead would keep the server from its work, which has the other half of this machine.
+    """
     began = time.perf_counter()
-    instance_id = server.post("/start", {"manifest": "echo:1", "overrides": {"memory": MEMORY, "accel": "tcg"}})[
-        "instance_id"
-    ]
-    while server.state(instance_id) != "running":
-        assert time.perf_counter() - began < 30
-        time.sleep(0.001)
+    started = server.post("/start", {"manifest": "echo:1", "overrides": {"memory": MEMORY, "accel": "tcg"}})
+    instance_id = started["instance_id"]
+    events = server.stream(f"/events?follow=true&since={started['event_seq']}")
+    runs = any(event.get("instance_id") == instance_id and event.get("state") == "running" for event in events)
     took = (time.perf_counter() - began) * 1000
+    assert runs
     server.post("/remove", {"instance_id": instance_id, "force": True})
     return took
 

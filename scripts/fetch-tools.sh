@@ -5,14 +5,17 @@
 #
 #   scripts/fetch-tools.sh [all | registry | interop | cosign]
 #
-# "registry" gets the registry alone, for the tests. "interop" and "cosign" build other people's tools, for the tests, with
-# the host's Go, and modules from where that has them; where there is no Go they say so, and all is well.
+# "registry" gets the registry alone, for the tests. "interop" gets other people's tools, for the tests: they are built with
+# the host's Go, from modules from where that has them. "cosign" is a part of it: on Debian its packages of two later
+# releases are unpacked, which takes seconds; elsewhere Go builds it, which takes minutes. What can't be had is told, and all
+# is well.
 #
 # $OVMS_CACHE, by default .cache of the repository:
 #   tools/docker-registry        the registry            -> docker-registry_VERSION/
 #   tools/busybox                busybox, static         -> busybox-static_VERSION/
 #   tools/kernel/                vmlinuz, version, modules/NN-NAME.ko in the order of loading, -> linux_VERSION/
-#   tools/oras, crane, cosign, cosign-2      built by Go -> NAME_VERSION/
+#   tools/oras, crane            built by Go             -> NAME_VERSION/
+#   tools/cosign, cosign-2       cosign 3 and 2          -> NAME_VERSION/
 #   tools/referrers-registry     a registry with the referrers API, of tests/support/ -> referrers-registry_CHECKSUM/
 #   tools/.checked-*             newer than apt's lists: nothing to look up
 # Every version has a directory of its own, which appears whole or not at all.
@@ -25,12 +28,12 @@ what=${1:-all}
 say() { printf 'fetch-tools: %s\n' "$*" >&2; }
 die() { printf 'fetch-tools: error: %s\n' "$*" >&2; exit 1; }
 
-wanted= built=
+wanted= built= signing=
 case "$what" in
     all) wanted='docker-registry busybox kernel' ;;
     registry) wanted='docker-registry' ;;
-    interop) built='oras crane referrers-registry' ;;
-    cosign) built='cosign cosign-2' ;;
+    interop) built='oras crane referrers-registry' signing='cosign cosign-2' ;;
+    cosign) signing='cosign cosign-2' ;;
     *) die "usage: ${0##*/} [all | registry | interop | cosign]" ;;
 esac
 
@@ -46,7 +49,7 @@ go_package() {
         oras) echo oras.land/oras/cmd/oras@v1.3.6 ;;
         crane) sed -n 's|^.*\(github.com/google/go-containerregistry\) \(v[^ ]*\).*$|\1/cmd/crane@\2|p' "$server/go.mod" ;;
         cosign) echo github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3 ;;
-        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5 ;;
+        cosign-2) echo github.com/sigstore/cosign/v2/cmd/cosign@v2.5.0 ;;
         referrers-registry) echo "$1@$(cat "$server/main.go" "$server/go.mod" "$server/go.sum" | sha256sum | head -c 12)" ;;
     esac
 }
@@ -56,10 +59,22 @@ go_dir() {
     echo "${1}_${package##*@}"
 }
 
+# The release of Debian that has this version of cosign.
+debian_release() {
+    case "$1" in
+        cosign) echo sid ;;
+        cosign-2) echo trixie ;;
+    esac
+}
+
 # Everything there, and no newer package lists or sources? Then there is nothing to ask apt.
 fresh() {
     for name in $built; do
         [ "$(readlink "$tools/$name")" = "$(go_dir "$name")/$name" ] && [ -x "$tools/$name" ] || return 1
+    done
+    # any version does: what a release has newer is not looked for
+    for name in $signing; do
+        [ -x "$tools/$name" ] && [ "$tools/.checked-cosign" -nt "$here/fetch-tools.sh" ] || return 1
     done
     [ -n "$wanted" ] || return 0
     for name in $wanted; do
@@ -71,13 +86,15 @@ fresh() {
 }
 
 fresh && exit 0
-if [ -n "$built" ]; then
-    # 1.21 is the first that says which Go a module needs instead of failing to compile it
+# 1.21 is the first that says which Go a module needs instead of failing to compile it
+have_go() {
     go_minor=$(go version 2>/dev/null | sed -n 's/^go version go1\.\([0-9]*\).*/\1/p')
-    if [ "${go_minor:-0}" -lt 21 ]; then
-        say "no Go 1.21 or later here: going on without$(printf ' %s' $built); the tests that need them are skipped"
-        exit 0
-    fi
+    [ "${go_minor:-0}" -ge 21 ]
+}
+
+if [ -n "$built" ] && ! have_go; then
+    say "no Go 1.21 or later here: going on without$(printf ' %s' $built); the tests that need them are skipped"
+    built=
 fi
 for program in ${wanted:+apt-get dpkg-deb python3} flock; do
     command -v "$program" >/dev/null 2>&1 ||
@@ -224,6 +241,41 @@ build_go() (
     [ -e "$GOBIN/$1" ] || mv "$GOBIN"/* "$GOBIN/$1"
 )
 
+# debian_source RELEASE: apt's description of where that release is, in the mirror that the host takes its own from
+debian_source() (
+    # shellcheck source=/dev/null
+    ID= VERSION_CODENAME=
+    . /etc/os-release 2>/dev/null
+    [ "$ID" = debian ] && [ -n "$VERSION_CODENAME" ] || exit 1
+    uri=$(apt apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Identifier: Packages' |
+        sed -n "s/^$VERSION_CODENAME //p" | head -n 1)
+    [ -n "$uri" ] || exit 1
+    printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\n' "$uri" "$1"
+    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [ ! -e "$keyring" ] || printf 'Signed-By: %s\n' "$keyring"
+)
+
+# Of a release that is not the host's: nothing is installed, and apt learns nothing of it. A package's program is all that is
+# taken, and its libc is the host's or an older one.
+cosign_of_debian() {
+    release=$(debian_release "$1")
+    rm -rf "$work/apt" "$work/debs" "$work/root" "$work/new"
+    mkdir -p "$work/apt/lists/partial" "$work/apt/cache/archives/partial" "$work/debs" "$work/new" || return 1
+    debian_source "$release" >"$work/apt/its.sources" || return 1
+    say "getting cosign of Debian $release"
+    their_apt() {
+        apt apt-get -o Dir::Etc::SourceList="$work/apt/its.sources" -o Dir::Etc::SourceParts=/dev/null \
+            -o Dir::State::Lists="$work/apt/lists" -o Dir::Cache="$work/apt/cache" -o Acquire::Languages=none \
+            -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
+            -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false "$@" >/dev/null
+    }
+    their_apt update && (cd "$work/debs" && their_apt download cosign) || return 1
+    deb=$(find "$work/debs" -name '*.deb')
+    [ -n "$deb" ] && dpkg-deb -x "$deb" "$work/root" && mv "$work/root/usr/bin/cosign" "$work/new/$1" &&
+        "$work/new/$1" version >/dev/null 2>&1 || return 1
+    publish "${1}_$(dpkg-deb -f "$deb" Version | tr ':/' '__')" "$1" "/$1"
+}
+
 find_kernel() {
     for meta in linux-image-cloud-amd64 linux-image-virtual linux-image-kvm linux-image-generic linux-image-amd64; do
         parts=$(kernel_parts "$meta" || true)
@@ -258,6 +310,16 @@ for name in $built; do
         say "could not build $name: going on without; the tests that need it are skipped"
     }
 done
+for name in $signing; do
+    if cosign_of_debian "$name"; then
+        continue
+    fi
+    if have_go && fetch_go "$name"; then
+        continue
+    fi
+    [ -x "$tools/$name" ] || say "could not get $name, of Debian or by Go: going on without; the tests that need it are skipped"
+done
+[ -z "$signing" ] || touch "$tools/.checked-cosign"
 [ -n "$wanted" ] || exit 0
 
 failed=

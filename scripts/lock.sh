@@ -11,3 +11,7 @@ echo 'flit_core >=3.9,<4' >"$build"
 uv pip compile pyproject.toml $common -o requirements/run.txt
 # shellcheck disable=SC2086
 uv pip compile pyproject.toml "$build" --group dev $common -o requirements/dev.txt
+# by itself: nothing else needs it. The last version with a wheel for Python 3.11
+echo 'atheris ==3.0.0' >"$build"
+# shellcheck disable=SC2086
+uv pip compile "$build" $common -o requirements/fuzz.txt

@@ -5,6 +5,7 @@ The files are checked in: another implementation uses them without Python. A tes
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
@@ -16,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ovms.spec import limits, mediatypes, ramsnap, strictjson
+from ovms.spec import limits, mediatypes, ramcrypt, ramsnap, strictjson
 from ovms.spec.manifest import Compression
-from ovms.spec.ramheader import Device, Header
+from ovms.spec.ramcrypt import Cipher
+from ovms.spec.ramheader import Device, Encryption, Header
 
 REPOSITORY: Final = Path(__file__).parent.parent
 PAGE: Final = ramsnap.PAGE
@@ -44,6 +46,8 @@ class Case:
     problems: tuple[tuple[str, str], ...] = ()
     schema: bool | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    #: What the file's name ends with, where it is not what those of all cases end with.
+    suffix: str = ""
 
 
 def write_cases(files: Files, kind: str, suffix: str, cases: list[Case]) -> None:
@@ -51,7 +55,7 @@ def write_cases(files: Files, kind: str, suffix: str, cases: list[Case]) -> None
     entries = []
     for case in cases:
         name = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
-        path = f"{'invalid' if case.code else 'valid'}/{name}{suffix}"
+        path = f"{'invalid' if case.code else 'valid'}/{name}{case.suffix or suffix}"
         assert f"vectors/{kind}/{path}" not in files, path
         files[f"vectors/{kind}/{path}"] = case.data
         entry: dict[str, Any] = {"name": case.name, "file": path, "valid": case.code is None, "rules": list(case.rules)}
@@ -838,6 +842,23 @@ HEADER: Final = Header(
     disks=(digest("base"),),
 )
 STATE: Final = b"S" * 32
+#: Keys of the encrypted vectors, known to all: an identity, its recipient, a key, and what age made of that for the recipient.
+IDENTITY: Final = "AGE-SECRET-KEY-1AZZ2VG4XCGHJUNX2R5LX84P64877JMGXYZJ5EYXC9RUPST47QS9SA2C245"
+OTHER_IDENTITY: Final = "AGE-SECRET-KEY-1NHR939TKCPG4GAJT7JQESQ7NYSUXVURHGLAFU0XC0HA0V542UJ5SRSN936"
+RECIPIENT: Final = "age1ydsp00qday7e3el7ltr0flzx3sw4gjrl6yvdr6k49zjmhshv3q9qwkqgqd"
+KEY: Final = hashlib.shake_128(b"ovms encrypted").digest(32)
+WRAPPED: Final = base64.b64decode(
+    "YWdlLWVuY3J5cHRpb24ub3JnL3YxCi0+IFgyNTUxOSA4QVllOE4rRXErS1dCTkc0VHBaZFZ6cVErTlFnTFV0L3UvZGd4S3lIVkhRCk5HUExjQkptSFFBLzZh"
+    "MVc5TEMxUXk0WHV5aTdiQ2dGMWtSeUtlRVE0M1EKLT4gUi1ncmVhc2UgeDlPClVrWQotLS0gMzhZdVFTMXVrNXJ0QzhESVZ2NHNIUDhSdWtjU2VEWXJvak5Q"
+    "bDZPUURGcwq5/prxLIb5fdojg5nyA0fyCsw/RFIt131AWFIUxtH4Ig3HQ38pEJg06yWh4Ivsw1nwLyfG6a8kjMBs+kklRCNl"
+)
+#: The same of its first 16 bytes.
+WRAPPED_SHORT: Final = base64.b64decode(
+    "YWdlLWVuY3J5cHRpb24ub3JnL3YxCi0+IFgyNTUxOSBBWXdDcFNqMTg5NitoR05HTkR6bThmMFJKWDJscXR3YkxXdDU2a0E4NjJZCm8yd05sUzFvVHU0UGdh"
+    "dTZ1ZTV4NFRVRjcvYi9GY0xFdmpaNHcvVTl1MUkKLT4gRTQtZ3JlYXNlClUwMVoKLS0tIDNoMnh4RVNwMHVBS0tOTFFHTzVtRU4reVNsaHRza0ZiUU9hTnpX"
+    "aXhTUmcKbtnUJEUEnWZYOxmZtexMJKhEcBxbD5ilYwmvIzfIEXmxOZoUG/lCUzF8mnAtbB/3"
+)
+ENCRYPTED: Final = replace(HEADER, encryption=Encryption((RECIPIENT,), WRAPPED))
 NOISE: Final = hashlib.shake_128(b"ovms").digest(2 * PAGE)
 BASE_PAGES: Final = {3: b"A" * PAGE, 5: NOISE}
 
@@ -852,18 +873,30 @@ class Blob:
 
     @property
     def whole(self) -> bytes:
-        return ramsnap.build_control(self.header, STATE, self.chunks, chunk_pages=limits.RAM_CHUNK_PAGES) + self.data
+        cipher = None if self.header.encryption is None else Cipher(KEY)
+        pages = limits.RAM_CHUNK_PAGES
+        return ramsnap.build_control(self.header, STATE, self.chunks, chunk_pages=pages, cipher=cipher) + self.data
 
 
 def snapshot(pages: dict[int, bytes], header: Header = HEADER, compression: Compression = Compression.LZ4) -> Blob:
-    """A snapshot of *pages* (``b""``: one page that is zero now), by the number of the first."""
+    """A snapshot of *pages* (``b""``: one page that is zero now), by the number of the first; encrypted where *header* says so."""
     chunks: list[ramsnap.Chunk] = []
     data = b""
     for page, content in sorted(pages.items()):
-        codec, stored, sha = ramsnap.compress(content, compression) if content else (ramsnap.CODEC_ZERO, b"", bytes(32))
+        codec, stored, sha = _stored(page, content, header, compression)
         chunks.append(ramsnap.Chunk(page, len(content) // PAGE or 1, len(data), len(stored), codec, sha))
         data += bytes(stored)
     return Blob(header, tuple(chunks), data)
+
+
+def _stored(
+    page: int, content: bytes, header: Header, compression: Compression
+) -> tuple[int, bytes | memoryview, bytes]:
+    if not content:
+        return ramsnap.CODEC_ZERO, b"", bytes(32)
+    if header.encryption is None:
+        return ramsnap.compress(content, compression)
+    return ramsnap.encrypt(page, content, compression, Cipher(KEY))
 
 
 def memory_of(pages: dict[int, bytes], below: bytes = bytes(limits.RAM_MIN)) -> bytes:
@@ -896,9 +929,9 @@ def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
     return with_header_bytes(strictjson.canonical(document))
 
 
-def with_header_bytes(header: bytes) -> bytes:
-    """The base snapshot with other bytes as its header."""
-    whole = snapshot(BASE_PAGES).whole
+def with_header_bytes(header: bytes, whole: bytes | None = None) -> bytes:
+    """A snapshot, the base without another, with other bytes as its header."""
+    whole = whole or snapshot(BASE_PAGES).whole
     fields = list(struct.unpack("<8sIIQIIQQQQQQQQ32s", whole[:128]))
     state_and_index = whole[fields[8] : fields[10] + fields[11] * 64]
     shift = len(header) - fields[7]
@@ -978,7 +1011,7 @@ def ram_cases() -> Iterator[Case]:
         ("more entries than pages", 72, "<Q", 257),
         ("2 to the 64 entries", 72, "<Q", 2**64 - 1),
         ("data over the index", 80, "<Q", 0),
-        ("more data than memory", 88, "<Q", limits.RAM_MIN + 1),
+        ("more data than memory", 88, "<Q", limits.RAM_MIN + 2 * ramcrypt.TAG_SIZE + 1),
     )
     for name, at, form, value in prefix:
         changed = bytearray(whole)
@@ -1079,6 +1112,101 @@ def ram_cases() -> Iterator[Case]:
         "RAM-21",
         path="$.disks",
     )
+    yield from encrypted_cases(good, bad)
+
+
+def encrypted_cases(good: Callable[..., Case], bad: Callable[..., Case]) -> Iterator[Case]:
+    """Encrypted RAM snapshots: section 11."""
+    base = snapshot(BASE_PAGES, ENCRYPTED)
+    whole = base.whole
+    memory = memory_of(BASE_PAGES)
+    rules = "RAM-57 RAM-58 RAM-59 RAM-61 RAM-62 RAM-63"
+    plain_digest = "sha256:" + hashlib.sha256(snapshot(BASE_PAGES).whole).hexdigest()
+    diff_pages = {3: b"", 4: b"B" * PAGE}
+    diff_header = replace(ENCRYPTED, parent=plain_digest, disks=(*HEADER.disks, digest("overlay")))
+    diff = snapshot(diff_pages, diff_header)
+    index = struct.unpack_from("<Q", whole, 64)[0]
+    state_at = struct.unpack_from("<Q", whole, 48)[0]
+    first, second = base.chunks
+
+    def keyed(case: Case, identity: str = IDENTITY) -> Case:
+        return replace(case, more={**case.more, "identity": identity})
+
+    def hostile(name: str, data: bytes, rule: str, note: str = "") -> Case:
+        return keyed(bad(name, data, rule, note))
+
+    yield keyed(good("encrypted", whole, rules, memory))
+    zstd = snapshot(BASE_PAGES, ENCRYPTED, Compression.ZSTD)
+    yield keyed(good("encrypted with zstd", zstd.whole, "RAM-17 RAM-61", memory, "zstd"))
+    yield keyed(
+        good(
+            "an encrypted diff of a base that is not",
+            diff.whole,
+            "RAM-43 RAM-61",
+            memory_of(diff_pages, memory),
+            parents=["valid/base.ovmr"],
+        )
+    )
+    yield keyed(bad("encrypted for somebody else", whole, "RAM-60", code="identity-missing"), OTHER_IDENTITY)
+    yield hostile("zstd in an encrypted lz4 blob", zstd.whole, "RAM-17")
+    yield hostile("an encrypted chunk changed", whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:], "RAM-16")
+    state = bytearray(whole)
+    state[state_at] ^= 1
+    yield hostile(
+        "an encrypted state changed", sealed(bytes(state)), "RAM-62", "with the digest of the control part made right"
+    )
+    swapped = bytearray(whole)
+    swapped[index + 32 : index + 64], swapped[index + 96 : index + 128] = second.digest, first.digest
+    yield hostile("the digests of encrypted chunks swapped", sealed(bytes(swapped)), "RAM-62")
+    yield hostile(
+        "an encrypted entry moved to another page", poke(whole, index, "<Q", 2), "RAM-62", "page 3 is found at page 2"
+    )
+    yield hostile("an encrypted entry made zero", _made_zero(diff.whole), "RAM-62", "the child's page is zero then")
+    yield hostile("an encrypted blob without its last chunk", _without_last(base), "RAM-62")
+    moved = Cipher(KEY).encrypt_chunk(9, 1, ramsnap.CODEC_LZ4, ramsnap.compress(BASE_PAGES[3])[1])
+    chunk = first._replace(stored_size=len(moved), digest=hashlib.sha256(moved).digest())
+    other = Blob(ENCRYPTED, (chunk, second._replace(offset=len(moved))), moved + base.data[second.offset :])
+    yield hostile("an encrypted chunk of another page", other.whole, "RAM-63", "by somebody who has the key")
+    yield hostile("a chunk in plain in an encrypted blob", poke(whole, index + 24, "<B", ramsnap.CODEC_LZ4), "RAM-61")
+    plain = snapshot(BASE_PAGES).whole
+    at = struct.unpack_from("<Q", plain, 64)[0] + 24
+    yield hostile(
+        "an encrypted chunk in a plain blob", poke(plain, at, "<B", ramsnap.CODEC_LZ4 + ramsnap.ENCRYPTED), "RAM-61"
+    )
+    for name, wrapped in (("a wrapped key of 16 bytes", WRAPPED_SHORT), ("a wrapped key that is no age file", b"key")):
+        encryption = Encryption((RECIPIENT,), wrapped)
+        yield hostile(name, snapshot(BASE_PAGES, replace(HEADER, encryption=encryption)).whole, "RAM-58")
+    for name, change, rule, path in (
+        ("a recipient added later", {"recipients": [RECIPIENT] * 2}, "RAM-62", None),
+        ("too many recipients", {"recipients": [RECIPIENT] * (limits.RAM_RECIPIENTS_MAX + 1)}, "RAM-59", "recipients"),
+        ("a recipient that is a password", {"recipients": ["password"]}, "RAM-59", "recipients[0]"),
+        ("another type of encryption", {"type": "rot13"}, "RAM-58", "type"),
+        ("a wrapped key that is no base64", {"key": "%%%%"}, "RAM-58", "key"),
+    ):
+        document = ENCRYPTED.to_json()
+        document["encryption"].update(change)
+        data = with_header_bytes(strictjson.canonical(document), whole)
+        yield keyed(bad(name, data, rule, path=path and f"$.encryption.{path}"))
+
+
+def _made_zero(whole: bytes) -> bytes:
+    # the second entry of the diff, which is the last and holds page 4, says that the page is zero
+    index = struct.unpack_from("<Q", whole, 64)[0]
+    data = struct.unpack_from("<Q", whole, 80)[0]
+    entry = struct.pack("<QIIQB7s32s", 4, 1, 0, 0, ramsnap.CODEC_ZERO, bytes(7), bytes(32))
+    changed = whole[: index + 64] + entry + whole[index + 128 : data]
+    return sealed(changed[:88] + struct.pack("<Q", 0) + changed[96:])
+
+
+def _without_last(base: Blob) -> bytes:
+    # The entry becomes zeroes before the data; the prefix knows of one chunk less.
+    changed = bytearray(base.whole)
+    index, chunks, data = struct.unpack_from("<QQQ", changed, 64)
+    changed[index + 64 * (chunks - 1) : index + 64 * chunks] = bytes(64)
+    struct.pack_into("<Q", changed, 72, chunks - 1)
+    size = base.chunks[-1].offset
+    struct.pack_into("<Q", changed, 88, size)
+    return sealed(bytes(changed[: data + size]))
 
 
 def fill_header(document: dict[str, Any]) -> None:
@@ -1297,8 +1425,8 @@ def generate() -> Files:
     return files
 
 
-def main() -> int:
-    files = generate()
+def write(files: Files) -> None:
+    """Puts the files in their places, and takes away what else is there."""
     root = REPOSITORY / "spec"
     for kind in {path.split("/")[1] for path in files if path.startswith("vectors/")}:
         for old in (root / "vectors" / kind).rglob("*"):
@@ -1309,6 +1437,10 @@ def main() -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     print(f"{len(files)} files written")
+
+
+def main() -> int:
+    write(generate())
     return 0
 
 

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "OVMS_ROOT", "OVMS_DEBUG", "OVMS_TOKEN_SERVICES", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG",
-        "CONTAINERS_REGISTRIES_CONF", "SSL_CERT_FILE", "SSL_CERT_DIR",
+        "CONTAINERS_REGISTRIES_CONF", "SSL_CERT_FILE", "SSL_CERT_DIR", "OVMS_IDENTITY",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 

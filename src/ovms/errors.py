@@ -18,6 +18,7 @@ does so in one table (``ovms.cli.exitcodes``).
     │   ├── KernelInvalid           kernel-invalid
     │   ├── DiskInvalid             disk-invalid
     │   ├── SnapshotInvalid         snapshot-invalid
+    │   ├── IdentityMissing         identity-missing
     │   └── Unsupported             unsupported
     ├── NotFound                    not-found
     │   ├── ReferenceNotFound       reference-not-found
@@ -71,6 +72,7 @@ __all__ = [
     "GuestError",
     "GuestTimeout",
     "HostError",
+    "IdentityMissing",
     "InUse",
     "InputError",
     "InstanceNotFound",
@@ -218,6 +220,12 @@ class SnapshotInvalid(InputError):
     """A RAM snapshot blob is malformed."""
 
     code = "snapshot-invalid"
+
+
+class IdentityMissing(InputError):
+    """A RAM snapshot is encrypted, and no identity that is at hand decrypts it."""
+
+    code = "identity-missing"
 
 
 class Unsupported(InputError):

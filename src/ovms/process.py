@@ -16,6 +16,7 @@ from typing import IO
 
 from ovms.errors import HostError, ToolMissing
 from ovms.lazy import dataclass
+from ovms.text import printable
 
 #: Nothing of the caller's environment reaches a program but this: no credentials, no library paths.
 CLEAN_ENV: Mapping[str, str] = {
@@ -71,15 +72,18 @@ def run(
     check: bool = True,
     input: bytes | None = None,
     env: Mapping[str, str] | None = None,
+    shown: str | None = None,
 ) -> Completed:
     """Runs a program to its end, with a clean environment (and what *env* adds to it) and no stdin but *input*.
+
+    *shown* is what errors call it, where its arguments must not be told (None: the command line).
 
     Raises:
         HostError: it failed (with *check*), took longer than *timeout* seconds (it is then killed and reaped), or
             could not be started.
     """
     args = tuple(str(a) for a in argv)
-    shown = shlex.join(args)
+    shown = shlex.join(args) if shown is None else shown
     try:
         done = subprocess.run(
             args,
@@ -135,7 +139,7 @@ def tail(data: bytes) -> str:
     """The end of a program's output, fit for a message: one line, no control characters."""
     text = data[-STDERR_TAIL:].decode("utf-8", "replace").strip()
     joined = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    return "".join(c if c.isprintable() else "?" for c in joined) or "it said nothing"
+    return printable(joined, None) or "it said nothing"
 
 
 def describe_exit(returncode: int) -> str:

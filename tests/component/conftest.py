@@ -31,7 +31,17 @@ def qemu_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runtime(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
-    root = Root(tmp_path / "root")
+    yield from _runtime(tmp_path / "root", qemu_cache)
+
+
+@pytest.fixture
+def away(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
+    """A runtime whose store has nothing yet: another host, as far as that goes."""
+    yield from _runtime(tmp_path / "away", qemu_cache)
+
+
+def _runtime(path: Path, qemu_cache: Path) -> Iterator[Runtime]:
+    root = Root(path)
     root.prepare()
     root.cache.symlink_to(qemu_cache)
     runtime = Runtime(root)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ovms.spec import limits, ramsnap
 from ovms.spec.manifest import Compression
+from ovms.spec.ramcrypt import Cipher
 from ovms.spec.ramheader import Device, Header
 
 DIGEST: Final = "sha256:" + "a" * 64
@@ -49,16 +50,22 @@ def blob(
     state: bytes = b"state",
     chunk_pages: int = 2,
     compression: Compression = Compression.LZ4,
+    cipher: Cipher | None = None,
 ) -> bytes:
-    """A whole snapshot: *pages* are whole pages by the number of the first; ``b""`` is one page that is zero now."""
+    """A whole snapshot: *pages* are whole pages by the number of the first; ``b""`` is one page that is zero now.
+
+    With *cipher* it is encrypted, which *header* has to say.
+    """
     chunks: list[ramsnap.Chunk] = []
     data = b""
     for page, content in sorted(pages.items()):
-        if content:
+        if content and cipher is not None:
+            codec, stored, digest = ramsnap.encrypt(page, content, compression, cipher)
+        elif content:
             codec, stored, digest = ramsnap.compress(content, compression)
         else:
             codec, stored, digest = ramsnap.CODEC_ZERO, b"", bytes(32)
         count = len(content) // ramsnap.PAGE or 1
         chunks.append(ramsnap.Chunk(page, count, len(data), len(stored), codec, digest))
         data += bytes(stored)
-    return ramsnap.build_control(header, state, chunks, chunk_pages=chunk_pages) + data
+    return ramsnap.build_control(header, state, chunks, chunk_pages=chunk_pages, cipher=cipher) + data

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -546,10 +546,10 @@ def test_a_stager_whose_directory_is_swept_before_it_is_locked_makes_another(
 
     flock, opens = fcntl.flock, os.open
 
-    def open_late(path: str | Path, flags: int, mode: int = 0o777) -> int:
+    def open_late(path: str | Path, flags: int, mode: int = 0o777, **more: Any) -> int:
         if flags & os.O_CREAT and which == "mkdir":
             sweep_once()
-        return opens(path, flags, mode)
+        return opens(path, flags, mode, **more)
 
     def flock_late(fd: int, operation: int) -> None:
         if operation == fcntl.LOCK_EX and which == "open":

@@ -16,6 +16,7 @@ LEVELS = {
     "lazy": 0,
     "process": 0,
     "progress": 0,
+    "text": 0,
     "spec": 1,
     "oci": 2,
     "disk": 2,
@@ -31,10 +32,11 @@ LEVELS = {
 #: Level 0 among itself: errors is the lowest, all others may use it.
 GROUND = {
     "fsutil": {"errors"},
-    "process": {"errors", "lazy"},
+    "process": {"errors", "lazy", "text"},
     "progress": {"errors"},
     "errors": set[str](),
     "lazy": set[str](),
+    "text": set[str](),
 }
 #: The conformance kit tests any runtime, so it may know nothing of ours.
 ONLY = {"conformance": {"errors", "spec"}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -217,11 +217,17 @@ def _subject_reference(reference: Reference, text: str) -> Reference:
 
 
 def push_referrers(
-    layout: Layout, client: RegistryClient, repository: str, digest: Digest, progress: Progress = NULL
+    layout: Layout,
+    client: RegistryClient,
+    repository: str,
+    digest: Digest,
+    progress: Progress = NULL,
+    *,
+    wanted: Callable[[Descriptor], bool] = lambda _: True,
 ) -> list[Descriptor]:
     """Pushes the referrers of *digest* that have no name of their own here, theirs, and so on. Returns what they are.
 
-    Those with a name (snapshots) are pushed by it, and by nothing else.
+    Those with a name (snapshots) are pushed by it, and by nothing else. *wanted* says which of the others, and theirs.
 
     Raises:
         BlobNotFound: the store does not have all of one.
@@ -234,7 +240,7 @@ def push_referrers(
         pending = _roots(layout, digest)
         while pending:
             for found in listed(pending.pop(), None).descriptors:
-                if found.digest not in pushed and found.digest not in named:
+                if found.digest not in pushed and found.digest not in named and wanted(found):
                     _push_referrer(layout, client, repository, found.digest, progress)
                     pushed[found.digest] = found
                     pending.append(found.digest)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.document import read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations, read_control
+from ovms.artifact.parts import SIZE_LIMITS, check_content, label, ram_annotations, ram_encrypted, read_control
 from ovms.errors import (
     FileProblem,
     InputError,
@@ -194,7 +194,7 @@ class Builder:
         rams = [_titled(d, f"ram-{i}.ovmr") for i, d in enumerate(by_kind[PartKind.RAM])]
         if rams:
             self._check_chain(rams)
-            if rams[-1].media_type != mediatypes.RAM_SNAPSHOT_LZ4:  # what another artifact has, this one has
+            if rams[-1].media_type.startswith(mediatypes.RAM_SNAPSHOT_ZSTD):  # what another artifact has, this one has
                 final["ramSnapshot"].setdefault("compression", str(Compression.ZSTD))
             final["ramSnapshot"]["ref"] = rams[-1].digest
             if len(rams) > 1:
@@ -249,6 +249,7 @@ def _descriptor(item: _Input, fd: int, digest: Digest, size: int) -> Descriptor:
         size,
         format=part.format,
         compression=item.compression,
+        encrypted=part.kind is PartKind.RAM and ram_encrypted(fd),
         number=part.number,
         annotations=ram_annotations(fd) if part.kind is PartKind.RAM else None,
     )

@@ -27,6 +27,11 @@ _TYPES: Final = {
 _TITLES: Final = {PartKind.KERNEL: "kernel", PartKind.INITRD: "initrd", PartKind.BOOTSTRAP: "bootstrap.json"}
 
 
+def is_encrypted(blob: Descriptor) -> bool:
+    """Whether a descriptor is that of an encrypted RAM snapshot."""
+    return blob.media_type in mediatypes.RAM_SNAPSHOTS and blob.media_type.endswith(mediatypes.RAM_ENCRYPTED_SUFFIX)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An OVMS artifact whose manifests are in the local store and agree with each other."""
@@ -43,6 +48,12 @@ class Artifact:
     def size(self) -> int:
         """Bytes of all blobs and of the manifest."""
         return len(self.image.raw) + sum(blob.size for blob in self.image.blobs)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether a part of its memory is encrypted: of its RAM snapshot, or of an ancestor."""
+        refs = {part.ref for part in self.manifest.parts() if part.kind is PartKind.RAM}
+        return any(layer.digest in refs and is_encrypted(layer) for layer in self.image.layers)
 
     def blob(self, ref: str) -> Descriptor:
         """The descriptor of the blob that a ``ref`` of the OVMS manifest names."""
@@ -233,7 +244,8 @@ def _media_types(checked: manifest.Manifest, part: Part) -> frozenset[str]:
         return mediatypes.DISK_LAYERS_READ
     if part.kind is PartKind.RAM:
         assert checked.ram_snapshot is not None
-        return frozenset({RAM_TYPES[checked.ram_snapshot.compression]})
+        plain = RAM_TYPES[checked.ram_snapshot.compression]
+        return frozenset({plain, plain + mediatypes.RAM_ENCRYPTED_SUFFIX})
     return frozenset({_TYPES[part.kind]})
 
 
@@ -289,10 +301,11 @@ def part_descriptor(
     *,
     format: manifest.DiskFormat | None = None,
     compression: Compression = Compression.LZ4,
+    encrypted: bool = False,
     number: int = 0,
     annotations: Mapping[str, str] | None = None,
 ) -> Descriptor:
-    """The descriptor of one part. The title gives ``oras pull`` a file name."""
+    """The descriptor of one part. The title gives ``oras pull`` a file name. *encrypted*: a RAM snapshot that is."""
     extra = dict(annotations or {})
     if format is not None:
         extra[mediatypes.DISK_FORMAT_ANNOTATION] = str(format)
@@ -302,6 +315,8 @@ def part_descriptor(
     else:
         extra[mediatypes.TITLE_ANNOTATION] = _TITLES[kind]
     media_type = RAM_TYPES[compression] if kind is PartKind.RAM else _TYPES[kind]
+    if encrypted:
+        media_type += mediatypes.RAM_ENCRYPTED_SUFFIX
     return Descriptor(media_type, digest, size, extra)
 
 
@@ -315,6 +330,7 @@ def reused(artifact: Artifact, part: Part) -> Descriptor:
         old.size,
         format=part.format,
         compression=compression,
+        encrypted=is_encrypted(old),
         number=part.number,
         annotations=old.annotations,
     )

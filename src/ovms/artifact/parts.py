@@ -11,6 +11,7 @@ from ovms.errors import SnapshotInvalid
 from ovms.spec import bootstrap, limits, mediatypes, ramsnap
 from ovms.spec.digest import of_bytes
 from ovms.spec.manifest import Compression, Part, PartKind
+from ovms.spec.ramheader import Header
 
 #: The most bytes that a part of a kind may have.
 SIZE_LIMITS: Final = {
@@ -68,6 +69,23 @@ def read_control(fd: int, what: str, *, whole: bool = True) -> bytes:
             f"{what} has {size} bytes, and its prefix says {prefix.blob_size}", rule="RAM-1", offset=size
         )
     return os.pread(fd, prefix.data_offset, 0)
+
+
+def ram_encrypted(fd: int) -> bool:
+    """Whether an open RAM snapshot is encrypted: what its layer's media type has to say, too."""
+    _, header = ramsnap.parse_head(read_control(fd, "the RAM snapshot"))
+    return header.encryption is not None
+
+
+def check_encrypted(header: Header, media_type: str) -> None:
+    """Whether the media type of a RAM snapshot's layer says of its encryption what its *header* does.
+
+    Raises:
+        SnapshotInvalid: it does not.
+    """
+    if (header.encryption is not None) != media_type.endswith(mediatypes.RAM_ENCRYPTED_SUFFIX):
+        text = "is encrypted" if header.encryption is not None else "is not encrypted"
+        raise SnapshotInvalid(f"the RAM snapshot {text}, and its layer's media type says otherwise", rule="RAM-57")
 
 
 def ram_annotations(fd: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 from ovms import fsutil
 from ovms.artifact import model, ram
 from ovms.artifact.document import read_bytes, read_document
-from ovms.artifact.parts import SIZE_LIMITS, check_content, label, read_control
+from ovms.artifact.parts import SIZE_LIMITS, check_content, check_encrypted, label, read_control
 from ovms.disk.layers import check_layer
 from ovms.errors import (
     DigestMismatch,
@@ -222,6 +222,9 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
             with report.noting("the OVMS manifest"):
                 model.check_parts(checked, image)
             for layer in image.layers:
+                if layer.media_type in mediatypes.RAM_SNAPSHOTS:
+                    with report.noting("the RAM snapshot"):
+                        _check_media_type(layer, layout.path(layer.digest))
                 if mediatypes.RAM_CONTROL_ANNOTATION in layer.annotations:
                     with report.noting("the RAM snapshot"):
                         _check_annotations(layer, layout.path(layer.digest))
@@ -238,13 +241,28 @@ def validate_artifact(layout: Layout, name: str, digest: Digest, progress: Progr
     return report
 
 
-def _check_annotations(layer: Descriptor, path: Path) -> None:
-    # A reader that fetches the control part by itself believes them.
+def _check_media_type(layer: Descriptor, path: Path) -> None:
+    if (control := _control_part(path)) is None:
+        return
+    try:
+        _, header = ramsnap.parse_head(control)
+    except (SnapshotInvalid, JsonInvalid):
+        return  # told there, too
+    check_encrypted(header, layer.media_type)
+
+
+def _control_part(path: Path) -> bytes | None:
     try:
         with path.open("rb") as blob:
-            control = read_control(blob.fileno(), "the RAM snapshot", whole=False)
+            return read_control(blob.fileno(), "the RAM snapshot", whole=False)
     except (OSError, SnapshotInvalid):
-        return  # which is told where the part is looked at
+        return None  # which is told where the part is looked at
+
+
+def _check_annotations(layer: Descriptor, path: Path) -> None:
+    # A reader that fetches the control part by itself believes them.
+    if (control := _control_part(path)) is None:
+        return
     said = layer.annotations.get(mediatypes.RAM_CONTROL_SIZE_ANNOTATION)
     if layer.annotations[mediatypes.RAM_CONTROL_ANNOTATION] != of_bytes(control) or said not in (
         None,
@@ -324,15 +342,17 @@ def _check_ram(
         report.problems.append(Problem("snapshot-invalid", text, "RAM-1", name))
     with report.noting(name):
         if compression is None:  # a file says nothing of its media type: one of them must fit
-            used = {chunk.codec for chunk in control.chunks}
+            used = {chunk.codec & ~ramsnap.ENCRYPTED for chunk in control.chunks}
             compression = Compression.ZSTD if ramsnap.CODEC_LZ4 not in used else Compression.LZ4
         ramsnap.check_codecs(control, compression)
     with progress.task("checking the RAM snapshot", prefix.data_size) as task:
         for chunk in control.chunks:
             if chunk.codec != ramsnap.CODEC_ZERO:
                 with report.noting(name):
-                    at = prefix.data_offset + chunk.offset
-                    ramsnap.unpack_chunk(chunk, os.pread(fd, chunk.stored_size, at), prefix.data_offset)
+                    stored = os.pread(fd, chunk.stored_size, prefix.data_offset + chunk.offset)
+                    # of what is encrypted, all that can be told without a key
+                    look = ramsnap.check_stored if chunk.encrypted else ramsnap.unpack_chunk
+                    look(chunk, stored, prefix.data_offset)
             task.advance(chunk.stored_size)
             if len(report.problems) >= limits.PROBLEMS_MAX:
                 break

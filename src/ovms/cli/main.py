@@ -31,6 +31,9 @@ COMMANDS: Final = {
     "tag": "Give an artifact another name",
     "attach": "Attach a file to an artifact: a signature, an SBOM",
     "referrers": "Show what refers to an artifact: signatures, SBOMs, snapshots",
+    "key": "Make and convert keys for signing",
+    "sign": "Sign an artifact",
+    "verify": "Check who signed an artifact",
     "rmi": "Remove artifacts from the local store",
     "prune": "Remove what nothing needs from the local store",
     "df": "Show what takes room: artifacts, memories, downloads, instances",
@@ -65,7 +68,7 @@ INTERNAL: Final = frozenset({"ended"})
 
 #: What works on what is there: where there is nothing yet, nothing is made, lest a mistyped OVMS_ROOT becomes a new store.
 LOOKING: Final = frozenset((
-    "ls", "inspect", "push", "tag", "referrers", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
+    "ls", "inspect", "push", "tag", "referrers", "sign", "verify", "rmi", "prune", "df", "fsck", "ps", "logs", "console", "exec", "cp", "port",
     "stop", "rm", "inject", "snapshot", "commit", "export", "pause", "resume", "version",
 ))  # fmt: skip
 
@@ -267,7 +270,10 @@ def _bug(exc: Exception) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
-        traceback.print_exc()
+        from ovms.cli import output
+
+        for line in traceback.format_exc().splitlines():
+            print(output.safe(line), file=sys.stderr)
     print(
         f"ovm: internal error: {type(exc).__name__}: {str(exc)[:500]!a}\n"
         f"  hint: this is a bug in ovms; report it with the output of {DEBUG_VARIABLE}=1",

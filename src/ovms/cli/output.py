@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ovms.errors import ManifestInvalid, OvmsError
+from ovms.text import printable
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -18,10 +19,15 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def safe(text: str) -> str:
     """*text* without anything that a terminal would act on: artifacts and registries choose their own words."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = printable(text, None, mark="\N{REPLACEMENT CHARACTER}")
     # what the terminal's encoding lacks becomes '?', the replacement character too
     encoding = sys.stdout.encoding or "ascii"
     return text if encoding == "utf-8" else text.encode(encoding, "replace").decode(encoding)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """*value* as JSON in which nothing drives a terminal: in ASCII, and without the one control character that JSON leaves."""
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
 
 
 def say(text: str) -> None:
@@ -34,20 +40,29 @@ def answer(text: str) -> None:
     print(safe(text), flush=True)
 
 
+def answer_bytes(data: bytes) -> None:
+    """Bytes of a stranger on stdout: as they are, and on a terminal what of them is harmless text."""
+    from ovms.cli.terminal import writer
+
+    write = writer(sys.stdout, raw=False)
+    write(data)
+    write.end()
+
+
 def answer_json(value: Any) -> None:
     """One JSON document on stdout, in one line."""
-    print(json.dumps(value), flush=True)
+    print(dumps(value), flush=True)
 
 
 def answer_document(value: Any) -> None:
     """One JSON document on stdout, for people to read."""
-    print(json.dumps(value, indent=2), flush=True)
+    print(dumps(value, indent=2), flush=True)
 
 
 def complain(error: OvmsError, *, as_json: bool) -> None:
     """An error on stderr: what is wrong, each problem of a manifest, and what to do."""
     if as_json:
-        print(json.dumps({"error": error.to_json()}), file=sys.stderr, flush=True)
+        print(dumps({"error": error.to_json()}), file=sys.stderr, flush=True)
         return
     lines = [f"ovm: error: {safe(error.message)}"]
     if isinstance(error, ManifestInvalid):

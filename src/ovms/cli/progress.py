@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 import os
 import sys
@@ -278,5 +277,5 @@ class _JsonLines:
                 if (left := task.left(rate)) is not None:
                     value["left_s"] = round(left, 1)
             self._last[id(task)] = time.monotonic()
-            self._stream.write(json.dumps(value) + "\n")
+            self._stream.write(output.dumps(value) + "\n")
             self._stream.flush()

@@ -101,8 +101,10 @@ class Capture:
 
 
 @contextlib.contextmanager
-def room(guest: GuestRam, fd: int, directory: Path) -> Iterator[mmap.mmap | None]:
-    """Makes the empty file *fd* in *directory* ready for what :func:`take` copies into it, while the VM still runs.
+def room(guest: GuestRam, fd: int, directory: Path | None) -> Iterator[mmap.mmap | None]:
+    """Makes the empty file *fd* ready for what :func:`take` copies into it, while the VM still runs.
+
+    It is in *directory* (None: in memory).
 
     What was written until now is written still when the VM is paused, so the pages for it can be had beforehand: that is half of
     the work. None for a VM whose memory is shared.
@@ -122,7 +124,8 @@ def room(guest: GuestRam, fd: int, directory: Path) -> Iterator[mmap.mmap | None
             address = maps.find(guest.pid, guest.file, guest.size).address
             runs = list(written_pages(guest.pid, address, guest.size))
             # asked first: the guest's disk is to find room there, too
-            fsutil.require_space(directory, sum(run.end - run.start for run in runs), "a copy of the VM's memory")
+            if directory is not None:
+                fsutil.require_space(directory, sum(run.end - run.start for run in runs), "a copy of the VM's memory")
             ours = _address(target)
             madvise = ctypes.CDLL(None, use_errno=True).madvise
             for run in runs:

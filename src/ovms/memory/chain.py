@@ -104,15 +104,20 @@ def _check(links: Sequence[Link]) -> None:
     ramsnap.check_entries(link.entries for link in links)
 
 
-def check(layout: Layout, digest: Digest, newest: ramsnap.Needs, parents: Sequence[str]) -> None:
-    """Whether a manifest's *parents*, base first, are the ancestors of the snapshot *digest*. Raises like :func:`read`."""
+def check(layout: Layout, digest: Digest, newest: ramsnap.Needs, parents: Sequence[str]) -> list[Link]:
+    """Whether a manifest's *parents*, base first, are the ancestors of the snapshot *digest*. Returns the chain.
+
+    Raises like :func:`read`.
+    """
     if len(parents) > limits.RAM_PARENTS_MAX:
         raise _too_long(digest)
     links = []
     for parent, child in zip(parents, [*parents, digest][1:], strict=True):
         with opened(layout, Digest(parent), Digest(child)) as blob, naming(Digest(parent), Digest(child)):
             links.append(_read_link(blob, Digest(parent)))
-    _check([*links, Link(digest, newest.header, newest.prefix.chunks)])
+    links.append(Link(digest, newest.header, newest.prefix.chunks))
+    _check(links)
+    return links
 
 
 def _too_long(digest: Digest) -> SnapshotInvalid:

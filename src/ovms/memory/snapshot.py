@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from ovms import fsutil, process
-from ovms.errors import StoreCorrupt
+from ovms.errors import ResourceError, StoreCorrupt, Unsupported
 from ovms.memory import chain, parallel
 from ovms.memory.capture import Capture, Run
 from ovms.oci.layout import Layout
@@ -18,6 +18,7 @@ from ovms.progress import NULL, Progress
 from ovms.spec import limits, ramsnap
 from ovms.spec.digest import Digest, hex_of
 from ovms.spec.manifest import Compression
+from ovms.spec.ramcrypt import Cipher
 from ovms.spec.ramheader import Header
 
 PAGE: Final = ramsnap.PAGE
@@ -42,6 +43,14 @@ class _Encoded(NamedTuple):
 
 #: Encodes a part of the memory; called in threads.
 _Encoder = Callable[[], list[_Encoded]]
+#: Gives what decrypts the snapshot with an encrypted one's header.
+Decrypt = Callable[[Header], Cipher]
+
+
+class _Form(NamedTuple):
+    # How pages are stored.
+    compression: Compression
+    cipher: Cipher | None
 
 
 def store(
@@ -52,8 +61,11 @@ def store(
     progress: Progress = NULL,
     *,
     compression: Compression = Compression.LZ4,
+    cipher: Cipher | None = None,
 ) -> tuple[Digest, int]:
     """Encodes a captured memory and adds it to the store. Returns the blob's digest and size.
+
+    *cipher* encrypts it, where *header* says so: no file has anything of the memory but its ciphertext then.
 
     Where *header* names a parent, that is what the VM was restored from (``capture.base``), and the blob has the pages that
     differ from it. Without a parent it has all of the memory, which the capture must be (:meth:`Capture.finish`).
@@ -64,7 +76,8 @@ def store(
     import tempfile
 
     diff = header.parent is not None
-    work = _diff_work(capture, compression) if diff else _base_work(capture, compression)
+    form = _Form(compression, cipher)
+    work = _diff_work(capture, form) if diff else _base_work(capture, form)
     total = capture.written if diff else capture.size
     encoded = parallel.ordered(lambda item: (item[0], item[1]()), work)
     with (
@@ -90,7 +103,7 @@ def store(
             task.advance(reached - done)
             done = reached
         task.advance(total - done)
-        control = ramsnap.build_control(header, state, chunks, chunk_pages=limits.RAM_CHUNK_PAGES)
+        control = ramsnap.build_control(header, state, chunks, chunk_pages=limits.RAM_CHUNK_PAGES, cipher=cipher)
         writer.write(control)
         spool.seek(0)
         while data := spool.read(fsutil.COPY_BUFFER):
@@ -104,17 +117,17 @@ def _goes_on(one: ramsnap.Chunk, other: ramsnap.Chunk) -> bool:
     return one.codec == other.codec == ramsnap.CODEC_ZERO and one.page + one.pages == other.page
 
 
-def _base_work(capture: Capture, compression: Compression) -> Iterator[tuple[int, _Encoder]]:
+def _base_work(capture: Capture, form: _Form) -> Iterator[tuple[int, _Encoder]]:
     # (how far the memory is done then, what does it)
     fd, size = capture.fd, capture.size
     windows: list[int] = []
     for at in _windows(fd, size):
         if windows and at - windows[0] >= _BATCH:
-            yield windows[-1] + _CHUNK, _base_encoder(fd, size, windows, compression)
+            yield windows[-1] + _CHUNK, _base_encoder(fd, size, windows, form)
             windows = []
         windows.append(at)
     if windows:
-        yield min(windows[-1] + _CHUNK, size), _base_encoder(fd, size, windows, compression)
+        yield min(windows[-1] + _CHUNK, size), _base_encoder(fd, size, windows, form)
 
 
 def _windows(fd: int, size: int) -> Iterator[int]:
@@ -126,7 +139,7 @@ def _windows(fd: int, size: int) -> Iterator[int]:
             done = at + _CHUNK
 
 
-def _base_encoder(fd: int, size: int, windows: Sequence[int], compression: Compression) -> _Encoder:
+def _base_encoder(fd: int, size: int, windows: Sequence[int], form: _Form) -> _Encoder:
     def encode() -> list[_Encoded]:
         start = windows[0]
         data = memoryview(_read(fd, start, min(windows[-1] + _CHUNK, size)))
@@ -136,14 +149,17 @@ def _base_encoder(fd: int, size: int, windows: Sequence[int], compression: Compr
             # zero pages at a window's ends are left out
             first, last = _trim(window)
             if first < last:
-                answer.append(_encode(at // PAGE + first, window[first * PAGE : last * PAGE], compression))
+                answer.append(_encode(at // PAGE + first, window[first * PAGE : last * PAGE], form))
         return answer
 
     return encode
 
 
-def _encode(page: int, data: memoryview, compression: Compression) -> _Encoded:
-    codec, stored, digest = ramsnap.compress(data, compression)
+def _encode(page: int, data: memoryview, form: _Form) -> _Encoded:
+    if form.cipher is None:
+        codec, stored, digest = ramsnap.compress(data, form.compression)
+    else:
+        codec, stored, digest = ramsnap.encrypt(page, data, form.compression, form.cipher)
     return _Encoded(page, len(data) // PAGE, codec, stored, digest)
 
 
@@ -168,19 +184,19 @@ def _trim(window: memoryview) -> tuple[int, int]:
     return first, last
 
 
-def _diff_work(capture: Capture, compression: Compression) -> Iterator[tuple[int, _Encoder]]:
+def _diff_work(capture: Capture, form: _Form) -> Iterator[tuple[int, _Encoder]]:
     if capture.base is None:
         raise AssertionError("a diff needs what the VM was restored from")
     runs: list[Run] = []
     done = 0
     for run in _split(capture.runs):
         if runs and run.start // _BATCH != runs[0].start // _BATCH:
-            yield done, _diff_encoder(capture.fd, capture.base, runs, compression)
+            yield done, _diff_encoder(capture.fd, capture.base, runs, form)
             runs = []
         runs.append(run)
         done += run.end - run.start
     if runs:
-        yield done, _diff_encoder(capture.fd, capture.base, runs, compression)
+        yield done, _diff_encoder(capture.fd, capture.base, runs, form)
 
 
 def _split(runs: Iterable[Run]) -> Iterator[Run]:
@@ -193,7 +209,7 @@ def _split(runs: Iterable[Run]) -> Iterator[Run]:
             at = behind
 
 
-def _diff_encoder(fd: int, base: int, runs: Sequence[Run], compression: Compression) -> _Encoder:
+def _diff_encoder(fd: int, base: int, runs: Sequence[Run], form: _Form) -> _Encoder:
     def encode() -> list[_Encoded]:
         start, end = runs[0].start, runs[-1].end
         data, before = _read(fd, start, end), _read(base, start, end)
@@ -203,7 +219,7 @@ def _diff_encoder(fd: int, base: int, runs: Sequence[Run], compression: Compress
             if zero:
                 answer.append(_Encoded(first // PAGE, (last - first) // PAGE, ramsnap.CODEC_ZERO, b"", _ZERO_DIGEST))
             else:
-                answer.append(_encode(first // PAGE, view[first - start : last - start], compression))
+                answer.append(_encode(first // PAGE, view[first - start : last - start], form))
         return answer
 
     return encode
@@ -273,6 +289,7 @@ def materialise(
     Raises:
         SnapshotInvalid, JsonInvalid: a blob is damaged, or they are no chain.
         BlobNotFound: an ancestor is not in the store.
+        Unsupported: something of it is encrypted, and is not for a file.
         DiskFull: said before anything is written.
     """
     name = hex_of(digest)
@@ -306,13 +323,20 @@ def unpack(
     progress: Progress = NULL,
     *,
     compression: Compression | None = None,
+    decrypt: Decrypt | None = None,
 ) -> None:
     """Writes the memory of a RAM snapshot into the empty file *target*, and keeps it sparse. Raises like :func:`materialise`.
 
     Nothing of it may be used before this has returned. An ancestor's image that is there already is copied, and only what is
-    newer unpacked.
+    newer unpacked. With *decrypt*, of a chain with encrypted members, *target* is memory, and no file on a disk: whoever calls sees
+    to that. What *decrypt* raises is raised.
+
+    Raises:
+        ResourceError: *target* is memory, of which there is too little.
     """
     links = chain.read(layout, digest)
+    if decrypt is None:
+        require_plain(links, "is only unpacked into memory, where it is restored")
     with contextlib.ExitStack() as files:
         below, links = _nearest_image(layout, links, files)
         members = []
@@ -324,26 +348,61 @@ def unpack(
                 control = _control_of(blob)
                 if compression is not None:
                     ramsnap.check_codecs(control, compression)
+                cipher = None
+                if decrypt is not None and link.header.encryption is not None:
+                    cipher = decrypt(link.header)
+                    ramsnap.decrypt_state(control, cipher)  # vouches for the index
             # not all of it: each one's device state may have 64 MiB
-            members.append((blob.fileno(), control.prefix.data_offset, control.chunks, naming))
+            blob_fd, data_offset = blob.fileno(), control.prefix.data_offset
+            members.append((_Source(blob_fd, data_offset, cipher), control.chunks, naming))
         zeroes = below is not None
-        seen = chain.visible([chunks for _, _, chunks, _ in members])
+        seen = chain.visible([chunks for _, chunks, _ in members])
         parts = [[part for part in member if zeroes or part.chunk.stored_size] for member in seen]
         written = sum(pages for member in parts for part in member for _, pages in part.runs) * PAGE
         copied = 0 if below is None else os.fstat(below).st_blocks * 512
-        fsutil.require_space(layout.derived_dir, written + copied, "unpacking the RAM snapshot")
+        if decrypt is None:
+            fsutil.require_space(layout.derived_dir, written + copied, "unpacking the RAM snapshot")
+        else:
+            require_memory(written + copied, "the RAM snapshot")
         try:
             if below is not None and not fsutil.reflink(below, target):
                 fsutil.copy_sparse(below, target)
             os.ftruncate(target, links[-1].header.memory)
             with progress.task("unpacking RAM", written) as task:
-                for (fd, data_offset, _, naming), member in zip(members, parts, strict=True):
-                    unpacked = parallel.ordered(_unpacker(fd, data_offset, target), _batches(member))
+                for (source, _, naming), member in zip(members, parts, strict=True):
+                    unpacked = parallel.ordered(_unpacker(source, target), _batches(member))
                     with naming(), contextlib.closing(unpacked):
                         for amount in unpacked:
                             task.advance(amount)
         except OSError as exc:
             raise (fsutil.disk_full(exc, "unpacking the RAM snapshot", layout.derived_dir) or exc) from exc
+
+
+def require_plain(links: Iterable[chain.Link], what: str) -> None:
+    """Refuses a chain with encrypted members: it *what*.
+
+    Raises:
+        Unsupported: it has some.
+    """
+    if any(link.header.encryption is not None for link in links):
+        raise Unsupported(f"the RAM snapshot is encrypted, and {what}", rule="RAM-64")
+
+
+def require_memory(size: int, what: str) -> None:
+    """Refuses what needs *size* bytes of memory that the host does not have.
+
+    Raises:
+        ResourceError: it has not.
+    """
+    if process.memory_available() < size:
+        raise ResourceError(f"too little memory for {what}: it needs {size} bytes", hint="stop other VMs")
+
+
+class _Source(NamedTuple):
+    # An open blob of a chain, and what decrypts it.
+    fd: int
+    data_offset: int
+    cipher: Cipher | None
 
 
 def _nearest_image(
@@ -378,7 +437,9 @@ def _stored_end(part: chain.Part) -> int:
     return part.chunk.offset + part.chunk.stored_size
 
 
-def _unpacker(fd: int, data_offset: int, target: int) -> Callable[[list[chain.Part]], int]:
+def _unpacker(source: _Source, target: int) -> Callable[[list[chain.Part]], int]:
+    fd, data_offset, cipher = source
+
     def work(batch: list[chain.Part]) -> int:
         start, end = batch[0].chunk.offset, _stored_end(batch[-1])
         stored = memoryview(os.pread(fd, end - start, data_offset + start))
@@ -390,7 +451,7 @@ def _unpacker(fd: int, data_offset: int, target: int) -> Callable[[list[chain.Pa
                     writer.zero(page * PAGE, pages * PAGE)
                 continue
             at = chunk.offset - start
-            data = ramsnap.unpack_chunk(chunk, stored[at : at + chunk.stored_size], data_offset)
+            data = ramsnap.unpack_chunk(chunk, stored[at : at + chunk.stored_size], data_offset, cipher)
             if part.whole:
                 writer.add(chunk.page * PAGE, data)
                 continue

@@ -37,9 +37,17 @@ class Holder(NamedTuple):
 
 @contextlib.contextmanager
 def opened(
-    image: Callable[[], Path], size: int, digest: Digest, holders: Iterable[Holder], *, preload: bool = False
+    image: Callable[[], Path],
+    size: int,
+    digest: Digest,
+    holders: Iterable[Holder],
+    *,
+    preload: bool = False,
+    fill: Callable[[int], None] | None = None,
 ) -> Iterator[int]:
     """A descriptor of the sealed memory of the snapshot *digest*, of *size* bytes; *image* unpacks it where no holder has it.
+
+    Where it is not to be in any file, *fill* does so instead, into the empty memfd that it is given.
 
     A memfd is in memory once it is made; with *preload* what of it was swapped out since is read in again, and none of its holes
     is filled.
@@ -49,7 +57,7 @@ def opened(
     """
     fd = find(digest, size, holders)
     if fd is None:
-        fd = _make(image(), digest)
+        fd = _make(fill or _copying(image), digest)
     try:
         if preload:
             _read_in(fd)
@@ -103,11 +111,18 @@ def find(digest: Digest, size: int, holders: Iterable[Holder]) -> int | None:
     return None
 
 
-def _make(image: Path, digest: Digest) -> int:
+def _copying(image: Callable[[], Path]) -> Callable[[int], None]:
+    def fill(fd: int) -> None:
+        with fsutil.open_input(image(), "the RAM image") as source:
+            fsutil.copy_sparse(source.fileno(), fd)
+
+    return fill
+
+
+def _make(fill: Callable[[int], None], digest: Digest) -> int:
     fd = os.memfd_create(_name(digest), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        with fsutil.open_input(image, "the RAM image") as source:
-            fsutil.copy_sparse(source.fileno(), fd)
+        fill(fd)
         sealing.seal(fd)
     except MemoryError:
         os.close(fd)

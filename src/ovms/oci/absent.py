@@ -27,7 +27,7 @@ from ovms.spec.digest import Digest, hex_of, of_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-RAM_TYPES: Final = frozenset({mediatypes.RAM_SNAPSHOT_LZ4, mediatypes.RAM_SNAPSHOT_ZSTD})
+RAM_TYPES: Final = mediatypes.RAM_SNAPSHOTS
 
 
 def left_out(layout: Layout, blobs: Iterable[Descriptor]) -> list[Descriptor]:

@@ -23,14 +23,13 @@ ALIGNMENT: Final = 4096
 #: Bytes in one piece: the least processor time where nothing goes through the cache (which likes 256 KiB best).
 BUFFER: Final = 1 << 20
 _DIRECT_FROM: Final = 16 << 20
-_CACHED: Final = frozenset({mediatypes.RAM_SNAPSHOT_LZ4, mediatypes.RAM_SNAPSHOT_ZSTD})
 #: Bytes after which the kernel is asked to begin to write: the fsync at the end has little left to wait for then.
 _FLUSH_EVERY: Final = 16 << 20
 
 
 def past_cache(blob: Descriptor) -> bool:
     """Whether a blob should go past the page cache: a large one, and no RAM snapshot, which is read as soon as it is here."""
-    return blob.size >= _DIRECT_FROM and blob.media_type not in _CACHED
+    return blob.size >= _DIRECT_FROM and blob.media_type not in mediatypes.RAM_SNAPSHOTS
 
 
 def pages(size: int) -> memoryview:

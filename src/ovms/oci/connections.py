@@ -26,6 +26,8 @@ _IDLE_MAX: Final = 8
 _AS_IT_IS: Final = "!#$%&'()*+,/:;=?@[]~"
 #: A server that has said no before it read the whole body: its answer is what counts.
 _CUT_OFF: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
+#: How a kept connection shows that it had been closed, before a byte of an answer.
+_GONE: Final = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
 
 #: Gives a connection back: it can be used again, or not.
 Release = Callable[[bool], None]
@@ -74,14 +76,19 @@ class Connections:
             OSError, http.client.HTTPException: as it went.
         """
         key, target = _parse(url, context)
-        connection = self._idle_one(key) or self._open(key)
-        try:
-            connection.sock.settimeout(self._read_timeout)
-            _send(connection, method, target, headers, body)
-            response = connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
+        connection = self._idle_one(key)
+        if connection is None:
+            connection = self._open(key)
+            response = self._ask(connection, method, target, headers, body)
+        else:
+            try:
+                response = self._ask(connection, method, target, headers, body)
+            except _GONE:
+                # The server closed it just as it was taken. What asks for something and changes nothing may ask twice.
+                if method not in ("GET", "HEAD"):
+                    raise
+                connection = self._open(key)
+                response = self._ask(connection, method, target, headers, body)
 
         def release(again: bool) -> None:
             # a server that does not keep it open has it closed by now
@@ -92,6 +99,22 @@ class Connections:
                 connection.close()
 
         return response, release
+
+    def _ask(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | IO[bytes] | None,
+    ) -> http.client.HTTPResponse:
+        try:
+            connection.sock.settimeout(self._read_timeout)
+            _send(connection, method, target, headers, body)
+            return connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
 
     def _open(self, key: _Key) -> http.client.HTTPConnection:
         scheme, host, port, context = key

@@ -93,6 +93,16 @@ def is_classic(image: ImageManifest) -> bool:
     return image.artifact_type == SIGNATURE_TYPE and CLASSIC in image.annotations and image.subject is not None
 
 
+def may_sign(descriptor: Descriptor) -> bool:
+    """Whether a referrer may hold signatures, from what a list says of it.
+
+    A bundle says what its statement is about. Provenance and the like are none of ours; one that lies is not found.
+    """
+    if descriptor.artifact_type == BUNDLE_TYPE:
+        return descriptor.annotations.get(BUNDLE_PREDICATE, SIGN_PREDICATE) == SIGN_PREDICATE
+    return descriptor.artifact_type == SIGNATURE_TYPE
+
+
 def push(client: RegistryClient, repository: str, image: ImageManifest, blobs: Sequence[bytes]) -> None:
     """Uploads a small manifest with a subject, and its blobs; lists it where the registry does not."""
     for data in blobs:

@@ -19,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
 from ovms.oci.connections import AddressInvalid, Connections, Release
 from ovms.oci.realm import is_loopback
+from ovms.text import printable
 
 if TYPE_CHECKING:
     import ssl
@@ -316,7 +317,10 @@ class Transport:
         raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
 
     def _check_plain(self, url: str, sender: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise RegistryProtocol(f"{shown(url)!a} is no address") from None
         if parts.scheme != "http" or self._plain(parts.netloc):
             return
         host = host_of(url)
@@ -385,8 +389,7 @@ def next_url(url: str, location: str | None) -> str:
 
 def shown(text: str) -> str:
     """A stranger's words, short and without control characters."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "…"
+    return printable(text, _SHOWN_MAX) + ("…" if len(text) > _SHOWN_MAX else "")
 
 
 @contextlib.contextmanager

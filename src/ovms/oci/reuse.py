@@ -99,6 +99,8 @@ def plan(control: bytes, candidates: Sequence[Path]) -> Plan | None:
         SnapshotInvalid, JsonInvalid: the control part is none.
     """
     parsed = ramsnap.parse_control(control)
+    if parsed.header.encryption is not None:
+        return None  # each blob has a key of its own: no other has equal chunks
     wanted: dict[tuple[bytes, int, int], tuple[Digest, int] | None] = {
         _key(chunk): None for chunk in parsed.chunks if chunk.stored_size
     }

@@ -157,9 +157,10 @@ class Session:
             # nobody else's challenge is answered
             if answer.status != 401 or last or not ours or answer.elsewhere:
                 return answer
-            with answer:
-                if not authenticator.challenged(answer.headers("www-authenticate"), scope, authorization):
-                    return answer
+            if not authenticator.challenged(answer.headers("www-authenticate"), scope, authorization):
+                return answer
+            with answer:  # the rest of it is nobody's
+                pass
         raise AssertionError
 
     def log_in(self, credential: Credential) -> bool:

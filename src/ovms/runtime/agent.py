@@ -25,6 +25,7 @@ from typing import Any, Final, Self
 from ovms import fsutil
 from ovms.errors import AgentUnavailable, GuestError, InstanceNotFound, JsonInvalid, Locked
 from ovms.spec import limits, strictjson
+from ovms.text import printable
 from ovms.vmm.model import VmFiles
 
 LOCK: Final = "agent.lock"
@@ -259,11 +260,6 @@ def _result(command: str, answer: Mapping[str, Any]) -> Any:
     if isinstance(error, dict):
         raise AgentRefused(command, printable(str(error.get("desc"))))
     raise GuestError(f"the guest's agent answers {command} with neither a result nor an error")
-
-
-def printable(text: str) -> str:
-    """What a guest said, fit for a message: one line, bounded, nothing that a terminal would act on."""
-    return "".join(c if c.isprintable() else "?" for c in text[:1000])
 
 
 def _no_agent() -> AgentUnavailable:

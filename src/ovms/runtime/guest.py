@@ -32,10 +32,11 @@ from ovms.errors import (
     Unsupported,
 )
 from ovms.lazy import dataclass, regex
-from ovms.runtime.agent import ANSWER_MAX, HOLD, Agent, AgentRefused, data, field, printable
+from ovms.runtime.agent import ANSWER_MAX, HOLD, Agent, AgentRefused, data, field
 from ovms.runtime.instances import Instances
 from ovms.runtime.record import Record
 from ovms.spec import limits
+from ovms.text import printable
 
 #: Bytes of stdin, stdout or stderr of a program: qemu-guest-agent keeps no more of the latter two.
 STREAM_MAX: Final = 16 * limits.MIB

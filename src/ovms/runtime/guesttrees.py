@@ -15,8 +15,9 @@ from typing import Final
 from ovms import fsutil
 from ovms.errors import GuestError, NotFound, Unsupported
 from ovms.runtime import guest, trees
-from ovms.runtime.agent import Agent, printable
+from ovms.runtime.agent import Agent
 from ovms.runtime.guest import Kind
+from ovms.text import printable
 
 #: Makes an archive of the directory $0, as a file that is new and nobody else's, and gives out its name.
 _PACK: Final = """\

@@ -19,6 +19,7 @@ from ovms.errors import AgentUnavailable, GuestError, Locked, OvmsError, VmmErro
 from ovms.lazy import dataclass, replace
 from ovms.runtime import agent
 from ovms.runtime.agent import Agent, AgentRefused
+from ovms.text import printable
 from ovms.vmm.model import VmFiles
 from ovms.vmm.protocol import Control
 
@@ -193,7 +194,7 @@ def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
     said = agent.data(status, "err-data", agent.ANSWER_MAX).decode("utf-8", "replace").strip()
     notes = []
     if said or not (clock and hostname):
-        notes.append(f"the guest refused a part of it: {agent.printable(said[:300]) or 'it does not say why'}")
+        notes.append(f"the guest refused a part of it: {printable(said, 300) or 'it does not say why'}")
     if b"random" not in done:
         notes.append("its random numbers may be those of another clone until its kernel reseeds by itself")
     return Identity(

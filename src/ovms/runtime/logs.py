@@ -147,6 +147,8 @@ class Console:
         self._times: list[tuple[int, int]] = []
         #: Bytes that were overwritten before they could be read.
         self.lost = 0
+        # When the old log and its index last changed, where their mover has died.
+        self._abandoned: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -173,8 +175,10 @@ class Console:
     def _stand(self) -> _Standing:
         deadline = time.monotonic() + _MOVE
         while (standing := self._standing()) is None:
-            if time.monotonic() > deadline:  # the mover died amid the move: only the newer log can be made sense of
-                new = self._new.part()
+            old, new = self._old.part(), self._new.part()
+            # the mover died amid the move: only the newer log can be made sense of. It is waited for once, not at each look.
+            if old.changed == self._abandoned or time.monotonic() > deadline:
+                self._abandoned = old.changed
                 return _Standing(0, 0, new.first or 0, new.size)
             time.sleep(0.001)
         return standing

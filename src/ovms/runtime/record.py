@@ -67,12 +67,14 @@ class StartKey:
 class Still:
     """A VM's memory that stands still in a snapshot of it: the VM goes on on a private copy of the memfd of this *inode*.
 
-    Of the VM that was snapshot, and of clones that came from that memfd. ``ram`` is the RAM snapshot's blob, in ``artifact``.
+    Of the VM that was snapshot, and of clones that came from that memfd. ``ram`` is the RAM snapshot's blob, in ``artifact``, and
+    ``encrypted`` whether it is.
     """
 
     inode: int
     artifact: Digest
     ram: Digest
+    encrypted: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,12 @@ class Record:
             warm=bool(value.get("warm", False)),
             still=None
             if (still := value.get("still")) is None
-            else Still(int(still["inode"]), parse_digest(still["artifact"]), parse_digest(still["ram"])),
+            else Still(
+                int(still["inode"]),
+                parse_digest(still["artifact"]),
+                parse_digest(still["ram"]),
+                bool(still.get("encrypted", False)),
+            ),
         )
 
     def with_overlay(self) -> Record:

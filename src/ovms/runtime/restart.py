@@ -6,6 +6,7 @@ wait for it.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ovms import process
 from ovms.errors import OvmsError, UsageError
 from ovms.runtime.record import Record, Restart
 
@@ -24,8 +26,12 @@ _BACKOFF: Final = 0.1
 _BACKOFF_MAX: Final = 60.0
 #: A VM that has run for so many seconds has started well: the waiting begins anew.
 _WELL: Final = 10.0
-#: The command that the watcher runs.
+#: The command that the watcher runs, and how.
 COMMAND: Final = "ended"
+_START: Final = (
+    "import os, sys; os.environ['PATH'] = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
+    "from ovms.cli.main import main; sys.exit(main())"
+)
 
 
 def parse(text: str) -> Restart | None:
@@ -44,10 +50,10 @@ def at_end(root: str, record: Record) -> tuple[str, ...]:
     """What the watcher runs when the VM of *record* has ended; nothing where there is nothing to be done."""
     if record.restart is None and not record.remove_on_exit:
         return ()
-    # whatever it was that let us find ovms (a virtual environment, PYTHONPATH): there is no such thing in the watcher
+    # whatever it was that let us find ovms (a virtual environment, PYTHONPATH), and the VMM: there is no such thing in the watcher
     source = str(Path(__file__).parents[2])
-    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ovms.cli.main import main; sys.exit(main())"
-    return (sys.executable, "-c", start, source, "--root", root, "--progress", "none", COMMAND, record.id)
+    path = os.environ.get("PATH") or process.CLEAN_ENV["PATH"]
+    return (sys.executable, "-c", _START, path, source, "--root", root, "--progress", "none", COMMAND, record.id)
 
 
 def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] = time.sleep) -> Record | None:

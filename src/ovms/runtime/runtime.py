@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,12 +29,12 @@ from ovms.errors import (
     VmmError,
 )
 from ovms.lazy import dataclass, field, replace
-from ovms.memory import chain, compat, locking, snapshot, template
+from ovms.memory import compat, locking, snapshot, template
 from ovms.oci import absent
 from ovms.oci.layout import Layout
 from ovms.oci.whole import require_whole
 from ovms.progress import NULL, Progress
-from ovms.runtime import attachments, cgroups, identity, jail, network, regions, restart, workload
+from ovms.runtime import attachments, cgroups, identity, jail, network, regions, restart, restoring, workload
 from ovms.runtime import ports as port_forwards
 from ovms.runtime.instances import Instances, Status
 from ovms.runtime.jail import SecurityOptions
@@ -84,6 +84,8 @@ class RunOptions:
     parked: bool = False
     #: A restored guest goes on as the one that the snapshot was taken of: nothing is asked of its agent.
     keep_identity: bool = False
+    #: Files of identities that decrypt RAM snapshots; none: those of this process's environment.
+    identities: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,9 @@ class _Plan:
     machine: Machine
     accel_reason: str | None
     layers: tuple[Layer, ...]
-    restore: _Snapshot | None
+    restore: restoring.Prepared | None
     not_restored: str | None
     network: network.Attachment
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """What is restored: the snapshot's blob, its unpacked memory, its device state; and whether the memory is locked, or read in."""
-
-    digest: Digest
-    size: int
-    image: Callable[[], Path]
-    state: bytes
-    lock: bool
-    preload: bool
 
 
 class Runtime:
@@ -159,6 +149,11 @@ class Runtime:
             Locked: another VM has a volume.
             VmmError: the VMM failed. Nothing is left of the instance then.
         """
+        confined = jail.Part.CGROUPS not in options.security.off
+        with cgroups.at_hand() if confined else contextlib.nullcontext():
+            return self._start(found, options, progress, pending)
+
+    def _start(self, found: Found, options: RunOptions, progress: Progress, pending: Record | None) -> Started:
         began = time.monotonic()
         vmm = self.vmm(options.runtime)
         artifact = found.artifact
@@ -208,13 +203,13 @@ class Runtime:
             self.instances.create(make, artifact.manifest.name, options.name)
             if pending is None
             else self.instances.settle(pending, make) as bare,
-            self._memory(plan.restore) as restore,
+            contextlib.nullcontext() if plan.restore is None else plan.restore.opened(self.instances) as restore,
             attachments.seeded(self.instances.directory(bare.id), bare, told) as (seeded, seed),
         ):
             record = seeded
             if plan.restore is not None and restore is not None and template.digest_of(restore.ram) is None:
                 inode = os.fstat(restore.ram).st_ino
-                record = replace(seeded, still=Still(inode, artifact.digest, plan.restore.digest))
+                record = replace(seeded, still=Still(inode, artifact.digest, plan.restore.digest, artifact.encrypted))
             if record != bare:
                 self.instances.save(record)  # should we be killed, whoever finds the VM knows all of its machine
             config = self._config(artifact, record, plan.layers, restore, attachments.extras(record, seed, volumes))
@@ -230,15 +225,6 @@ class Runtime:
             keeps = plan.restore is None or options.keep_identity or options.parked
             become = None if keeps else _identity(made, hostname)
             return Started(self._launch(vmm, config, made, become), plan.not_restored)
-
-    @contextlib.contextmanager
-    def _memory(self, snapshot: _Snapshot | None) -> Iterator[Restore | None]:
-        if snapshot is None:
-            yield None
-            return
-        holders = self.instances.holders(snapshot.digest)
-        with template.opened(snapshot.image, snapshot.size, snapshot.digest, holders, preload=snapshot.preload) as ram:
-            yield Restore(ram, snapshot.state, snapshot.lock)
 
     def _launch(self, vmm: Vmm, config: VmConfig, record: Record, become: identity.Wanted | None = None) -> Record:
         files = self.instances.files(record)
@@ -303,7 +289,10 @@ class Runtime:
             # what the disk's size is shows in its layers, which are not here yet
             disk = control.header.device("virtio-blk") if manifest.disk_layers else None
             size = None if disk is None else disk.size
-            return _why_cold(vmm, manifest, control, options, vmm.choose_accel(options.accel).accel, size)
+            why = _why_cold(vmm, manifest, control, options, vmm.choose_accel(options.accel).accel, size)
+            if why is None and control.encrypted is not None:
+                restoring.state_of(control, restoring.identities_of(options.identities))
+            return why
 
         return ask
 
@@ -348,29 +337,20 @@ class Runtime:
         not_restored: str | None = None
         _require_snapshot(artifact.manifest, options)
         if ram is not None and options.restore is not RestorePolicy.NEVER:
-            digest = Digest(ram.ref)
             control, not_restored = self._control(found)
             if control is not None:
                 not_restored = _why_cold(vmm, artifact.manifest, control, options, choice.accel, disk_size)
             if control is not None and not_restored is None:
                 ram_blobs = blobs_of(artifact.image, artifact.manifest)
                 absent.require_here(self.layout, artifact.digest, ram_blobs, f"{found.name} can't be restored")
-                chain.check(self.layout, digest, control, ram.parents)
-                size, compression = control.prefix.memory_size, ram.compression
-
-                def image() -> Path:
-                    return snapshot.materialise(self.layout, digest, progress, compression=compression)
-
-                held = template.find(digest, size, self.instances.holders(digest))
-                if held is None:
-                    image()  # what is wrong with it is told before anything exists
-                else:
-                    os.close(held)
+                prepared = restoring.prepare(
+                    self.layout, self.instances, artifact, control, options.identities, progress
+                )
                 return _Plan(
                     compat.machine_of(control.header),
                     reason,
                     layers,
-                    _Snapshot(digest, size, image, control.state, ram.mlock_required, ram.preload_hint),
+                    prepared,
                     None,
                     network.choose(options.network, state=compat.network_of(control.header), ports=options.ports),
                 )

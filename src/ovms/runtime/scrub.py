@@ -14,10 +14,10 @@ from ovms.errors import GuestError, ResourceError
 from ovms.lazy import dataclass
 from ovms.memory import content
 from ovms.runtime import guest
-from ovms.runtime.agent import printable
 from ovms.runtime.instances import Instances
 from ovms.runtime.record import Record
 from ovms.spec import limits
+from ovms.text import printable
 
 #: Seconds that the guest gets. An emulated one fills some 100 MB a second.
 TIMEOUT: Final = 300.0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from ovms import fsutil, process
 from ovms.artifact import model
 from ovms.artifact.parts import ram_annotations
-from ovms.errors import OvmsError, StateConflict
+from ovms.errors import InputError, OvmsError, StateConflict
 from ovms.lazy import asdict, dataclass, replace
 from ovms.memory import capture, chain, compat, content, snapshot, template
 from ovms.oci.descriptor import Descriptor
@@ -25,6 +26,8 @@ from ovms.spec import ramsnap
 from ovms.spec.choices import Leave
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import Compression, PartKind
+from ovms.spec.ramcrypt import Cipher
+from ovms.spec.ramheader import Encryption
 from ovms.spec.states import Call, State, after
 from ovms.vmm.capabilities import require_snapshots
 from ovms.vmm.qemu.binary import Cache
@@ -35,7 +38,7 @@ class Taken:
     """A snapshot in the store. ``downtime_ms`` is how long the guest stood still; ``ram_size`` the blob's bytes.
 
     ``parents``: how many ancestors it is a diff on. ``user_data``: the guest was given some, so its memory may hold secrets. ``reseeds``: whether the guest's kernel makes random
-    numbers of its own in each clone (None: that can't be told). ``scrubbed``: what a scrub made of the memory.
+    numbers of its own in each clone (None: that can't be told). ``scrubbed``: what a scrub made of the memory. ``encrypted``: its memory is.
     """
 
     artifact: model.Artifact
@@ -45,6 +48,7 @@ class Taken:
     parents: int = 0
     reseeds: bool | None = None
     scrubbed: Scrubbed | None = None
+    encrypted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What of it is told, as a JSON object."""
@@ -56,6 +60,7 @@ class Taken:
             "downtime_ms": self.downtime_ms,
             "reseeds": self.reseeds,
             "scrubbed": None if self.scrubbed is None else asdict(self.scrubbed),
+            "encrypted": self.encrypted,
         }
 
 
@@ -71,19 +76,23 @@ def take(
     *,
     leave: Leave = Leave.RUNNING,
     scrub: bool = False,
+    encrypt: Sequence[str] = (),
 ) -> Taken:
     """Takes a snapshot of a running instance, and lets *name* stand for it in the store.
 
     *leave* is what the instance does then: what is to be paused or stopped does not run on after the moment of the snapshot, and
-    goes on where that fails. With *scrub* the guest's agent makes its memory small before (:mod:`ovms.runtime.scrub`).
+    goes on where that fails. With *scrub* the guest's agent makes its memory small before (:mod:`ovms.runtime.scrub`). *encrypt*
+    are the recipients who alone can restore it: then no file has anything of the memory or the device state in plain.
 
     Raises:
         StateConflict: the instance does not run.
+        UsageError, InputError: *encrypt* is wrong, or empty where the memory came from an encrypted snapshot.
         AgentUnavailable, GuestError, ResourceError: it cannot be scrubbed; nothing was done.
         DiskFull: said before the guest is paused, wherever the need is known.
         VmmError, HostError: the VMM or the host refused; the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
+    wrapped = _wrapped(encrypt)
     # before the lock, which a start may hold for long
     after(instances.status(record).state, Call.SNAPSHOT, record.name)
     before = zeroed = None
@@ -101,11 +110,16 @@ def take(
         directory = instances.directory(newest.id)
         if not newest.restored:  # of one that was, it is known what it needs
             fsutil.require_space(directory, newest.machine.memory // 2, "a snapshot")
+        if wrapped is None:
+            _require_plain(newest, source)
         # without a name: gone whatever happens to us
-        memory = scratch.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno(), directory) as room:
+        memory = scratch.enter_context(_scratch(None if wrapped is not None else directory))
+        in_directory = directory if wrapped is None else None
+        with instances.control(newest) as control, capture.room(control.ram(), memory.fileno(), in_directory) as room:
             # a guest that writes to all of its memory has it twice then
             freezes = not control.ram().private and process.memory_available() >= newest.machine.memory
+            if wrapped is not None and not control.ram().private and not freezes:
+                snapshot.require_memory(newest.machine.memory, "an encrypted snapshot, which is copied to no disk")
             if freezes:
                 jail.allow_frozen(newest.jail, newest.machine)
 
@@ -120,19 +134,58 @@ def take(
         with _left(runtime, frozen.record, leave):
             copy, done = frozen.seen[1], None
             if before is not None:
-                copy.finish()  # a diff has only what was written
+                _finish(copy, wrapped)  # a diff has only what was written
                 done = Scrubbed(before, content.nonzero(copy.fd, newest.machine.memory), bool(zeroed))
-            parts, document, size = _add_parts(runtime, frozen, source, progress)
+            parts, document, size = _add_parts(runtime, frozen, source, progress, wrapped)
             artifact = model.compose(layout, document, parts, subject=source.image.descriptor())
             if name is not None:
                 layout.set_name(str(name), artifact.image.descriptor())
             if copy.shared:
                 newest_ram = Digest(parts.ram_snapshots[-1].digest)
-                still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram)
+                still = Still(os.fstat(copy.fd).st_ino, artifact.digest, newest_ram, artifact.encrypted)
                 instances.save(replace(instances.newest(newest) or frozen.record, still=still))
         parents = len(parts.ram_snapshots) - 1
-        taken = Taken(artifact, frozen.downtime_ms, size, newest.user_data, parents, scrubbed=done)
+        taken = Taken(
+            artifact,
+            frozen.downtime_ms,
+            size,
+            newest.user_data,
+            parents,
+            scrubbed=done,
+            encrypted=wrapped is not None,
+        )
     return replace(taken, reseeds=_reseeds(runtime, source))
+
+
+def _wrapped(encrypt: Sequence[str]) -> tuple[Encryption, Cipher] | None:
+    if not encrypt:
+        return None
+    from ovms.trust import age
+
+    return age.new(encrypt)
+
+
+def _scratch(directory: Path | None) -> BinaryIO:
+    # An unnamed file in *directory*; without one, in memory.
+    if directory is None:
+        return os.fdopen(os.memfd_create("ovms-snapshot", os.MFD_CLOEXEC), "w+b", buffering=0)
+    return cast("BinaryIO", tempfile.TemporaryFile(dir=directory, buffering=0))
+
+
+def _finish(memory: capture.Capture, wrapped: tuple[Encryption, Cipher] | None) -> None:
+    if wrapped is not None and memory.base is not None:  # the copy is in memory
+        snapshot.require_memory(os.fstat(memory.base).st_blocks * 512, "an encrypted snapshot")
+    memory.finish()
+
+
+def _require_plain(record: Record, source: model.Artifact) -> None:
+    # Nobody gets what was secret in plain because an option was forgotten. (A VM that was booted may have outlived its snapshot.)
+    if (record.restored and source.encrypted) or (record.still is not None and record.still.encrypted):
+        raise InputError(
+            f"the memory of {record.name} is that of an encrypted snapshot, and this one would not be",
+            hint="name who may restore it: 'ovm snapshot --encrypt RECIPIENT'; 'ovm fork' clones that",
+            rule="RAM-65",
+        )
 
 
 def _scrub(runtime: Runtime, record: Record) -> tuple[int, bool]:
@@ -193,7 +246,11 @@ def _reseeds(runtime: Runtime, source: model.Artifact) -> bool | None:
 
 
 def _add_parts(
-    runtime: Runtime, frozen: _Frozen, source: model.Artifact, progress: Progress
+    runtime: Runtime,
+    frozen: _Frozen,
+    source: model.Artifact,
+    progress: Progress,
+    wrapped: tuple[Encryption, Cipher] | None,
 ) -> tuple[model.Parts, dict[str, Any], int]:
     # The blobs of the snapshot's artifact, its manifest, and the size of the RAM blob.
     layout, manifest, record = runtime.layout, source.manifest, frozen.record
@@ -202,7 +259,8 @@ def _add_parts(
     all_disks = (*(layer.ref for layer in manifest.disk_layers), *(d.digest for d in added))
     parents = _parents(runtime, record, source, memory, all_disks)
     if not parents:
-        memory.finish()
+        _finish(memory, wrapped)
+    encryption, cipher = (None, None) if wrapped is None else wrapped
     header = compat.describe(
         runtime.vmm(record.vmm),
         record.machine,
@@ -212,9 +270,10 @@ def _add_parts(
         network=record.network.state,
         parent=parents[-1].digest if parents else None,
     )
+    header = replace(header, encryption=encryption)
     # one for the whole chain, and what whoever made the artifact has chosen
     compression = Compression.LZ4 if manifest.ram_snapshot is None else manifest.ram_snapshot.compression
-    ram, size = snapshot.store(layout, memory, state, header, progress, compression=compression)
+    ram, size = snapshot.store(layout, memory, state, header, progress, compression=compression, cipher=cipher)
     document, kept = disks.extended(source, added, header.created)
     document["ramSnapshot"] = {
         **{key: value for key, value in manifest.document.get("ramSnapshot", {}).items() if key != "parents"},
@@ -228,6 +287,7 @@ def _add_parts(
             ram,
             size,
             compression=compression,
+            encrypted=cipher is not None,
             number=len(parents),
             annotations=ram_annotations(blob.fileno()),
         )

@@ -19,7 +19,7 @@ from ovms import fsutil
 from ovms.errors import FileProblem, GuestError, InputError, Unsupported
 from ovms.lazy import dataclass
 from ovms.oci import tar
-from ovms.runtime.agent import printable
+from ovms.text import printable
 
 if TYPE_CHECKING:
     import tarfile

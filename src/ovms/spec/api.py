@@ -6,9 +6,6 @@ against each other.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
 import ipaddress
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,7 +15,8 @@ from ovms.errors import InputError, NotFound, OvmsError, Problem, Unsupported
 from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, sizes, strictjson
 from ovms.spec.choices import Accel, Leave, RestorePolicy
-from ovms.spec.document import Reader, kind_of, shown
+from ovms.spec.document import Reader, from_base64, kind_of, shown
+from ovms.spec.ramheader import check_recipient
 
 JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
@@ -54,7 +52,7 @@ OPERATIONS: Final = (
     Operation(
         "POST", "/start", "start", "StartRequest", "StartResult", JSON,
         (*_BODY, "reference-invalid", "manifest-invalid", "kernel-invalid", "disk-invalid", "snapshot-invalid",
-         "unsupported", "reference-not-found", "blob-not-found", "file-missing", "file-unreadable", "conflict",
+         "identity-missing", "unsupported", "reference-not-found", "blob-not-found", "file-missing", "file-unreadable", "conflict",
          "name-taken", "port-in-use", "locked", "snapshot-incompatible", "registry-error", "registry-unreachable",
          "registry-denied", "registry-protocol", "digest-mismatch", "store-corrupt", "resource", "disk-full",
          "tool-missing", "accel-unavailable", *_VMM, *_FAULT),
@@ -109,6 +107,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "kernel-invalid": (422, "a file is no kernel that x86-64 boots"),
     "disk-invalid": (422, "a disk layer is not of its format, or has what a layer must not have"),
     "snapshot-invalid": (422, "a RAM snapshot is malformed, or not one of this artifact"),
+    "identity-missing": (422, "a RAM snapshot is encrypted, and no identity that is at hand decrypts it"),
     "unsupported": (422, "valid, but this runtime does not do it"),
     "not-found": (404, "what was named does not exist"),
     "reference-not-found": (404, "no artifact of that name"),
@@ -274,13 +273,15 @@ class RemoveRequest:
 class SnapshotRequest:
     """``POST /snapshot``; ``tag`` is the reference that the snapshot gets, in a registry where it names one.
 
-    ``leave`` is what the instance does then; ``scrub``: its guest's agent makes its memory small before.
+    ``leave`` is what the instance does then; ``scrub``: its guest's agent makes its memory small before; ``encrypt``: who can
+    restore it (none: everyone).
     """
 
     instance_id: str
     tag: str | None = None
     leave: Leave = Leave.RUNNING
     scrub: bool = False
+    encrypt: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, document: Any) -> SnapshotRequest:
@@ -288,7 +289,9 @@ class SnapshotRequest:
         problems: list[Problem] = []
         top = _top(document, problems)
         leave = top.choice("leave", Leave) or Leave.RUNNING
-        return _checked(problems, cls(_instance_id(top), top.string("tag"), leave, top.boolean("scrub", False)))
+        encrypt = top.strings("encrypt", limits.RAM_RECIPIENTS_MAX, check_recipient, rule="RAM-59")
+        request = cls(_instance_id(top), top.string("tag"), leave, top.boolean("scrub", False), encrypt)
+        return _checked(problems, request)
 
 
 @dataclass(frozen=True)
@@ -407,13 +410,9 @@ def _base64(item: Reader, key: str) -> bytes:
             key, "is required" if key not in item.value else f"must be a string, not {kind_of(value)}", "RUN-15"
         )
         return b""
-    with contextlib.suppress(binascii.Error, ValueError):
-        data = base64.b64decode(value, validate=True)
-        # Python takes 'YR==' for 'YQ==': the bits that are left over must be zero
-        if base64.b64encode(data).decode() == value:
-            return data
-    item.problem(key, "must be base64", "RUN-15")
-    return b""
+    if (data := from_base64(value)) is None:
+        item.problem(key, "must be base64", "RUN-15")
+    return data or b""
 
 
 _KNOWN: Final = frozenset(Overrides.__match_args__)

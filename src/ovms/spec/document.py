@@ -228,6 +228,19 @@ def has_control_characters(text: str) -> bool:
     return any(ord(c) < 0x20 or ord(c) == 0x7F for c in text)
 
 
+def from_base64(text: str) -> bytes | None:
+    """The bytes that *text* is the base64 of; None where it is none, or not in the one form that they have."""
+    import base64
+    import binascii
+
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    # Python takes 'YR==' for 'YQ==': the bits that are left over must be zero
+    return data if base64.b64encode(data).decode() == text else None
+
+
 def check_time(value: str) -> str | None:
     """Whether *value* is a time as in RFC 3339."""
     # fromisoformat takes far more than RFC 3339 does (week dates, no seconds), but no leap second

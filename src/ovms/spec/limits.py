@@ -85,6 +85,8 @@ RAM_HEADER_MAX: Final = 1 * MIB
 #: Devices, and CPU flags, of a RAM snapshot's header.
 RAM_LIST_MAX: Final = 1024
 RAM_STATE_MAX: Final = 64 * MIB
+#: Recipients of an encrypted RAM snapshot.
+RAM_RECIPIENTS_MAX: Final = 16
 #: Ancestors of a diff snapshot. (Ours get fewer: ``ovms.memory.chain.PARENTS``.)
 RAM_PARENTS_MAX: Final = 16
 VCPUS_MAX: Final = 255

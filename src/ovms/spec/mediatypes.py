@@ -20,6 +20,12 @@ DISK_LAYERS_READ: Final = frozenset({DISK_LAYER, DISK_LAYER_OVMS})
 DISK_LAYER_SUFFIXES: Final = ("+gzip", "+zstd")
 RAM_SNAPSHOT_LZ4: Final = "application/vnd.ovms.ramsnap.v1+lz4"
 RAM_SNAPSHOT_ZSTD: Final = "application/vnd.ovms.ramsnap.v1+zstd"
+#: What stands behind either where device state and memory are encrypted.
+RAM_ENCRYPTED_SUFFIX: Final = "+age"
+#: All that a RAM snapshot's layer may have.
+RAM_SNAPSHOTS: Final = frozenset(
+    media_type + suffix for media_type in (RAM_SNAPSHOT_LZ4, RAM_SNAPSHOT_ZSTD) for suffix in ("", RAM_ENCRYPTED_SUFFIX)
+)
 BOOTSTRAP: Final = "application/vnd.ovms.bootstrap.config.v1+json"
 
 DISK_FORMAT_ANNOTATION: Final = "ovms.format"

@@ -12,7 +12,7 @@ from ovms.errors import Problem, SnapshotInvalid
 from ovms.lazy import dataclass, regex
 from ovms.spec import limits, strictjson
 from ovms.spec.digest import is_digest
-from ovms.spec.document import Reader, check_time, shown
+from ovms.spec.document import Reader, check_time, from_base64, shown
 from ovms.spec.manifest import Manifest
 
 SCHEMA_VERSION: Final = 1
@@ -25,6 +25,10 @@ _SIZES: Final = {
 #: The device types of version 1.
 DEVICE_TYPES: Final = ("virtio-blk", "virtio-net", "virtio-rng", "vmgenid", "serial", "virtio-serial", "ivshmem")
 
+#: How the key of an encrypted snapshot is wrapped.
+ENCRYPTION: Final = "age"
+#: An X25519 recipient of age: 32 bytes in Bech32.
+_RECIPIENT: Final = regex(r"age1[02-9ac-hj-np-z]{58}")
 _MAC: Final = regex(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
@@ -42,6 +46,20 @@ class Device:
         """As the header lists it."""
         fields = {"type": self.type, "name": self.name, "size": self.size, "mac": self.mac, "backend": self.backend}
         return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Encryption:
+    """How a snapshot's key is wrapped: ``key`` is an age file. ``recipients`` is for messages alone: nothing holds them to it."""
+
+    recipients: tuple[str, ...]
+    key: bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As the header has it."""
+        import base64
+
+        return {"type": ENCRYPTION, "recipients": list(self.recipients), "key": base64.b64encode(self.key).decode()}
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ class Header:
     arch: str = "x86_64"
     clock_rtc: str = "utc"
     clock_source: str = "host"
+    encryption: Encryption | None = None
 
     def device(self, type: str) -> Device | None:
         """The first device of a type."""
@@ -80,6 +99,7 @@ class Header:
             "created": self.created,
             "source": self.source,
             **({} if self.parent is None else {"parent": self.parent}),
+            **({} if self.encryption is None else {"encryption": self.encryption.to_json()}),
             "vmm": {"name": self.vmm, "version": self.vmm_version, "state_format": self.state_format},
             "machine": {"type": self.machine_type, "arch": self.arch, "accel": self.accel},
             "cpu": {"model": self.cpu_model, "flags": list(self.cpu_flags), "count": self.vcpus},
@@ -155,7 +175,32 @@ def _read(top: Reader) -> Header:
         disks=top.strings("disks", limits.DISK_LAYERS_MAX, _check_digest, required=True, rule="RAM-21"),
         clock_rtc=_one_of(clock, "rtc", ("utc", "local")),
         clock_source=_one_of(clock, "source", ("host", "guest")),
+        encryption=_read_encryption(top) if "encryption" in top.value else None,
     )
+
+
+def _read_encryption(top: Reader) -> Encryption | None:
+    item = top.child("encryption", required=True, rule="RAM-58")
+    if item is None:
+        return None
+    kind = item.string("type", required=True, rule="RAM-58")
+    if kind not in (None, ENCRYPTION):
+        item.problem("type", f"must be {ENCRYPTION}, not {shown(kind)}", "RAM-58")
+    recipients = item.strings("recipients", limits.RAM_RECIPIENTS_MAX, check_recipient, required=True, rule="RAM-59")
+    text = item.string("key", required=True, rule="RAM-58") or ""
+    key = from_base64(text)
+    if key is None:
+        item.problem("key", "must be base64", "RAM-58")
+    return Encryption(recipients, key or b"")
+
+
+def check_recipient(value: str) -> str | None:
+    """What is wrong with a recipient of an encrypted snapshot, where something is."""
+    if _RECIPIENT.fullmatch(value):
+        return None
+    if value.upper().startswith("AGE-SECRET-KEY"):  # never shown
+        return "must be a recipient ('age1…'), and is an identity: a secret"
+    return f"must be an X25519 recipient of age ('age1' and 58 characters), not {shown(value)}"
 
 
 def _digest(item: Reader, key: str, *, null: bool = False) -> str | None:

@@ -13,8 +13,9 @@ from typing import Final, NamedTuple
 
 from ovms.errors import SnapshotInvalid, Unsupported
 from ovms.lazy import dataclass
-from ovms.spec import limits, ramheader, strictjson
+from ovms.spec import limits, ramcrypt, ramheader, strictjson
 from ovms.spec.manifest import Compression
+from ovms.spec.ramcrypt import Cipher
 from ovms.spec.ramheader import Header
 
 MAGIC: Final = b"\x89OVMR\r\n\x1a"
@@ -30,14 +31,17 @@ CODEC_LZ4: Final = 1
 CODEC_ZSTD: Final = 2
 #: Pages of a diff that are zero where the parent's are not; nothing is stored.
 CODEC_ZERO: Final = 3
+#: Added to the codec of a chunk with bytes where these are encrypted.
+ENCRYPTED: Final = 16
 
-#: The codecs that a blob of each compression may hold.
+#: The codecs that a blob of each compression may hold; where it is encrypted, with :data:`ENCRYPTED` added to all but the last.
 CODECS: Final = {
     Compression.LZ4: frozenset({CODEC_STORED, CODEC_LZ4, CODEC_ZERO}),
     Compression.ZSTD: frozenset({CODEC_STORED, CODEC_ZSTD, CODEC_ZERO}),
 }
 
 _PREFIX: Final = struct.Struct("<8sIIQIIQQQQQQQQ32s")
+_CONTROL_DIGEST_AT: Final = PREFIX_SIZE - 32
 _ENTRY: Final = struct.Struct("<QIIQB7s32s")
 _ZERO7: Final = bytes(7)
 _ZERO_DIGEST: Final = bytes(32)
@@ -47,6 +51,8 @@ _ZSTD_WINDOW_MAX: Final = limits.RAM_CHUNK_PAGES_MAX * PAGE
 
 class Chunk(NamedTuple):
     """One index entry: which pages, where their bytes lie in the data region, how they are stored, their digest.
+
+    The digest is that of the pages; where the chunk is encrypted, that of its stored bytes.
 
     (A restore makes 16,000 of them for each GiB: a frozen dataclass would take 40 ms for that.)
     """
@@ -62,6 +68,11 @@ class Chunk(NamedTuple):
     def size(self) -> int:
         """Uncompressed bytes."""
         return self.pages * PAGE
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether its bytes are encrypted."""
+        return self.codec >= ENCRYPTED
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,11 @@ def parse_prefix(data: bytes) -> Prefix:
             72,
         ),
         (data_at != _align(answer.index_end), "the data region is not where it must be", 80),
-        (data_size > memory, f"{data_size} bytes of chunks are more than the memory holds", 88),
+        (
+            data_size > memory + chunks * ramcrypt.TAG_SIZE,
+            f"{data_size} bytes of chunks are more than the memory holds",
+            88,
+        ),
     ):
         if wrong:
             raise _bad(text, offset, "RAM-6")
@@ -154,13 +169,15 @@ def _align(offset: int) -> int:
 class Needs:
     """What a restore has to know before the memory: prefix, header and uncompressed device state, checked.
 
-    *codecs* has a byte for each entry of the index: what its chunk is compressed with, not checked.
+    *codecs* has a byte for each entry of the index: what its chunk is compressed with, not checked. Where the snapshot is encrypted,
+    *state* is empty: :func:`decrypt_state` gives it, of *encrypted*: its bytes, and the digest of what they vouch for, too.
     """
 
     prefix: Prefix
     header: Header
     state: bytes
     codecs: bytes
+    encrypted: tuple[bytes, bytes] | None
 
 
 @dataclass(frozen=True)
@@ -198,8 +215,8 @@ def parse_control(data: bytes) -> Control:
         JsonInvalid: the header is not strict JSON.
     """
     needs = parse_needs(data)
-    index = _parse_index(data, needs.prefix, diff=needs.header.parent is not None)
-    return Control(needs.prefix, needs.header, needs.state, needs.codecs, tuple(index))
+    index = _parse_index(data, needs.prefix, needs.header)
+    return Control(needs.prefix, needs.header, needs.state, needs.codecs, needs.encrypted, tuple(index))
 
 
 def parse_needs(data: bytes) -> Needs:
@@ -207,8 +224,35 @@ def parse_needs(data: bytes) -> Needs:
     prefix, header = parse_head(data)
     if any(data[prefix.index_end : prefix.data_offset]) or len(data) < prefix.data_offset:
         raise _bad("there are no zeroes between the index and the data", prefix.index_end, "RAM-1")
-    state = _unpack_state(data[prefix.state_offset : prefix.index_offset], prefix.state_offset)
-    return Needs(prefix, header, state, data[prefix.index_offset + _CODEC_AT : prefix.index_end : ENTRY_SIZE])
+    stored = bytes(data[prefix.state_offset : prefix.index_offset])
+    codecs = data[prefix.index_offset + _CODEC_AT : prefix.index_end : ENTRY_SIZE]
+    if header.encryption is None:
+        return Needs(prefix, header, _unpack_state(stored, prefix.state_offset), codecs, None)
+    index = memoryview(data)[prefix.index_offset : prefix.index_end]
+    bound = _bound(data[:PREFIX_SIZE], data[PREFIX_SIZE : prefix.state_offset], index)
+    return Needs(prefix, header, b"", codecs, (stored, bound))
+
+
+def _bound(prefix: bytes, header: bytes, index: bytes | memoryview) -> bytes:
+    # What the tag of an encrypted device state vouches for beside it: all of the control part.
+    hasher = hashlib.sha256(prefix[:_CONTROL_DIGEST_AT])
+    hasher.update(header)
+    hasher.update(index)
+    return hasher.digest()
+
+
+def decrypt_state(needs: Needs, cipher: Cipher) -> bytes:
+    """The uncompressed device state of an encrypted snapshot. Where this returns, header and index are its producer's, too.
+
+    Raises:
+        SnapshotInvalid: another key, or something of the control part was changed.
+    """
+    assert needs.encrypted is not None
+    stored = cipher.decrypt_state(*needs.encrypted)
+    at = needs.prefix.state_offset
+    if stored is None:
+        raise _bad("the device state, the header or the index is not as it was encrypted", at, "RAM-62")
+    return _unpack_state(stored, at)
 
 
 def check_codecs(needs: Needs, compression: Compression) -> None:
@@ -217,7 +261,7 @@ def check_codecs(needs: Needs, compression: Compression) -> None:
     Raises:
         SnapshotInvalid: a chunk is compressed otherwise.
     """
-    if wrong := set(needs.codecs) - set(CODECS[compression]):
+    if wrong := {codec for codec in set(needs.codecs) if codec & ~ENCRYPTED not in CODECS[compression]}:
         i = next(i for i, codec in enumerate(needs.codecs) if codec in wrong)
         at = needs.prefix.index_offset + i * ENTRY_SIZE + _CODEC_AT
         raise _bad(f"chunk {i} has the codec {needs.codecs[i]}, which is not of {compression}", at, "RAM-17")
@@ -234,14 +278,22 @@ def check_entries(counts: Iterable[int]) -> None:
         raise SnapshotInvalid(text, rule="RAM-41", hint="whoever made it has to take a snapshot without parents")
 
 
-def _parse_index(data: bytes, prefix: Prefix, *, diff: bool) -> Iterator[Chunk]:
+def _parse_index(data: bytes, prefix: Prefix, header: Header) -> Iterator[Chunk]:
+    diff, added = header.parent is not None, 0 if header.encryption is None else ENCRYPTED
+    tag = ramcrypt.TAG_SIZE if added else 0
+    stored_as_is = CODEC_STORED + added
+    known = frozenset((stored_as_is, CODEC_LZ4 + added, CODEC_ZSTD + added, CODEC_ZERO))
     next_page, next_offset = 0, 0
     pages_total = prefix.memory_size // PAGE
     at = prefix.index_offset - ENTRY_SIZE
     index = memoryview(data)[prefix.index_offset : prefix.index_end]
     for i, (page, pages, stored, offset, codec, reserved, digest) in enumerate(_ENTRY.iter_unpack(index)):
         at += ENTRY_SIZE
-        if codec > CODEC_ZERO or reserved != _ZERO7:
+        if codec not in known or reserved != _ZERO7:
+            if codec & ~ENCRYPTED < CODEC_ZERO and reserved == _ZERO7:
+                raise _bad(
+                    f"chunk {i} is {'not ' if added else ''}encrypted, and the header says otherwise", at + 24, "RAM-61"
+                )
             raise _bad(f"chunk {i} has an unknown codec or flags", at + 24, "RAM-15")
         if page < next_page or page + pages > pages_total:
             raise _bad(f"chunk {i} overlaps the one before it or lies beyond the memory", at, "RAM-11")
@@ -254,9 +306,9 @@ def _parse_index(data: bytes, prefix: Prefix, *, diff: bool) -> Iterator[Chunk]:
                 raise _bad(f"chunk {i} is zero, and has no pages, stored bytes or a digest", at + 8, "RAM-14")
         elif not 1 <= pages <= prefix.chunk_pages:
             raise _bad(f"chunk {i} has {pages} pages", at + 8, "RAM-13")
-        elif not 1 <= stored <= pages * PAGE:
+        elif not 1 <= stored - tag <= pages * PAGE:
             raise _bad(f"chunk {i} is stored in {stored} bytes", at + 12, "RAM-13")
-        elif codec == CODEC_STORED and stored != pages * PAGE:
+        elif codec == stored_as_is and stored - tag != pages * PAGE:
             raise _bad(f"chunk {i} is stored as it is, but has another size", at + 12, "RAM-13")
         next_page, next_offset = page + pages, offset + stored
         yield Chunk(page, pages, offset, stored, codec, digest)
@@ -264,24 +316,27 @@ def _parse_index(data: bytes, prefix: Prefix, *, diff: bool) -> Iterator[Chunk]:
         raise _bad("the chunks do not fill the data region", 88, "RAM-12")
 
 
-def build_control(header: Header, state: bytes, chunks: Sequence[Chunk], *, chunk_pages: int) -> bytes:
-    """The control part's bytes, filled with zeroes up to the data region.
+def build_control(
+    header: Header, state: bytes, chunks: Sequence[Chunk], *, chunk_pages: int, cipher: Cipher | None = None
+) -> bytes:
+    """The control part's bytes, filled with zeroes up to the data region. *cipher*: where the header says that it is encrypted.
 
     Raises:
         SnapshotInvalid: beyond a limit, so that no reader would take it.
     """
     if len(state) > limits.RAM_STATE_MAX:
         raise _bad(f"device state of {len(state)} bytes is out of range", PREFIX_SIZE, "RAM-9")
+    assert (cipher is None) == (header.encryption is None)
     document = header.to_json()
     ramheader.check(document)
     header_bytes, stored_state = strictjson.canonical(document), _pack_state(state)
     index = b"".join(_ENTRY.pack(c.page, c.pages, c.stored_size, c.offset, c.codec, _ZERO7, c.digest) for c in chunks)
-    regions = header_bytes + stored_state + index
+    state_size = len(stored_state) + (0 if cipher is None else ramcrypt.TAG_SIZE)
     state_at = PREFIX_SIZE + len(header_bytes)
-    index_at = state_at + len(stored_state)
+    index_at = state_at + state_size
     data_at = _align(index_at + len(index))
     data_size = chunks[-1].offset + chunks[-1].stored_size if chunks else 0
-    prefix = _PREFIX.pack(
+    fields = (
         MAGIC,
         VERSION,
         PREFIX_SIZE,
@@ -291,13 +346,16 @@ def build_control(header: Header, state: bytes, chunks: Sequence[Chunk], *, chun
         PREFIX_SIZE,
         len(header_bytes),
         state_at,
-        len(stored_state),
+        state_size,
         index_at,
         len(chunks),
         data_at,
         data_size,
-        hashlib.sha256(regions).digest(),
     )
+    if cipher is not None:
+        stored_state = cipher.encrypt_state(stored_state, _bound(_PREFIX.pack(*fields, b""), header_bytes, index))
+    regions = header_bytes + stored_state + index
+    prefix = _PREFIX.pack(*fields, hashlib.sha256(regions).digest())
     parse_prefix(prefix)
     return (prefix + regions).ljust(data_at, b"\0")
 
@@ -322,11 +380,21 @@ def compress(
     pages: bytes | memoryview, compression: Compression = Compression.LZ4
 ) -> tuple[int, bytes | memoryview, bytes]:
     """One chunk's pages → (codec, stored bytes, digest). What can't be made smaller is stored as it is."""
-    digest = hashlib.sha256(pages).digest()
+    return *_smaller(pages, compression), hashlib.sha256(pages).digest()
+
+
+def encrypt(
+    page: int, pages: bytes | memoryview, compression: Compression, cipher: Cipher
+) -> tuple[int, bytes | memoryview, bytes]:
+    """As :func:`compress`, of the pages from number *page* on, encrypted."""
+    codec, packed = _smaller(pages, compression)
+    stored = cipher.encrypt_chunk(page, len(pages) // PAGE, codec, packed)
+    return codec + ENCRYPTED, stored, hashlib.sha256(stored).digest()
+
+
+def _smaller(pages: bytes | memoryview, compression: Compression) -> tuple[int, bytes | memoryview]:
     codec, packed = _PACKERS[compression](pages)
-    if len(packed) < len(pages):
-        return codec, packed, digest
-    return CODEC_STORED, pages, digest
+    return (codec, packed) if len(packed) < len(pages) else (CODEC_STORED, pages)
 
 
 def _pack_lz4(pages: bytes | memoryview) -> tuple[int, bytes]:
@@ -344,22 +412,46 @@ def _pack_zstd(pages: bytes | memoryview) -> tuple[int, bytes]:
 _PACKERS: Final = {Compression.LZ4: _pack_lz4, Compression.ZSTD: _pack_zstd}
 
 
-def unpack_chunk(chunk: Chunk, stored: bytes | memoryview, data_offset: int) -> bytes:
-    """A chunk's pages, checked against their digest.
+def unpack_chunk(chunk: Chunk, stored: bytes | memoryview, data_offset: int, cipher: Cipher | None = None) -> bytes:
+    """A chunk's pages, checked against their digest. *cipher* is that of the blob, where it is encrypted.
+
+    Raises:
+        SnapshotInvalid: damaged, or encrypted with another key.
+    """
+    check_stored(chunk, stored, data_offset)
+    what, at = f"the chunk of page {chunk.page}", data_offset + chunk.offset
+    codec, packed = chunk.codec, stored
+    if chunk.encrypted:
+        assert cipher is not None
+        codec -= ENCRYPTED
+        decrypted = cipher.decrypt_chunk(chunk.page, chunk.pages, codec, stored)
+        if decrypted is None:
+            raise _bad(f"{what} is not as it was encrypted", at, "RAM-63")
+        packed = decrypted
+    data = _exactly(_UNPACKERS[codec](packed, chunk.size), chunk.size, what, at, "RAM-16")
+    if not chunk.encrypted:
+        _check_digest(chunk, data, at)
+    return data
+
+
+def check_stored(chunk: Chunk, stored: bytes | memoryview, data_offset: int) -> None:
+    """What can be checked of a chunk without unpacking it: the size of its stored bytes, and their digest where it is encrypted.
 
     Raises:
         SnapshotInvalid: damaged.
     """
-    what = f"the chunk of page {chunk.page}"
     at = data_offset + chunk.offset
     if chunk.codec == CODEC_ZERO:
-        raise Unsupported(f"RAM snapshot: {what} has no bytes; it is to be filled with zeroes")
+        raise Unsupported(f"RAM snapshot: the chunk of page {chunk.page} has no bytes; it is to be filled with zeroes")
     if len(stored) != chunk.stored_size:
-        raise _bad(f"{what} is cut short", at, "RAM-16")
-    data = _exactly(_UNPACKERS[chunk.codec](stored, chunk.size), chunk.size, what, at, "RAM-16")
+        raise _bad(f"the chunk of page {chunk.page} is cut short", at, "RAM-16")
+    if chunk.encrypted:
+        _check_digest(chunk, stored, at)
+
+
+def _check_digest(chunk: Chunk, data: bytes | memoryview, at: int) -> None:
     if hashlib.sha256(data).digest() != chunk.digest:
-        raise _bad(f"{what} does not have its digest", at, "RAM-16")
-    return data
+        raise _bad(f"the chunk of page {chunk.page} does not have its digest", at, "RAM-16")
 
 
 def _exactly(found: bytes | str, size: int, what: str, offset: int, rule: str) -> bytes:

@@ -6,8 +6,8 @@ Cosign's format (source: cosign's ``pkg/cosign/keys.go`` and ``go-securesystemsl
     {"kdf": {"name": "scrypt", "params": {"N": 65536, "r": 8, "p": 1}, "salt": 32 bytes in base64},
      "cipher": {"name": "nacl/secretbox", "nonce": 24 bytes in base64}, "ciphertext": PKCS#8 in DER, sealed, in base64}
 
-Signatures are Cosign's, too: ECDSA with the hash of the curve's size (SHA-256 for P-256), Ed25519 over the message itself,
-RSA with PKCS#1 v1.5 and SHA-256.
+Signatures are Cosign's, too: ECDSA with SHA-256, whatever the curve (cosign 3.1 takes no other hash), Ed25519 over the message itself,
+RSA with PKCS#1 v1.5 and SHA-256. Of ECDSA, the hash of the curve's size is taken, too: a KMS may know no other one.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ class PublicKey:
             return False
         key = load_der_public_key(self.spki)
         if isinstance(key, ec.EllipticCurvePublicKey):
-            # cosign's classic form has SHA-256 with every curve
-            for hashed in dict.fromkeys((_hash_name(key.curve.name), "SHA256")):
+            for hashed in dict.fromkeys(("SHA256", _HASHES[key.curve.name])):
                 try:
                     key.verify(signature, message, ec.ECDSA(_hash(hashed)))
                 except InvalidSignature:
@@ -118,7 +117,7 @@ class PrivateKey:
         from cryptography.hazmat.primitives.hashes import SHA256
 
         if isinstance(self._key, ec.EllipticCurvePrivateKey):
-            return self._key.sign(message, ec.ECDSA(_hash(_hash_name(self._key.curve.name))))
+            return self._key.sign(message, ec.ECDSA(SHA256()))
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
             return self._key.sign(message)
         return self._key.sign(message, padding.PKCS1v15(), SHA256())
@@ -232,10 +231,6 @@ def _public_of(key: Any, what: str) -> PublicKey:
 
 
 _HASHES: Final = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
-
-
-def _hash_name(curve: str) -> str:
-    return _HASHES[curve]
 
 
 def _hash(name: str) -> Any:

@@ -25,6 +25,7 @@ from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.spec import limits
 from ovms.spec.digest import Digest, of_bytes
+from ovms.text import printable
 from ovms.trust import payload
 from ovms.trust.model import Format, Found, Unreadable
 
@@ -95,7 +96,7 @@ class RegistrySource:
 
     def _referrers(self, subject: Digest, reader: _Reader) -> list[Digest]:
         listing = referrers.fetch(self._client, self._repository, subject)
-        wanted = [d for d in listing.descriptors if _may_sign(d)]
+        wanted = [d for d in listing.descriptors if cosign.may_sign(d)]
         if not listing.complete or len(wanted) > MANIFESTS_MAX:
             reader.note(subject, "it has more referrers than are looked at")
         return [d.digest for d in wanted[:MANIFESTS_MAX]]
@@ -122,7 +123,7 @@ class LocalSource:
     def signatures(self, subject: Digest) -> Sequence[Found | Unreadable]:
         """All signatures of *subject* that are here: those that were made here, and those that :func:`keep` fetched."""
         reader = _Reader(self, subject)
-        wanted = [d for d in referrers.local_lister(self._layout)(subject, None).descriptors if _may_sign(d)]
+        wanted = [d for d in referrers.local_lister(self._layout)(subject, None).descriptors if cosign.may_sign(d)]
         if len(wanted) > MANIFESTS_MAX + SIGNATURES_MAX:
             reader.note(subject, "it has more referrers than are looked at")
         for descriptor in wanted[: MANIFESTS_MAX + SIGNATURES_MAX]:
@@ -151,7 +152,7 @@ class _Reader:
 
     def note(self, manifest: Digest, detail: str) -> None:
         if len(self.found) < 2 * SIGNATURES_MAX:
-            self.found.append(Unreadable(manifest, "".join(c if c.isprintable() else "?" for c in detail)[:300]))
+            self.found.append(Unreadable(manifest, printable(detail, 300)))
 
     @contextlib.contextmanager
     def noting(self, manifest: Digest) -> Iterator[None]:
@@ -199,13 +200,6 @@ class _Reader:
         self.found.append(
             Found(kind, digest, number, data, "" if kind is Format.BUNDLE else signature, tuple(sorted(notes.items())))
         )
-
-
-def _may_sign(descriptor: Descriptor) -> bool:
-    # A bundle says what its statement is about. Provenance and the like are none of ours; one that lies is not found.
-    if descriptor.artifact_type == cosign.BUNDLE_TYPE:
-        return descriptor.annotations.get(cosign.BUNDLE_PREDICATE, cosign.SIGN_PREDICATE) == cosign.SIGN_PREDICATE
-    return descriptor.artifact_type == cosign.SIGNATURE_TYPE
 
 
 # --- keeping ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,16 @@ from collections.abc import Iterator
 import pytest
 from support.registry import KINDS, Registry
 
+from ovms.oci import cosign, referrers
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of referrers are looked at again at once, as no other client writes them here."""
+    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
+    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
+    monkeypatch.setattr(cosign, "_SETTLE", 0.001)
+
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:

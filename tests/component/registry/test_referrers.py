@@ -34,17 +34,12 @@ SBOM = "application/spdx+json"
 SIGNATURE = "application/vnd.example.signature"
 DOCKER = "application/vnd.docker.distribution.manifest.v2+json"
 WRITERS = 8
+# nobody else writes while this process does; those that write at once in a test are other processes
+pytestmark = pytest.mark.usefixtures("hurried")
 #: Where the registry makes no difference.
 ONE = pytest.mark.parametrize("each_registry", ["docker-registry"], indirect=True)
 #: What a stranger's entry may look like.
 STRANGE = {"mediaType": "application/x", "digest": "sha512:abc", "size": -1, "weird": {"kept": [1, 2.5, None]}}
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else writes while this process does; those that write at once in a test are other processes."""
-    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
-    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
 
 
 @pytest.fixture

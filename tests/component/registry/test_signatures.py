@@ -28,15 +28,9 @@ from ovms.trust.sources import LocalSource, RegistrySource
 
 KEY = keys.generate()
 SIGNER = KeySigner("us", KEY.public)
+pytestmark = pytest.mark.usefixtures("hurried")
 FORMATS = pytest.mark.parametrize("kind", Format)
 ONE = pytest.mark.parametrize("each_registry", ["docker-registry"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(referrers, "_SETTLE", 0.001)
-    monkeypatch.setattr(referrers, "_SETTLE_TIMES", 0)
-    monkeypatch.setattr(cosign, "_SETTLE", 0.001)
 
 
 @pytest.fixture

@@ -220,6 +220,12 @@ def test_registries(registry: Registry, tmp_path: Path, monkeypatch: pytest.Monk
     assert "refused" in answer.found
 
 
+@pytest.mark.parametrize("name", ["[2J", "[1::2::3]", "\x1b[2J"])
+def test_what_is_no_address_is_said(name: str) -> None:
+    (answer,) = doctor._registry(sessions, name)
+    assert (answer.verdict, "is no address" in answer.found) == (Verdict.WARN, True)
+
+
 def test_the_command(host: Host) -> None:
     def ovm(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ovms.cli", *words]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import guests
 from support.cli import Ovm
 from support.faulty import Server
 from support.guests import MEMORY, Console
@@ -21,7 +20,6 @@ from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.runtime import snapshots, starting
 from ovms.runtime.local import Local
-from ovms.runtime.root import Root
 from ovms.runtime.runtime import RunOptions, Runtime, Started
 from ovms.spec import ramsnap
 from ovms.spec.choices import Accel, RestorePolicy
@@ -46,19 +44,6 @@ def server() -> Iterator[Server]:
 def client(server: Server) -> Iterator[RegistryClient]:
     with RegistryClient(server.host) as client:
         yield client
-
-
-@pytest.fixture
-def away(tmp_path: Path, qemu_cache: Path) -> Iterator[Runtime]:
-    """A runtime whose store has nothing yet."""
-    root = Root(tmp_path / "away")
-    root.prepare()
-    root.cache.symlink_to(qemu_cache)
-    runtime = Runtime(root)
-    yield runtime
-    for record in runtime.instances.records():
-        runtime.remove(record, force=True)
-    assert guests.qemu_children(root.path) == []
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.guests import MEMORY, Console, qemu_children
 
+from ovms import process
 from ovms.artifact import resolve
 from ovms.artifact.resolve import Found
 from ovms.errors import (
@@ -35,6 +36,7 @@ from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.manifest import Device, Metadata, Platform, RamSnapshot
 from ovms.spec.states import State
 from ovms.vmm.model import Ending
+from ovms.vmm.qemu.binary import BINARY
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 
@@ -67,6 +69,17 @@ def test_an_artifact_is_read_once_and_anew_where_its_name_stands_for_another(
         records.append(begun.run(lambda host: pytest.fail(host)).record)
         assert (records[-1].digest == echo.artifact.digest) is not renamed
     assert len(reads) == 3
+
+
+def test_the_vmm_may_be_a_link_that_the_jail_has_not(
+    runtime: Runtime, echo: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / BINARY).symlink_to(process.find_tool(BINARY))
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    record = runtime.start(echo, TCG).record
+    console(runtime, record).wait_for("READY")
 
 
 @pytest.mark.spec("RUN-12", "STA-3", "LAY-1")
@@ -295,6 +308,6 @@ def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found)
         assert starter.stdout.readline() == b"started\n"
         os.kill(starter.pid, signal.SIGKILL)
     record = runtime.instances.find("orphan")
-    console(runtime, record).wait_for("READY")  # before it, nobody hears the button
     assert runtime.instances.status(record).state is State.RUNNING
+    console(runtime, record).wait_for("READY")  # before it, nobody hears the button
     assert runtime.stop(record, grace=20).ending is Ending.POWERED_OFF

@@ -449,6 +449,17 @@ def _unlockable(_: Runtime, found: Found, options: RunOptions, patch: pytest.Mon
     return replace(found, artifact=replace(found.artifact, manifest=replace(manifest, ram_snapshot=ram))), options
 
 
+def _encrypted(
+    runtime: Runtime, found: Found, options: RunOptions, patch: pytest.MonkeyPatch
+) -> tuple[Found, RunOptions]:
+    patch.setenv("XDG_CONFIG_HOME", str(runtime.root.path))
+    clone = runtime.start(found, RESTORE).record
+    to = "age1ydsp00qday7e3el7ltr0flzx3sw4gjrl6yvdr6k49zjmhshv3q9qwkqgqd"
+    snapshots.take(runtime, clone, Reference.parse("echo:encrypted"), encrypt=[to])
+    runtime.remove(runtime.instances.find(clone.id), force=True)
+    return find(runtime.layout, "echo:encrypted"), options
+
+
 #: First cell of a row → the ways to come there.
 WAYS: dict[str, list[Way]] = {
     "the artifact has no RAM snapshot": [
@@ -472,6 +483,9 @@ WAYS: dict[str, list[Way]] = {
     "the host is unfit (RAM-32, RAM-33)": [
         _with_header({"accel": "hvf"}),
         _with_header({"devices": (Device("sound"),)}),
+    ],
+    "it is encrypted, and no identity that is at hand decrypts it (RAM-60)": [
+        _encrypted,
     ],
     "mlock_required can't be honoured (SEC-10)": [
         _unlockable,

@@ -266,3 +266,11 @@ def test_streams_end_with_their_readers(server: Server) -> None:
     while server.fds() > before + 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.spec("RUN-3", "ERR-5")
+def test_nonsense_behind_a_head_is_answered_like_any(server: Server) -> None:
+    answers = server.raw(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n50\r\n\r\n")
+    head, _, rest = answers.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 "), head
+    refused(rest, 400)

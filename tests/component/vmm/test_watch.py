@@ -448,11 +448,19 @@ def test_without_a_jail_the_same_attempts_succeed(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     code = ESCAPES.replace("SECRET", repr(str(secret))).replace("PARENT", str(os.getpid()))
-    for name, value in (("PORT", "1"), ("LAYER", "0"), ("TEMPLATE", "0")):
+    # "/evil" and "/usr/evil" would be files of the host's
+    for name, value in (
+        ("PORT", "1"),
+        ("LAYER", "0"),
+        ("TEMPLATE", "0"),
+        ('/usr/evil"', '/evil"'),
+        ('"/evil"', repr(str(tmp_path / "evil"))),
+    ):
         code = code.replace(name, value)
     answer = in_jail(tmp_path / "vm", replace(PLAIN, seccomp=False), code)
     assert answer[f"open {secret}"] == answer["open /etc/passwd"] == answer["kill host"] == "done"
     assert len(answer["processes"]) > 1
+    assert (tmp_path / "evil").exists()
 
 
 def test_another_file_under_a_sealed_one_s_path_is_refused(tmp_path: Path, jail: Jail) -> None:

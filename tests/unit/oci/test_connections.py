@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import http.client
 import io
 import os
 import socket
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from ovms.oci.connections import AddressInvalid, Connections
+from ovms.oci.connections import AddressInvalid, Connections, _alive
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Server:
-    """Answers each request on each connection with what *answer* says; counts connections."""
+    """Answers each request on each connection with what *answer* says, or hangs up where that is nothing; counts connections."""
 
     def __init__(self, answer: Callable[[bytes], bytes] = lambda _request: OK, *, keep: bool = True) -> None:
         self.answer = answer
@@ -54,8 +55,9 @@ class Server:
                     0,
                 )
                 self.requests.append(head + file.read(length))
-                sock.sendall(self.answer(self.requests[-1]))
-                if not self.keep:
+                answer = self.answer(self.requests[-1])
+                sock.sendall(answer)
+                if not answer or not self.keep:
                     return
 
     @staticmethod
@@ -114,11 +116,47 @@ def test_one_that_the_server_has_closed_is_not(connections: Connections) -> None
     try:
         for _ in range(2):
             assert get(connections, server.url) == b"ok"
-            for sock in server.sockets:
-                # until the server's side has gone
-                while sock.fileno() != -1:
-                    os.sched_yield()
+            # until its end has come here
+            while any(_alive(kept.sock) for idle in connections._idle.values() for kept in idle):
+                os.sched_yield()
         assert server.connections == 2
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_one_that_the_server_closes_just_then_is_replaced(connections: Connections, method: str) -> None:
+    server = Server()
+    head = OK.removesuffix(b"ok")
+    server.answer = lambda _: b"" if len(server.requests) == 2 else OK if method == "GET" else head
+    try:
+        for _ in range(3):
+            response, release = connections.request(method, server.url, {}, None, None)
+            response.read()
+            release(True)
+        assert (server.connections, len(server.requests)) == (2, 4)
+    finally:
+        server.close()
+
+
+def test_what_changes_something_is_not_sent_twice(connections: Connections) -> None:
+    server = Server()
+    server.answer = lambda _: OK if len(server.requests) == 1 else b""
+    try:
+        get(connections, server.url)
+        with pytest.raises(http.client.RemoteDisconnected):
+            connections.request("POST", server.url, {}, b"x", None)
+        assert len(server.requests) == 2
+    finally:
+        server.close()
+
+
+def test_a_new_connection_that_is_closed_is_an_error(connections: Connections) -> None:
+    server = Server(lambda _: b"")
+    try:
+        with pytest.raises(http.client.RemoteDisconnected):
+            get(connections, server.url)
+        assert len(server.requests) == 1
     finally:
         server.close()
 

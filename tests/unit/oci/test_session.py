@@ -28,12 +28,13 @@ class Answer:
         self.status, self.body = status, body
         self._headers = {key.replace("_", "-").lower(): value for key, value in headers.items()}
         self.asked, self.authorized = "", False
+        self.ended = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.ended += 1
 
     def header(self, name: str) -> str | None:
         return self._headers.get(name)
@@ -135,6 +136,15 @@ def test_a_400_is_no_sign_of_tls() -> None:
     wire = Wire(lambda *_: Answer(400, b"bad name"))
     assert get(session("localhost:5000", wire)).status == 400
     assert {url.partition(":")[0] for _, url, _ in wire.sent} == {"http"}
+
+
+@pytest.mark.parametrize("challenge", ["", "Negotiate", CHALLENGE.removeprefix("Bearer ")])
+def test_a_401_that_nobody_can_answer_is_ended_by_who_reads_it(challenge: str) -> None:
+    """Else its connection would be given back twice, and the second time while somebody else may have it."""
+    wire = Wire(lambda *_: Answer(401, b"go away", **({"www_authenticate": challenge} if challenge else {})))
+    answer = session("r.example", wire).request("GET", "x/manifests/1", "x", SCOPE, {})
+    assert (answer.status, answer.ended) == (401, 0)  # type: ignore[attr-defined]
+    assert len(wire.sent) == 1
 
 
 def test_an_upload_that_breaks_may_have_broken_for_its_token() -> None:

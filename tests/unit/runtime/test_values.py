@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from ovms.errors import HostError, OvmsError, PortInUse, StoreCorrupt, UsageError
 from ovms.process import ProcessId
-from ovms.runtime import names, ports, record
+from ovms.runtime import names, ports, record, restart
 from ovms.runtime.root import Root
 from ovms.spec import strictjson
 from ovms.spec.choices import Accel
@@ -225,3 +226,20 @@ def test_a_root_that_cannot_be_used_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(HostError) as caught:
         Root(tmp_path / "file" / "root").prepare()
     assert "OVMS_ROOT" in str(caught.value.hint)
+
+
+def test_who_starts_it_again_finds_the_same_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a QEMU of another version, which the shell that started the VM had on its PATH, does not know its machine
+    main = tmp_path / "ovms" / "cli" / "main.py"
+    main.parent.mkdir(parents=True)
+    for package in main.parents[:2]:
+        (package / "__init__.py").touch()
+    main.write_text("import os, sys\ndef main(): print(os.environ['PATH'], *sys.argv[1:])\n")
+    monkeypatch.setenv("PATH", "/opt/vmm/bin:/usr/bin")
+    python, option, start, path, source, *rest = restart.at_end(
+        "/root-of-it", replace(RECORD, restart=record.Restart())
+    )
+    assert Path(source, "ovms", "cli", "main.py").is_file()
+    done = subprocess.run([python, option, start, path, tmp_path, *rest], env={}, capture_output=True, timeout=60)
+    assert done.stdout.decode().split()[0] == "/opt/vmm/bin:/usr/bin", done.stderr
+    assert done.stdout.decode().split()[1:] == ["--root", "/root-of-it", "--progress", "none", "ended", RECORD.id]

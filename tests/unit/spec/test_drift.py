@@ -22,7 +22,7 @@ from ovms.artifact import kernels
 from ovms.disk import qcow2
 from ovms.errors import SnapshotInvalid
 from ovms.oci import platform
-from ovms.spec import api, bootstrap, limits, manifest, mediatypes, ramheader, ramsnap
+from ovms.spec import api, bootstrap, limits, manifest, mediatypes, ramcrypt, ramheader, ramsnap
 from ovms.spec.manifest import Compression, DiskFormat
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -139,6 +139,10 @@ FIGURES: Final[dict[str, list[str]]] = {
     "RAM-17": [str(ramsnap.CODEC_LZ4), str(ramsnap.CODEC_ZSTD)],
     "RAM-20": [str(ramheader.SCHEMA_VERSION)],
     "RAM-23": ["1", "1", "1", "2⁶³", "1"],
+    "RAM-58": [str(ramcrypt.KEY_SIZE)],
+    # what is encrypted, and how, is held by the vectors: they were made with these
+    "RAM-61": [str(ramsnap.ENCRYPTED), f"{ramcrypt.TAG_SIZE} bytes", "1", "4 bytes", "8 bytes", "4 bytes", "1 byte"],
+    "RAM-62": ["12", "96 bytes"],
     "BOOT-1": CONTROL,
     "BOOT-2": ["U+0000"],
     "BOOT-4": ["U+0000"],
@@ -230,6 +234,8 @@ def test_media_types() -> None:
         "disk layer": (mediatypes.DISK_LAYER, mediatypes.DISK_LAYER_OVMS),
         "RAM snapshot, lz4": (mediatypes.RAM_SNAPSHOT_LZ4, ""),
         "RAM snapshot, zstd": (mediatypes.RAM_SNAPSHOT_ZSTD, ""),
+        "RAM snapshot, lz4, encrypted": (mediatypes.RAM_SNAPSHOT_LZ4 + mediatypes.RAM_ENCRYPTED_SUFFIX, ""),
+        "RAM snapshot, zstd, encrypted": (mediatypes.RAM_SNAPSHOT_ZSTD + mediatypes.RAM_ENCRYPTED_SUFFIX, ""),
         "bootstrap config": (mediatypes.BOOTSTRAP, ""),
     }
 
@@ -313,7 +319,9 @@ def test_the_index() -> None:
         "offset of the stored bytes, from the start of the data region": chunk.offset,
         "codec": chunk.codec,
         "zero": 0,
-        "SHA-256 of the uncompressed pages": int.from_bytes(chunk.digest, "little"),
+        "SHA-256 of the uncompressed pages; of the stored bytes where they are encrypted (RAM-61)": int.from_bytes(
+            chunk.digest, "little"
+        ),
     }
     (rows,) = [rows for head, rows in rfc.tables(RAMSNAP) if head == ("offset", "size", "field")]
     assert [row[2] for row in rows] == list(stated)
@@ -324,6 +332,7 @@ def test_the_index() -> None:
         assert int.from_bytes(second[int(offset) : at], "little") == stated[field], field
     assert at == ramsnap.ENTRY_SIZE
     text = RAMSNAP.read_text(encoding="utf-8")
+    assert f"(section 11) {ramsnap.ENCRYPTED} is added to the codec" in text
     assert f"Each index entry has {ramsnap.ENTRY_SIZE} bytes:" in text
     assert f"The first {ramsnap.PREFIX_SIZE} bytes:" in text
     codecs = {name: int(number) for number, name, _ in rfc.table(RAMSNAP, "codec", "name")}
@@ -458,6 +467,8 @@ LIMITS: Final[dict[str, dict[str, Any]]] = {
         "/properties/memory/properties/size/minimum": limits.RAM_MIN,
         "/properties/memory/properties/size/maximum": limits.RAM_MAX,
         "/properties/devices/maxItems": limits.RAM_LIST_MAX,
+        "/properties/encryption/properties/recipients/maxItems": limits.RAM_RECIPIENTS_MAX,
+        "/properties/encryption/properties/key/maxLength": limits.STRING_MAX,
         f"{_DEVICE}/properties/size/maximum": 2**63 - 1,
         f"{_DEVICE}/allOf/0/then/properties/size/maximum": limits.DISK_VIRTUAL_MAX,
         f"{_DEVICE}/allOf/2/then/properties/size/minimum": limits.IVSHMEM_MIN,
@@ -483,6 +494,7 @@ LIMITS: Final[dict[str, dict[str, Any]]] = {
         f"{_SCHEMA}/StopRequest/properties/timeout_s/maximum": limits.STOP_TIMEOUT_MAX,
         f"{_SCHEMA}/StopRequest/properties/timeout_s/default": limits.STOP_TIMEOUT_DEFAULT,
         f"{_SCHEMA}/SnapshotRequest/properties/tag/maxLength": limits.STRING_MAX,
+        f"{_SCHEMA}/SnapshotRequest/properties/encrypt/maxItems": limits.RAM_RECIPIENTS_MAX,
         f"{_SCHEMA}/InjectRequest/properties/content/properties/mmio/properties/device/maxLength": limits.NAME_MAX,
         f"{_SCHEMA}/InjectRequest/properties/content/properties/mmio/properties/offset/maximum": 2**63 - 1,
         f"{_SCHEMA}/Instance/properties/exit_status/maximum": 255,

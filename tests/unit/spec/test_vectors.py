@@ -23,6 +23,7 @@ from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.spec import manifest, mediatypes, ramheader, ramsnap
 from ovms.spec.manifest import Compression, DiskFormat
+from ovms.trust.age import Identities
 
 VECTORS = SPEC / "vectors"
 ROOT = SPEC.parent
@@ -163,30 +164,36 @@ def test_kernel(case: dict[str, Any]) -> None:
             agrees(case, exc)
 
 
-def read_snapshot(data: bytes, compression: Compression) -> dict[int, bytes | None]:
-    """Page → its bytes; None is a page that is zero now."""
+def read_snapshot(data: bytes, compression: Compression, identity: Path) -> dict[int, bytes | None]:
+    """Page → its bytes; None is a page that is zero now. *identity* decrypts what is encrypted."""
     control = ramsnap.parse_control(data)
+    cipher = None
     ramsnap.check_codecs(control, compression)
     if control.prefix.blob_size != len(data):
         raise SnapshotInvalid("the blob has another size", rule="RAM-1")
+    if control.encrypted is not None:
+        cipher = Identities([identity], {}).cipher(control.header)
+        assert ramsnap.decrypt_state(control, cipher) == b"S" * 32
     pages: dict[int, bytes | None] = {}
     for chunk in control.chunks:
         at = control.prefix.data_offset + chunk.offset
         if chunk.codec == ramsnap.CODEC_ZERO:
             pages.update(dict.fromkeys(range(chunk.page, chunk.page + chunk.pages)))
             continue
-        content = ramsnap.unpack_chunk(chunk, data[at : at + chunk.stored_size], control.prefix.data_offset)
+        content = ramsnap.unpack_chunk(chunk, data[at : at + chunk.stored_size], control.prefix.data_offset, cipher)
         for i in range(chunk.pages):
             pages[chunk.page + i] = content[i * ramsnap.PAGE : (i + 1) * ramsnap.PAGE]
     return pages
 
 
 @pytest.mark.parametrize("case", cases("ramsnap"))
-def test_ramsnap(case: dict[str, Any]) -> None:
+def test_ramsnap(case: dict[str, Any], tmp_path: Path) -> None:
     data = content("ramsnap", case)
     compression = Compression(case["compression"])
+    identity = tmp_path / "identity.txt"
+    identity.write_text(case.get("identity", ""))
     try:
-        pages = read_snapshot(data, compression)
+        pages = read_snapshot(data, compression, identity)
         assert case["valid"]
     except OvmsError as exc:
         agrees(case, exc)
@@ -197,7 +204,7 @@ def test_ramsnap(case: dict[str, Any]) -> None:
     for parent in case.get("parents", []):
         blob = (VECTORS / "ramsnap" / parent).read_bytes()
         assert header.parent == "sha256:" + hashlib.sha256(blob).hexdigest()
-        fill(memory, read_snapshot(blob, compression))
+        fill(memory, read_snapshot(blob, compression, identity))
     fill(memory, pages)
     assert hashlib.sha256(memory).hexdigest() == case["memory"]["sha256"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from typing import Any
 
@@ -15,11 +16,15 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ovms.errors import InputError
 from ovms.trust import keys
 
 PASSWORD = b"correct horse"
+PUBLIC = keys.generate().public
+PEM_KEY = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def never() -> bytes:
@@ -111,12 +116,15 @@ def test_what_sec1_holds_is_read() -> None:
     assert keys.load_private(pem, "k", never).sign(b"x")
 
 
-def test_sha256_with_a_larger_curve_is_taken_as_cosign_writes_it() -> None:
-    from cryptography.hazmat.primitives.hashes import SHA256
+def test_a_larger_curve_signs_over_sha256_and_its_own_hash_is_taken_too() -> None:
+    from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
 
     raw = ec.generate_private_key(ec.SECP384R1())
     pem = raw.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    assert keys.load_public(pem, "p").verify(raw.sign(b"m", ec.ECDSA(SHA256())), b"m")
+    key = keys.load_private(raw.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "k", never)
+    raw.public_key().verify(key.sign(b"m"), b"m", ec.ECDSA(SHA256()))
+    for hashed, taken in ((SHA256(), True), (SHA384(), True), (SHA512(), False)):
+        assert keys.load_public(pem, "p").verify(raw.sign(b"m", ec.ECDSA(hashed)), b"m") is taken
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -149,3 +157,37 @@ def test_a_private_key_is_no_public_one(sealed: tuple[keys.PrivateKey, bytes]) -
         keys.load_public(sealed[1], "p")
     with pytest.raises(InputError, match="one public key"):
         keys.load_public(sealed[0].public.pem * 2, "p")
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_it_raise_otherwise(data: bytes) -> None:
+    kinds = (
+        b"PUBLIC KEY",
+        b"PRIVATE KEY",
+        b"EC PRIVATE KEY",
+        b"ENCRYPTED PRIVATE KEY",
+        b"ENCRYPTED SIGSTORE PRIVATE KEY",
+    )
+    for kind in kinds:
+        for body in (data, base64.b64encode(data)):
+            text = b"-----BEGIN %b-----\n%b\n-----END %b-----\n" % (kind, body, kind)
+            with contextlib.suppress(InputError):
+                keys.load_public(text, "k")
+            with contextlib.suppress(InputError):
+                keys.load_private(text, "k", lambda: b"x")
+
+
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_no_changed_byte_of_a_key_makes_it_raise_otherwise(where: int, value: int) -> None:
+    changed = bytearray(PEM_KEY)
+    changed[where % len(changed)] = value
+    try:
+        key = keys.load_private(bytes(changed), "k", lambda: b"x")
+    except InputError:
+        return
+    assert key.public.verify(key.sign(b"m"), b"m")
+
+
+@given(st.binary(max_size=80), st.binary(max_size=40))
+def test_no_bytes_are_a_signature(signature: bytes, message: bytes) -> None:
+    assert not PUBLIC.verify(signature, message)

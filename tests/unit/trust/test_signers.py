@@ -168,6 +168,34 @@ def test_nothing_makes_it_raise(data: bytes, signature: str, kind: Format) -> No
     assert result.detail.isprintable()
 
 
+def _changed_byte(data: bytes, where: int, by: int) -> bytes:
+    at = where % len(data)
+    return data[:at] + bytes([data[at] ^ by]) + data[at + 1 :]
+
+
+@given(st.integers(0, 2**16), st.integers(1, 255))
+def test_no_changed_byte_of_what_is_signed_counts(where: int, by: int) -> None:
+    document = payload.simple(SUBJECT, "registry.example/vms/web")
+    signature = base64.b64encode(KEY.sign(document)).decode()
+    why(Found(Format.CLASSIC, MANIFEST, 0, _changed_byte(document, where, by), signature))
+    made: Any = bundle(payload.statement(SUBJECT))
+    statement = _changed_byte(payload.statement(SUBJECT), where, by)
+    made["dsseEnvelope"]["payload"] = base64.b64encode(statement).decode()
+    why(found(made))
+
+
+@given(st.integers(0, 2**16), st.integers(1, 255))
+def test_no_changed_byte_of_a_bundle_makes_it_another(where: int, by: int) -> None:
+    """It is the same signature over the same statement, or none."""
+    one = found(bundle(payload.statement(SUBJECT)))
+    changed = Found(one.format, MANIFEST, 0, _changed_byte(one.payload, where, by), "")
+    if isinstance(SIGNER.check(changed, SUBJECT), Good):
+        assert payload.read_bundle(changed.payload).payload == payload.statement(SUBJECT)
+    else:
+        why(changed)
+    why(changed, ANOTHER)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -40,8 +40,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         if args.json:
             output.answer_json({**answer, "bytes": len(data), "data": base64.b64encode(data).decode("ascii")})
         else:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            output.answer_bytes(data)
         return Exit.OK
     # what can't be done is said before anybody waits for input
     context.runtime.inject(record, args.device, args.offset, b"")

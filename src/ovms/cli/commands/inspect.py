@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ovms.cli import output, values
@@ -56,8 +55,7 @@ def _artifact(args: argparse.Namespace, context: Context) -> int:
     found = find(context.layout, args.name, args.platform)
     image = found.artifact.image
     if args.raw:
-        sys.stdout.buffer.write(image.raw)
-        sys.stdout.buffer.flush()
+        output.answer_bytes(image.raw)
         return Exit.OK
     value: dict[str, Any] = {
         "name": found.name,

@@ -1,7 +1,7 @@
 """List the artifacts in the local store.
 
 CREATED is when an artifact's manifest says that it was made; where it does not say, when it came into the store. RAM SNAPSHOT
-says "left out" where there is one that was not fetched: 'ovm pull' fetches it.
+says "left out" where there is one that was not fetched ('ovm pull' fetches it), and "encrypted" where an identity is needed to restore it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,20 @@ def run(args: argparse.Namespace, context: Context) -> int:
                     output.short(entry["digest"]),
                     f"{output.ago(when)} ago" if (when := entry["created"] or entry["added"]) else "-",
                     output.size(entry["size"]) if entry["size"] is not None else f"? ({entry['problem']})",
-                    "left out" if entry["ram_left_out"] else "yes" if entry["ram_snapshot"] else "no",
+                    _ram(entry),
                 )
                 for entry in entries
             ),
         )
     return Exit.OK
+
+
+def _ram(entry: dict[str, Any]) -> str:
+    if entry["ram_left_out"]:
+        return "left out"
+    if entry["ram_encrypted"]:
+        return "encrypted"
+    return "yes" if entry["ram_snapshot"] else "no"
 
 
 def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
@@ -65,6 +73,7 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
         "created": None,
         "added": None if came is None else output.rfc3339(came),
         "ram_snapshot": False,
+        "ram_encrypted": False,
         "ram_left_out": False,
     }
     try:
@@ -77,5 +86,6 @@ def _describe(context: Context, name: str, digest: str) -> dict[str, Any]:
         "size": artifact.size,
         "created": artifact.manifest.metadata.created,
         "ram_snapshot": artifact.manifest.ram_snapshot is not None,
+        "ram_encrypted": artifact.encrypted,
         "ram_left_out": bool(ram.left_out(context.layout, artifact)),
     }

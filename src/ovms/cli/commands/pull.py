@@ -88,6 +88,8 @@ def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[st
 
 def _pull_referrers(text: str, context: Context) -> list[str]:
     from ovms.artifact import attach, resolve
+    from ovms.oci.referrers import roots
+    from ovms.trust import sources
 
     reference = resolve.pushable(text)
     top = attach.local_manifest(context.layout, text)
@@ -95,6 +97,11 @@ def _pull_referrers(text: str, context: Context) -> list[str]:
     fetched, left_out = attach.pull_referrers(
         context.layout, client, reference.repository, top.digest, context.progress
     )
+    # signatures under a tag are no referrers, but are kept like them
+    for digest in roots(top):
+        if context.layout.size(digest) is not None:
+            subject = context.layout.manifest(digest).descriptor()
+            sources.keep(context.layout, client, reference.repository, subject)
     if left_out:
         output.say(f"{left_out} of the referrers were not fetched; 'ovm referrers {reference}' lists all of them")
     return [referrer.digest for referrer in fetched]

@@ -2,6 +2,8 @@
 
 DESTINATION is another name in a registry, or a place on disk: oci:DIR[:TAG], to which the artifact is added, or
 oci-archive:FILE[:TAG], which is written anew. skopeo and podman read both.
+
+Signatures of it that the local store has go with it to a registry.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from ovms.errors import UsageError
 from ovms.lazy import replace
 
 if TYPE_CHECKING:
+    from ovms.oci.descriptor import Descriptor
     from ovms.spec.digest import Digest
 
 
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what was attached to it here ('ovm attach'), and has no name of its own",
     )
+    parser.add_argument("--remove-signatures", action="store_true", help="leave the signatures behind")
     values.add_tls_verify(parser)
 
 
@@ -59,16 +63,29 @@ def run(args: argparse.Namespace, context: Context) -> int:
         )
     where = {} if args.destination is None else {"destination": args.destination}
     value: dict[str, Any] = {"name": args.reference, **where, "digest": descriptor.digest}
-    if args.referrers:
-        reference = resolve.pushable(target)
-        client = context.connect(reference.registry or "")
-        sent = attach.push_referrers(context.layout, client, reference.repository, descriptor.digest, context.progress)
-        value["referrers"] = [referrer.digest for referrer in sent]
+    value |= _push_referrers(args, context, target, descriptor.digest)
     if args.json:
         output.answer_json(value)
     else:
         output.answer(_pinned(target, descriptor.digest))
     return Exit.OK
+
+
+def _push_referrers(args: argparse.Namespace, context: Context, target: str, digest: Digest) -> dict[str, Any]:
+    from ovms.artifact import attach, resolve
+    from ovms.oci import cosign, transport
+
+    if isinstance(transport.parse(target), transport.Place):
+        return {}
+    reference = resolve.pushable(target)
+
+    def wanted(referrer: Descriptor) -> bool:
+        return not args.remove_signatures if cosign.may_sign(referrer) else bool(args.referrers)
+
+    client = context.connect(reference.registry or "")
+    sent = attach.push_referrers(context.layout, client, reference.repository, digest, context.progress, wanted=wanted)
+    signatures = {"signatures": [referrer.digest for referrer in sent if cosign.may_sign(referrer)]}
+    return signatures | ({"referrers": [referrer.digest for referrer in sent]} if args.referrers else {})
 
 
 def _pinned(target: str, digest: Digest) -> str:

@@ -90,6 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cold", dest="restore", action="store_const", const="never", help="the same as --restore=never"
     )
     parser.add_argument(
+        "--identity",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="age identities that decrypt its RAM snapshot (default: those of OVMS_IDENTITY, else"
+        " ~/.config/ovms/identities.txt); may be repeated",
+    )
+    parser.add_argument(
         "--keep-identity",
         action="store_true",
         help="a restored guest keeps the clock, host name, machine ID and addresses of the snapshot (default: its agent gives it"
@@ -231,6 +239,7 @@ def _start(args: argparse.Namespace, context: Context) -> Started:
         volumes=volumes.parse(args.volume),
         seed=_seed(args),
         keep_identity=args.keep_identity,
+        identities=tuple(Path(path) for path in args.identity),
     )
     runtime = context.runtime
     runtime.vmm(args.runtime)

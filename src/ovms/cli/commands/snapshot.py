@@ -26,7 +26,7 @@ _FLATTEN: Final = "flatten"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.usage = (
-        "ovm snapshot [-h] [--json] INSTANCE [-t NAME[:TAG]] [--pause|--stop] [--scrub] [--no-push] [--tls-verify true|false]\n"
+        "ovm snapshot [-h] [--json] INSTANCE [-t NAME[:TAG]] [--pause|--stop] [--scrub] [--encrypt RECIPIENT|@FILE]... [--no-push] [--tls-verify true|false]\n"
         "       ovm snapshot flatten REF [-t NAME[:TAG]] [--no-push] [--tls-verify true|false]"
     )
     parser.add_argument("instance", metavar="INSTANCE", help="a name, an ID, or the first digits of one")
@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="before, let the guest's agent write out and drop its caches, and zero its free memory: a smaller snapshot",
     )
+    parser.add_argument(
+        "--encrypt",
+        metavar="RECIPIENT|@FILE",
+        action="append",
+        default=[],
+        help="encrypt memory and device state (not the disk) for an age recipient, or those of a file: they alone can restore it;"
+        " may be repeated",
+    )
     parser.add_argument("--no-push", action="store_true", help="keep it in the local store only")
     values.add_tls_verify(parser)
 
@@ -64,9 +72,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
             f"there is one word too many: {args.reference[:80]!a}",
             hint="'ovm snapshot INSTANCE -t NAME', or 'ovm snapshot flatten REF'",
         )
-    if args.leave != "running" or args.scrub:
+    if args.leave != "running" or args.scrub or args.encrypt:
         raise UsageError(
-            "--pause, --stop and --scrub are for instances", hint="'ovm snapshot flatten REF' has none of them"
+            "--pause, --stop, --scrub and --encrypt are for instances",
+            hint="'ovm snapshot flatten REF' has none of them",
         )
     return _flatten(args, context)
 
@@ -77,6 +86,7 @@ def _take(args: argparse.Namespace, context: Context) -> int:
     from ovms.oci.transport import new_name
     from ovms.runtime import snapshots
     from ovms.spec.choices import Leave
+    from ovms.trust.age import recipients
 
     name = None
     if args.tag is not None:
@@ -92,6 +102,7 @@ def _take(args: argparse.Namespace, context: Context) -> int:
             context.progress,
             leave=Leave(args.leave),
             scrub=args.scrub,
+            encrypt=recipients(args.encrypt),
         )
         if name is None:
             runtime.layout.add_nameless(taken.artifact.image.descriptor())
@@ -102,7 +113,7 @@ def _take(args: argparse.Namespace, context: Context) -> int:
         )
     if taken.scrubbed is not None and not taken.scrubbed.zeroed:
         output.say("the guest dropped its caches, and could not zero its free memory")
-    if taken.user_data:
+    if taken.user_data and not taken.encrypted:
         output.say("the guest was given user data: whoever has the snapshot can read what secrets are in its memory")
     pushed = name is not None and name.registry is not None and not args.no_push
     if pushed:

@@ -32,6 +32,7 @@ from ovms.runtime.watching import EventLog
 from ovms.spec import api, limits
 from ovms.spec.digest import of_bytes
 from ovms.spec.states import Call, State, after
+from ovms.text import printable
 from ovms.vmm.model import PortForward
 
 #: Seconds that the answer of a start waits for its artifact: what fails so soon is answered as an error (RUN-8).
@@ -128,7 +129,10 @@ class App:
         except OSError as exc:
             answer = HttpError(host_error(exc)).answer()
         except Exception as exc:  # noqa: BLE001 - no fault of ours may end the server
-            print(f"ovm: internal error in {operation.name}: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
+            print(  # noqa: T201
+                f"ovm: internal error in {operation.name}: {type(exc).__name__}: {printable(str(exc), 500)}",
+                file=sys.stderr,
+            )
             fault = OvmsError("a fault of ovms itself", hint="the server's log says more; report it")
             answer = HttpError(fault).answer()
         self._metrics.requests.labels(operation.name, str(answer.status)).inc()
@@ -254,7 +258,9 @@ class App:
 
         def work() -> dict[str, Any]:
             record = self._instances.find(request.instance_id)
-            taken = snapshots.take(self._runtime, record, name, leave=request.leave, scrub=request.scrub)
+            taken = snapshots.take(
+                self._runtime, record, name, leave=request.leave, scrub=request.scrub, encrypt=request.encrypt
+            )
             answer: dict[str, Any] = {**taken.to_json(), "pushed": False}
             if name is not None:
                 answer["reference"] = str(name)

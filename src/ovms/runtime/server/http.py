@@ -19,6 +19,7 @@ import h11
 from ovms.errors import InputError, OvmsError, ResourceError
 from ovms.lazy import dataclass, field
 from ovms.spec import api, limits
+from ovms.text import printable
 
 #: Connections at once; one more is told so, and closed.
 CONNECTIONS_MAX: Final = 1024
@@ -141,7 +142,10 @@ class Http:
             if not self.stopping:
                 raise
         except Exception as exc:  # noqa: BLE001 - no fault of ours, and no trick of a caller, may end the server
-            print(f"ovm: internal error in a connection: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
+            print(  # noqa: T201
+                f"ovm: internal error in a connection: {type(exc).__name__}: {printable(str(exc), 500)}",
+                file=sys.stderr,
+            )
         finally:
             del self._open[task]
             writer.transport.abort()
@@ -185,7 +189,7 @@ class _Connection:
 
     async def run(self) -> None:
         while not self._http.stopping:
-            self.idle = True
+            self.idle, self._headless = True, False
             try:
                 head = await self._head()
             except HttpError as exc:

@@ -20,6 +20,7 @@ from ovms.runtime.starting import Start
 from ovms.runtime.warm import Handed, Pools
 from ovms.runtime.watching import EventLog
 from ovms.spec.states import State
+from ovms.text import printable
 
 if TYPE_CHECKING:
     from ovms.oci.registry import RegistryClient
@@ -143,7 +144,7 @@ class Jobs:
         except HttpError as exc:
             start.fail(exc.error)
         except Exception as exc:  # noqa: BLE001 - no fault of ours may end the server
-            print(f"ovm: internal error in a start: {type(exc).__name__}: {exc!s:.500}", file=sys.stderr)  # noqa: T201
+            print(f"ovm: internal error in a start: {type(exc).__name__}: {printable(str(exc), 500)}", file=sys.stderr)  # noqa: T201
         finally:
             self._starts.discard(start)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import Conflict, HostError, Locked, OvmsError, PortInUse, UsageError
@@ -28,11 +28,14 @@ from ovms.runtime.server.http import CONNECTIONS_MAX, HEAD_MAX, Http
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.warm import Pools
 from ovms.runtime.watching import EventLog, Watcher
+from ovms.text import printable
 
 #: Seconds that requests and starts get to come to their end when the server is to end.
 GRACE: Final = 10.0
 #: Seconds between two looks at what killed commands and servers left.
 _TIDY: Final = 5.0
+#: Python 3.13 and later would look for the socket's file by the path that it was bound to, which is gone, and remove it.
+_AS_IT_IS: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _BACKLOG: Final = 512
 #: Descriptors beside those of connections: records, logs, VMs that are being started, their watchers.
 _DESCRIPTORS_SPARE: Final = 1024
@@ -230,7 +233,7 @@ class _Server:
         # a descriptor of its own: a reload closes it, and the socket goes on listening
         copy = sock.dup()
         if sock.family == socket.AF_UNIX:
-            return await asyncio.start_unix_server(serve, sock=copy, limit=HEAD_MAX, backlog=_BACKLOG)
+            return await asyncio.start_unix_server(serve, sock=copy, limit=HEAD_MAX, backlog=_BACKLOG, **_AS_IT_IS)
         return await asyncio.start_server(
             serve,
             sock=copy,
@@ -250,7 +253,7 @@ class _Server:
                 task.add_done_callback(lambda _: _notify("READY=1"))
                 return
         except OvmsError as exc:
-            print(f"ovm: reload: {exc.message}; what was in force stays", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"ovm: reload: {printable(exc.message)}; what was in force stays", file=sys.stderr, flush=True)  # noqa: T201
         _notify("READY=1")
 
     async def _renew(self) -> None:
@@ -275,7 +278,7 @@ class _Server:
 
 
 def _say(text: str) -> None:
-    print(f"ovm: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"ovm: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _connections_max() -> int:

@@ -72,7 +72,8 @@ def find(cache: Cache) -> QemuBinary:
         ToolMissing: there is none; the hint names the package.
         HostError: it does not answer, or has no versioned ``pc`` machine.
     """
-    path = process.find_tool(BINARY)
+    # the program itself: a link to it may lie where the VM's own root has nothing
+    path = process.find_tool(BINARY).resolve()
     stamp = stamp_of(path)
     known = _from_cache(path, cache.get("qemu", stamp))
     if known is not None:

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from ovms import fsutil
 from ovms.errors import JsonInvalid, VmmError, VmmTimeout
 from ovms.spec import limits, strictjson
+from ovms.text import printable
 
 LINE_MAX: Final = 4 * limits.MIB
 #: Messages that are not the answer (events) while one is awaited; more than that is a flood.
@@ -125,7 +126,7 @@ class Qmp:
                 return answer["return"]
             error = answer.get("error")
             if isinstance(error, dict):
-                raise QmpError(command, str(error.get("class"))[:100], _printable(str(error.get("desc"))))
+                raise QmpError(command, str(error.get("class"))[:100], printable(str(error.get("desc")), 2000))
         raise VmmError(f"QEMU sends events without end instead of an answer to {command}")
 
     def _message(self, deadline: float, awaited: str) -> dict[str, Any]:
@@ -154,7 +155,3 @@ class Qmp:
         if not isinstance(message, dict):
             raise VmmError("QEMU sent JSON that is no message")
         return message
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:2000])
