@@ -548,7 +548,7 @@ def agent_answers(data: bytes) -> None:
                     with contextlib.suppress(OvmsError):
                         agent.data(answer, "buf-b64", 100)
                     with said_safely():
-                        assert guest._said(guest._finished(answer)).isprintable()
+                        assert guest.said(guest._finished(answer)).isprintable()
 
     talk(data, client)
 

@@ -247,7 +247,9 @@ class Runtime:
                     timings=timings,
                     pausing=False,
                     link_down=become is not None and become.renew_link,
-                )
+                ),
+                # who waits for the VM need not wait for the disk; what a power failure would take by then, it ends anyway
+                seen_first=True,
             )
             return record if become is None else self._become(record, become)
         except BaseException:
@@ -393,6 +395,7 @@ class Runtime:
                     stop_requested=False,
                     pausing=False,
                     paused=False,
+                    fs_frozen=False,
                     oom_killed=False,
                 )
             )
