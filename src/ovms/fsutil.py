@@ -48,25 +48,18 @@ def fsync_dir(path: Path) -> None:
 
 
 def atomic_write(
-    path: Path,
-    data: bytes,
-    *,
-    mode: int = 0o644,
-    durable: bool = True,
-    seen_first: bool = False,
-    spare: Path | None = None,
+    path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True, spare: Path | None = None
 ) -> None:
     """Replaces *path* by *data*: readers see the old or the new file, never a part.
 
-    With ``durable=False`` the content may be lost (never torn) in a power failure: for what can be made again. With *seen_first*
-    readers see it before it is written to the disk for good, and until then it is as that: for what others wait for.
+    With ``durable=False`` the content may be lost (never torn) in a power failure: for what can be made again.
 
     *spare* is a file beside *path*, of the same mode, that is given up where the file system is full: *data* goes into the
     blocks that it has already. It is gone then, whether they were enough or not.
     """
     temporary = path.with_name(f".{path.name}.{unique(6)}.tmp")
     try:
-        _write_and_rename(path, temporary, data, os.O_CREAT | os.O_EXCL, mode, durable, seen_first)
+        _write_and_rename(path, temporary, data, os.O_CREAT | os.O_EXCL, mode, durable)
     except OSError as exc:
         if exc.errno not in _FULL or spare is None:
             raise
@@ -74,24 +67,19 @@ def atomic_write(
             spare.rename(temporary)  # should we be killed, it is swept like any other
         except FileNotFoundError:
             raise exc from None
-        _write_and_rename(path, temporary, data, os.O_NOFOLLOW, mode, durable, seen_first)
+        _write_and_rename(path, temporary, data, os.O_NOFOLLOW, mode, durable)
 
 
-def _write_and_rename(
-    path: Path, temporary: Path, data: bytes, flags: int, mode: int, durable: bool, seen_first: bool
-) -> None:
+def _write_and_rename(path: Path, temporary: Path, data: bytes, flags: int, mode: int, durable: bool) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC | flags, mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.truncate()  # what a spare file had more
-            file.flush()
-            if seen_first:
-                os.replace(temporary, path)
             if durable:
+                file.flush()
                 os.fsync(file.fileno())
-        if not seen_first:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

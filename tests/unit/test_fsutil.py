@@ -93,12 +93,6 @@ def test_a_write_is_synced_before_it_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "replace", replace)
     fsutil.atomic_write(tmp_path / "file", b"x")
     assert calls == [stat.S_IFREG, "replace", stat.S_IFDIR]
-    calls.clear()
-    fsutil.atomic_write(tmp_path / "file", b"y", seen_first=True)
-    assert calls == ["replace", stat.S_IFREG, stat.S_IFDIR]
-    calls.clear()
-    fsutil.atomic_write(tmp_path / "file", b"z", durable=False)
-    assert calls == ["replace"]
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:

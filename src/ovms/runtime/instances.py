@@ -265,9 +265,9 @@ class Instances:
     def _gone(self, record: Record) -> InstanceNotFound:
         return InstanceNotFound(f"the instance {record.name} was removed meanwhile", instance=record.name)
 
-    def save(self, record: Record, *, seen_first: bool = False) -> Record:
-        """Writes a record (under its lock). Returns it. *seen_first*: others see it before it is on the disk for good."""
-        save(self.directory(record.id), record, seen_first=seen_first)
+    def save(self, record: Record) -> Record:
+        """Writes a record (under its lock). Returns it."""
+        save(self.directory(record.id), record)
         return record
 
     @contextlib.contextmanager

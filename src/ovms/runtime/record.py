@@ -260,8 +260,8 @@ def overlay_name(number: int) -> str:
     return f"overlay-{number}.qcow2"
 
 
-def save(directory: Path, record: Record, *, durable: bool = True, seen_first: bool = False) -> None:
-    """Replaces the record of the instance in *directory*. *durable*, *seen_first*: as :func:`~ovms.fsutil.atomic_write` has it.
+def save(directory: Path, record: Record, *, durable: bool = True) -> None:
+    """Replaces the record of the instance in *directory*. What is not *durable* a power failure may take back.
 
     Raises:
         DiskFull: there is no room for it, not even what was kept.
@@ -270,7 +270,7 @@ def save(directory: Path, record: Record, *, durable: bool = True, seen_first: b
     data = json.dumps(record.to_json(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     spare = directory / _SPARE
     try:
-        fsutil.atomic_write(directory / FILE, data, mode=0o600, durable=durable, seen_first=seen_first, spare=spare)
+        fsutil.atomic_write(directory / FILE, data, mode=0o600, durable=durable, spare=spare)
     except OSError as exc:
         raise (fsutil.disk_full(exc, f"writing the record of the instance {record.name}", directory) or exc) from exc
     if not spare.exists():

@@ -247,9 +247,7 @@ class Runtime:
                     timings=timings,
                     pausing=False,
                     link_down=become is not None and become.renew_link,
-                ),
-                # who waits for the VM need not wait for the disk; what a power failure would take by then, it ends anyway
-                seen_first=True,
+                )
             )
             return record if become is None else self._become(record, become)
         except BaseException:
