@@ -40,7 +40,7 @@ esac
 mkdir -p "$cache/tools"
 cache=$(cd "$cache" && pwd)
 tools=$cache/tools
-recipe=1 # to be raised when other parts of a kernel are taken, or taken in another way
+recipe=2 # to be raised when other parts of a kernel are taken, or taken in another way
 
 # The versions of what Go builds. go-containerregistry's is in the go.mod of our registry, which is made of it.
 server=$here/../tests/support/referrers-registry

@@ -20,7 +20,15 @@ from typing import Final
 #: A guest cannot do without these: its disk, its network, its file system, the power button.
 NEEDED: Final = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "button", "evdev")
 #: Taken where the kernel has them; on some they are built in or do not exist.
-WELCOME: Final = ("crc32c_generic", "crc32c_intel", "af_packet", "virtio_rng", "vmgenid", "virtio_console")
+WELCOME: Final = (
+    "crc32c_generic",
+    "crc32c_intel",
+    "af_packet",
+    "virtio_rng",
+    "vmgenid",
+    "virtio_console",
+    "pvpanic_mmio",
+)
 
 _SUFFIXES: Final = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 

@@ -14,6 +14,11 @@ import pytest
 from support import guests
 from support.cli import Ovm
 
+from ovms.runtime import quiesce
+from ovms.runtime.agent import Agent
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import Runtime
+
 MAKE = Path(__file__).parents[2] / "demo" / "make_images.py"
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
@@ -109,7 +114,6 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     assert (tmp_path / "version").read_text().startswith("Linux version")
     for words, code in (
         (("web:/nothing", tmp_path), 4),
-        (("web:/etc", tmp_path), 3),
         (("web:/dev/zero", tmp_path), 3),
         ((tmp_path / "nothing", "web:/srv"), 3),
         ((source, "web:/nowhere/x"), 4),
@@ -126,6 +130,96 @@ def test_files_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
     done = ovm("cp", "--json", source.with_name("back"), "web:/run/small/x")
     assert (done.code, done.error["code"]) == (13, "guest-failed")
     assert ovm.ok("exec", "web", "--", "ls", "-A", "/run/small").out == ""
+
+
+def test_directories_go_in_and_out(ovm: Ovm, tmp_path: Path) -> None:
+    started(ovm)
+    source = tmp_path / "site"
+    (source / "sub" / ("d" * 150)).mkdir(parents=True)
+    (source / "sub" / ("d" * 150) / "x").write_text("x")
+    (source / "big").write_bytes(os.urandom(3_000_000))
+    (source / "tool").write_text("#!/bin/sh\n")
+    (source / "tool").chmod(0o751)
+    (source / "link").symlink_to("sub")
+    ovm.ok("cp", source, "web:/srv")
+    assert ovm.ok("exec", "web", "stat", "-c", "%a %s %U", "/srv/site/tool").out == "751 10 root\n"
+    done = ovm.ok("cp", "--json", "web:/srv/site", tmp_path / "back")
+    assert (done.json["target"], done.json["files"]) == (str(tmp_path / "back"), 3)
+    subprocess.run(["diff", "-r", "--no-dereference", source, tmp_path / "back"], check=True)
+    # what is in it goes into what is there
+    ovm.ok("cp", f"{source}/.", "web:/srv/site/sub")
+    ovm.ok("cp", "web:/srv/site/.", tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "big").read_bytes() == (source / "big").read_bytes()
+    # links out of it, and a device
+    ovm.ok("exec", "web", "--", "sh", "-c", "cd /srv/site && ln -s /etc/passwd out && mknod null c 1 3")
+    done = ovm.ok("cp", "--json", "web:/srv/site", tmp_path)
+    assert (done.json["left_out"], done.json["target"]) == (2, str(tmp_path / "site"))
+    assert "left out" in done.err
+    assert sorted(path.name for path in (tmp_path / "site").iterdir()) == ["big", "link", "sub", "tool"]
+    ovm.ok("cp", "web:/etc", tmp_path / "etc")
+    assert (tmp_path / "etc" / "passwd").read_text().startswith("root:")
+    for words, code in ((("web:/etc", tmp_path / "back" / "tool"), 3), ((source, "web:/nowhere/x"), 4)):
+        assert ovm("cp", *words).code == code, words
+    # no room in the guest
+    ovm.ok("exec", "web", "--", "sh", "-c", "mkdir /run/little && busybox mount -t tmpfs -o size=1m little /run/little")
+    done = ovm("cp", "--json", source, "web:/run/little")
+    assert (done.code, done.error["code"]) == (13, "guest-failed")
+    assert ovm.ok("exec", "web", "--", "ls", "-A", "/run/little").out == ""
+    assert ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv /var/tmp | grep -c tmp$ || true").out == "0\n"
+
+
+def frozen(ovm: Ovm) -> bool:
+    """Whether a write waits for a thaw."""
+    look = "sync -f /srv; echo x > /srv/probe & sleep 1; kill -0 $! 2>/dev/null && echo frozen; true"
+    return "frozen" in ovm.ok("exec", "web", "--", "sh", "-c", look).out
+
+
+def test_a_commit_and_an_export_freeze_the_file_systems(ovm: Ovm, tmp_path: Path) -> None:
+    started(ovm)
+    write = (
+        "cd /srv && echo committed > fresh && dd if=/dev/zero of=dirty bs=1M count=8 2>/dev/null && echo end >> dirty"
+    )
+    ovm.ok("exec", "web", "--", "sh", "-c", write)
+    done = ovm.ok("commit", "--json", "web", "-t", "agent:frozen")
+    assert done.json["not_frozen"] is None
+    assert "power failure" not in done.err
+    target = tmp_path / "disk.img"
+    assert ovm.ok("export", "--json", "web", "-o", target).json["not_frozen"] is None
+    # nothing to be mended, and all there
+    assert subprocess.run(["/sbin/e2fsck", "-fn", target], check=False, capture_output=True).returncode == 0
+    for name in ("agent:frozen", target):
+        if name != target:
+            ovm.ok("export", name, "-o", tmp_path / "committed.img")
+        image = target if name == target else tmp_path / "committed.img"
+        read = subprocess.run(["/sbin/debugfs", "-R", "cat /srv/fresh", image], capture_output=True, check=True)
+        assert read.stdout == b"committed\n"
+    done = ovm.ok("commit", "--no-freeze", "--json", "web", "-t", "agent:torn")
+    assert done.json["not_frozen"] == "it was not asked for"
+    assert "power failure" not in done.err
+    ovm.ok("pause", "web")
+    done = ovm.ok("commit", "--json", "web", "-t", "agent:torn")
+    assert done.json["not_frozen"] == "the instance is paused"
+    assert "as after a power failure" in done.err
+    ovm.ok("resume", "web")
+    assert not frozen(ovm)
+
+
+def test_a_guest_that_was_left_frozen_is_thawed_by_the_next_command(ovm: Ovm) -> None:
+    started(ovm)
+    runtime = Runtime(Root(Path(ovm.root)))
+    record = runtime.instances.find("web")
+    with runtime.instances.locked(record) as newest, runtime.instances.control(newest) as control:
+        keep = quiesce.file_systems(runtime.instances, newest, control)
+        _, why = keep.__enter__()  # and never left: as one who is killed
+        assert why is None
+    noted = runtime.instances.find("web").fs_frozen
+    with Agent(runtime.instances.files(record)) as agent:
+        assert (noted, agent.execute("guest-fsfreeze-status")) == (True, "frozen")
+    ovm.ok("ps")
+    assert not runtime.instances.find("web").fs_frozen
+    with Agent(runtime.instances.files(record)) as agent:
+        assert agent.execute("guest-fsfreeze-status") == "thawed"
+    assert not frozen(ovm)
 
 
 def test_a_clone_answers_and_so_does_what_it_was_made_of(ovm: Ovm) -> None:
@@ -162,3 +256,25 @@ def test_killed_amid_a_copy(ovm: Ovm, tmp_path: Path) -> None:
         assert running.wait(60) == 130
     left = ovm.ok("exec", "web", "--", "sh", "-c", "ls -A /srv | grep -c '^.big' || true").out
     assert left == "1\n", "what the killed one left; the interrupted one left nothing"
+
+
+def test_a_kernel_that_panics_ends_its_vm_and_is_told(ovm: Ovm) -> None:
+    ovm.ok("run", "-d", "--name", "doomed", "--memory", "256m", "agent:1")
+    with ovm.popen(
+        "exec",
+        "--wait",
+        "120",
+        "doomed",
+        "--",
+        "sh",
+        "-c",
+        "sleep 1; echo c > /proc/sysrq-trigger",
+        stderr=subprocess.DEVNULL,
+    ):
+        deadline = time.monotonic() + 200
+        while (told := ovm.ok("inspect", "doomed").json)["state"] != "error":
+            assert time.monotonic() < deadline, told
+            time.sleep(0.2)
+    assert (told["ending"], told["error"]["detail"]) == ("panicked", "the guest panicked")
+    assert "Error (the guest panicked)" in ovm.ok("ps", "-a").out
+    assert "Kernel panic - not syncing: sysrq triggered crash" in ovm.ok("logs", "doomed").out

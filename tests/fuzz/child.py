@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
 import random
 import resource
 import signal
@@ -172,5 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONHASHSEED"] = "0"
     sys.exit(main())

@@ -14,7 +14,7 @@ from fuzz import seeds
 
 TESTS = Path(__file__).parents[1]
 #: Seconds for each target. 'make fuzz' gives more.
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "2"))
 CHILD = ("-m", "fuzz.child")
 #: Where 'make fuzz' keeps what reached new code; what it found is beside it.
 KEPT = os.environ.get("FUZZ_CORPUS")

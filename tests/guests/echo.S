@@ -7,6 +7,7 @@
 #   h         halts for ever with interrupts off
 #   n         goes to the next ivshmem device on the bus, prints "REGION <its address>" (0 when there is no further one)
 #   g         prints "GOT <the 32-bit number at 0 of the region>"
+#   c         panics, as a guest with pvpanic says it
 #   p         adds one to the 32-bit number at 4 of the region
 # The ACPI power button powers it off, too; after an 'i' it is ignored.
 #
@@ -122,6 +123,8 @@ poll:   mov     $PM, %dx
         je      get
         cmp     $'p', %al
         je      put
+        cmp     $'c', %al
+        je      panic
         cmp     $'i', %al
         jne     poll
         movl    $0, obey_button
@@ -188,6 +191,11 @@ put_number:                             # the text at rsi, ebx, end of line
         jnz     1b
         mov     $10, %al
         jmp     putc
+
+panic:  mov     $0x505, %dx
+        mov     $1, %al
+        out     %al, %dx
+        jmp     halt
 
 power_off:
         mov     $PM + 4, %dx

@@ -37,6 +37,8 @@ def _error_text(instance: Mapping[str, Any]) -> str:
         return "Error (the start was broken off)" if broken_off else f"Error (the start failed: {error['code']})"
     if instance.get("ending") == "oom-killed":
         return "Error (out of memory)"
+    if instance.get("ending") == "panicked":
+        return "Error (the guest panicked)"
     seen = instance.get("exit") or {}
     how = f"signal {seen['signal']}" if seen.get("signal") else f"exit code {seen['code']}" if "code" in seen else ""
     return f"Error (the VMM died{': ' if how else ''}{how})"

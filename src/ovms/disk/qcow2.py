@@ -50,11 +50,12 @@ REFUSED_EXTENSIONS: Final = {
 
 @dataclass(frozen=True)
 class Qcow2Info:
-    """What a checked header says; sizes in bytes."""
+    """What a checked header says; sizes in bytes. ``unit`` is the least that is written at once: a cluster, or a part of one."""
 
     version: int
     virtual_size: int
     cluster_size: int
+    unit: int
 
 
 def check_header(fd: int, what: str) -> Qcow2Info:
@@ -104,7 +105,7 @@ def check_header(fd: int, what: str) -> Qcow2Info:
     _check_tables(what, file_size, cluster, size, l1_entries, l1_at, table_at, table_clusters, extended=_extended(head))
     header_length = _check_features(head, what, cluster) if version == 3 else _V2.size
     _check_extensions(fd, what, header_length, cluster)
-    return Qcow2Info(version, size, cluster)
+    return Qcow2Info(version, size, cluster, cluster // 32 if _extended(head) else cluster)
 
 
 def _extended(head: bytes) -> bool:
@@ -230,7 +231,14 @@ def _empty(virtual_size: int, cluster_bits: int) -> tuple[dict[int, bytes], int]
     clusters = 3 + l1_clusters
     if clusters > cluster // 2:
         raise DiskInvalid(f"a disk of {virtual_size} bytes is too large for an overlay")
-    header = _V2.pack(MAGIC, 3, 0, 0, cluster_bits, virtual_size, 0, l1_entries, 3 * cluster, cluster, 1, 0, 0)
-    header += _V3.pack(0, 0, 0, 4, _V2.size + _V3.size) + bytes(8)
+    header = plain_header(cluster_bits, virtual_size, l1_entries, 3 * cluster, cluster, 1)
     content = {0: header, cluster: struct.pack(">Q", 2 * cluster), 2 * cluster: struct.pack(">H", 1) * clusters}
     return content, clusters * cluster
+
+
+def plain_header(
+    cluster_bits: int, virtual_size: int, l1_entries: int, l1_at: int, table_at: int, table_clusters: int
+) -> bytes:
+    """The header of a qcow2 v3 image without any feature, with refcounts of 16 bits; it names no other file."""
+    header = _V2.pack(MAGIC, 3, 0, 0, cluster_bits, virtual_size, 0, l1_entries, l1_at, table_at, table_clusters, 0, 0)
+    return header + _V3.pack(0, 0, 0, 4, _V2.size + _V3.size) + bytes(8)

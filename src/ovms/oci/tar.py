@@ -1,8 +1,8 @@
-"""Tar archives of OCI layouts: read in place, without unpacking anything; written the same way every time.
+"""Tar archives: read in place, without unpacking anything; those of OCI layouts are written the same way every time.
 
-Read are the POSIX and GNU formats, as far as regular files need them. Only exact names count, with or without ``./``
-before them; every other member is passed over, whatever it is. A member that would mean one thing to us and another
-to the next reader (a link under a name that counts, a name twice, two sizes) is refused.
+Read are the POSIX and GNU formats, as far as files, directories and links need them. Of a layout's archive only exact names
+count, with or without ``./`` before them; every other member is passed over, whatever it is. A member that would mean one thing
+to us and another to the next reader (a link under a name that counts, a name twice, two sizes) is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZE_MAX: Final = 2**63 - 1
 _ZEROES: Final = bytes(BLOCK)
 _COMPRESSED: Final = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
 _NO_TAR: Final = "it does not begin like a tar archive"
-_REGULAR: Final = b"0\07"
+_REGULAR: Final = b"0\x007"
 #: Links, devices, directories, FIFOs: they have no content.
 _EMPTY: Final = b"123456"
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
@@ -44,103 +44,149 @@ class Member:
     size: int
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A member of any kind: its *kind* is the letter of its header, *link* what a link names, *mode* its permissions.
+
+    Names hold bytes that are no UTF-8 as surrogates.
+    """
+
+    name: str
+    kind: bytes
+    link: str
+    mode: int
+    content: Member
+
+    @property
+    def regular(self) -> bool:
+        """Whether it is a file, which has content."""
+        return self.kind in _REGULAR and not self.name.endswith("/")
+
+
 def members(fd: int, what: str, counts: Callable[[str], bool]) -> dict[str, Member]:
     """The regular files whose name *counts*, by their name without ``./``.
 
     Raises:
         InputError: *what* is no tar archive, ends early, is compressed, or is made to confuse.
     """
-    return _Reader(fd, what, counts).read()
+    found: dict[str, Member] = {}
+    reader = _Reader(fd, what, MEMBERS_MAX)
+    for entry in reader.read():
+        name = entry.name.removeprefix("./")
+        if not counts(name.rstrip("/")):
+            continue
+        if not entry.regular:
+            raise reader.wrong(f"{name} is no regular file")
+        if name in found:
+            raise reader.wrong(f"{name} is in it twice")
+        found[name] = entry.content
+    return found
+
+
+def entries(fd: int, what: str, *, most: int) -> Iterator[Entry]:
+    """All members in their order, *most* at the most.
+
+    Raises: as :func:`members`, while it goes on.
+    """
+    return _Reader(fd, what, most).read()
 
 
 class _Reader:
-    def __init__(self, fd: int, what: str, counts: Callable[[str], bool]) -> None:
+    def __init__(self, fd: int, what: str, most: int) -> None:
         self._fd = fd
         self._what = what
-        self._counts = counts
+        self._most = most
         self._end = os.fstat(fd).st_size
-        self._found: dict[str, Member] = {}
         self._at = 0
         #: What extended headers say of the next member.
         self._name: bytes | None = None
+        self._link: bytes | None = None
         self._size: int | None = None
         self._extended = 0
 
-    def read(self) -> dict[str, Member]:
-        for _ in range(MEMBERS_MAX + 1):
+    def read(self) -> Iterator[Entry]:
+        for _ in range(self._most + 1):
             header = self._pread(BLOCK)
             if header == _ZEROES:
                 if self._extended:
-                    raise self._wrong("the archive ends where a member belongs")
-                return self._found
-            self._member(header)
-        raise self._wrong(f"more than {MEMBERS_MAX} members")
+                    raise self.wrong("the archive ends where a member belongs")
+                return
+            yield from self._member(header)
+        raise self.wrong(f"more than {self._most} members")
 
-    def _member(self, header: bytes) -> None:
+    def _member(self, header: bytes) -> Iterator[Entry]:
+        # one, or none of a header that belongs to the next
         if not _sum_is_right(header):
             if self._at == 0:
                 self._refuse_compressed(header)
-                raise self._wrong(_NO_TAR)
-            raise self._wrong("a header with a wrong checksum")
+                raise self.wrong(_NO_TAR)
+            raise self.wrong("a header with a wrong checksum")
         kind, size = header[156:157], self._number(header[124:136], "size")
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
             self._extend(kind, size)
             return
-        said, name = self._size, self._name
-        self._size, self._name, self._extended = None, None, 0
+        said, name, link = self._size, self._name, self._link
+        self._size, self._name, self._link, self._extended = None, None, None, 0
         if said is not None:
             if said != size and not (said > OCTAL_SIZE_MAX and size == 0):
-                raise self._wrong(f"a member of two sizes, {size} and {said}")
+                raise self.wrong(f"a member of two sizes, {size} and {said}")
             size = said
         if kind in _EMPTY and size:
-            raise self._wrong("a link, device or directory that claims to have content")
+            raise self.wrong("a link, device or directory that claims to have content")
         if kind not in _REGULAR and kind not in _EMPTY:
-            raise self._wrong(f"a member of the type {kind!a}, such as a sparse file")
+            raise self.wrong(f"a member of the type {kind!a}, such as a sparse file")
         offset = self._at + BLOCK
         if size > self._end - offset:
-            raise self._wrong("it ends in the middle of a member", truncated=True)
-        self._note(_text(_name_of(header) if name is None else name), kind, Member(offset, size))
+            raise self.wrong("it ends in the middle of a member", truncated=True)
+        yield Entry(
+            _text(_name_of(header) if name is None else name),
+            kind,
+            _text(header[157:257].partition(b"\0")[0] if link is None else link),
+            _mode(header[100:108]),
+            Member(offset, size),
+        )
         self._at = offset + _padded(size)
-
-    def _note(self, name: str, kind: bytes, member: Member) -> None:
-        name = name.removeprefix("./")
-        if not self._counts(name.rstrip("/")):
-            return
-        if kind not in _REGULAR or name.endswith("/"):
-            raise self._wrong(f"{name} is no regular file")
-        if name in self._found:
-            raise self._wrong(f"{name} is in it twice")
-        self._found[name] = member
 
     # --- extended headers --------------------------------------------------------------------------------------
 
     def _extend(self, kind: bytes, size: int) -> None:
         self._extended += 1
         if self._extended > EXTENDED_COUNT_MAX or size > EXTENDED_MAX:
-            raise self._wrong("an extended header that is too large")
+            raise self.wrong("an extended header that is too large")
         self._at += BLOCK
         data = self._pread(size)
         self._at += _padded(size)
         if kind == _LONG_NAME:
             self._set_name(data.rstrip(b"\0"))
+        elif kind == _LONG_LINK:
+            self._set_link(data.rstrip(b"\0"))
         elif kind in (_PAX, _PAX_GLOBAL):
             for key, value in self._records(data):
                 self._record(kind, key, value)
 
     def _record(self, kind: bytes, key: bytes, value: bytes) -> None:
-        if key.startswith((b"GNU.sparse.", b"SCHILY.realsize")) or (kind == _PAX_GLOBAL and key in (b"path", b"size")):
-            raise self._wrong(f"the PAX record {key[:40]!a}")
+        if key.startswith((b"GNU.sparse.", b"SCHILY.realsize")) or (
+            kind == _PAX_GLOBAL and key in (b"path", b"size", b"linkpath")
+        ):
+            raise self.wrong(f"the PAX record {key[:40]!a}")
         if key == b"path":
             self._set_name(value)
+        elif key == b"linkpath":
+            self._set_link(value)
         elif key == b"size":
             if self._size is not None or not re.fullmatch(rb"0|[1-9][0-9]{0,18}", value) or int(value) > SIZE_MAX:
-                raise self._wrong("a PAX record of a size that is none")
+                raise self.wrong("a PAX record of a size that is none")
             self._size = int(value)
 
     def _set_name(self, name: bytes) -> None:
         if self._name is not None or b"\0" in name:
-            raise self._wrong("a member of two names")
+            raise self.wrong("a member of two names")
         self._name = name
+
+    def _set_link(self, name: bytes) -> None:
+        if self._link is not None or b"\0" in name:
+            raise self.wrong("a link to two things")
+        self._link = name
 
     def _records(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = 0
@@ -148,10 +194,10 @@ class _Reader:
             match = _PAX_RECORD.match(data, at)
             end = at + int(match[1]) if match else 0
             if match is None or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-                raise self._wrong("PAX records that are none")
+                raise self.wrong("PAX records that are none")
             key, equals, value = data[match.end() : end - 1].partition(b"=")
             if not key or not equals:
-                raise self._wrong("PAX records that are none")
+                raise self.wrong("PAX records that are none")
             yield key, value
             at = end
 
@@ -163,8 +209,8 @@ class _Reader:
             if self._at == 0:
                 self._refuse_compressed(data)
                 if data.strip(b"\0") and data[257:262] != b"ustar":
-                    raise self._wrong(_NO_TAR)
-            raise self._wrong("it ends early", truncated=True)
+                    raise self.wrong(_NO_TAR)
+            raise self.wrong("it ends early", truncated=True)
         return data
 
     def _number(self, field: bytes, what: str) -> int:
@@ -175,7 +221,7 @@ class _Reader:
         else:
             value = -1
         if not 0 <= value <= SIZE_MAX:
-            raise self._wrong(f"a {what} that is none")
+            raise self.wrong(f"a {what} that is none")
         return value
 
     def _refuse_compressed(self, data: bytes) -> None:
@@ -186,7 +232,7 @@ class _Reader:
                     hint=f"uncompress it first, with '{program}'; the parts have no use of it",
                 )
 
-    def _wrong(self, problem: str, *, truncated: bool = False) -> InputError:
+    def wrong(self, problem: str, *, truncated: bool = False) -> InputError:
         return InputError(
             f"{self._what} is no archive that can be read: {problem}, at offset {self._at}",
             hint="copy it again: it is not complete" if truncated else "make it anew, with 'ovm push' or 'skopeo copy'",
@@ -205,6 +251,12 @@ def _name_of(header: bytes) -> bytes:
     name = header[:100].partition(b"\0")[0]
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
+
+
+def _mode(field: bytes) -> int:
+    # nobody is confused by permissions that make no sense: they are a file's usual ones then
+    text = field.strip(b" \0")
+    return int(text, 8) & 0o7777 if re.fullmatch(rb"[0-7]{1,8}", text) else 0o644
 
 
 def _text(name: bytes) -> str:

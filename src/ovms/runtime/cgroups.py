@@ -123,13 +123,13 @@ def _own_procs(proc: Path, mine: str) -> list[Path]:  # noqa: ARG001 - somebody 
 def _hierarchies(proc: Path) -> list[_Hierarchy]:
     try:
         mine = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+        # of many mounts few are these: the others are not even taken apart
+        lines = (proc / "mountinfo").read_text().splitlines()
+        mounts = [line.split() for line in lines if " - cgroup" in line]
     except OSError:
         return []
     answer: list[_Hierarchy] = []
     for fields in mounts:
-        if "-" not in fields:
-            continue
         kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
         root, point = fields[3], Path(fields[4])
         if kind == "cgroup2":

@@ -1,7 +1,8 @@
 """What the guest of an instance wrote: made to stand still, and made into layers of a new artifact.
 
 While a VM runs, its newest overlay changes. So it is given another one, in a moment in which it is paused, and what was written until
-then is complete. Without the guest's help that is a disk as after a power failure, which file systems and databases are made for.
+then is complete. Where the guest's agent helps, its file systems are frozen meanwhile (:mod:`ovms.runtime.quiesce`); without that it is
+a disk as after a power failure, which file systems and databases are made for.
 
 A VMM that a guest has taken over can still write to an overlay that it does not use any more. So nothing of a living VM is believed
 that was checked before it was copied.
@@ -39,12 +40,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Frozen(Generic[T]):
-    """What was written until the VM stood still, and what was *seen* then. ``record`` names the overlay in use now."""
+    """What was written until the VM stood still, and what was *seen* then. ``record`` names the overlay in use now.
+
+    ``not_quiesced``: why the guest's file systems were not frozen then (None: they were, or no guest runs).
+    """
 
     record: Record
     overlays: tuple[Path, ...]
     seen: T
     downtime_ms: float
+    not_quiesced: str | None = None
 
 
 def freeze(
@@ -97,10 +102,13 @@ def _drop_unused(directory: Path, record: Record, active: str | None) -> Record:
     return replace(record, overlays=used)
 
 
-def still(instances: Instances, record: Record, below: int) -> Frozen[bool]:
+def still(instances: Instances, record: Record, below: int, *, quiesce: bool = False) -> Frozen[bool]:
     """The overlays of an instance, on *below* layers, in a state that stays (under its lock). *seen*: whether its VM lives.
 
+    With *quiesce* its guest's file systems are frozen at that moment, where it runs an agent that does that.
+
     Raises:
+        AgentUnavailable: they may stand frozen still.
         Unsupported: it has no disk, or it would become one of too many layers.
         StateConflict: it is just starting or stopping.
     """
@@ -117,7 +125,15 @@ def still(instances: Instances, record: Record, below: int) -> Frozen[bool]:
         )  # fmt: skip
     require_layers(record, below)
     with instances.control(record) as control:
-        return freeze(instances, record, control, lambda: True)
+        if not quiesce:
+            return replace(freeze(instances, record, control, lambda: True), not_quiesced="it was not asked for")
+        if state is State.PAUSED:
+            return replace(freeze(instances, record, control, lambda: True), not_quiesced="the instance is paused")
+        from ovms.runtime.quiesce import file_systems
+
+        with file_systems(instances, record, control) as (noted, why):
+            frozen = freeze(instances, noted, control, lambda: True)
+        return replace(frozen, record=replace(frozen.record, fs_frozen=False), not_quiesced=why)
 
 
 def require_layers(record: Record, below: int) -> None:
@@ -140,22 +156,27 @@ def add_overlays(layout: Layout, overlays: Sequence[Path], first: int, progress:
         DiskInvalid: a VMM that was taken over made something else of one.
     """
     for number, path in enumerate(overlays, start=first):
-        what = f"disk layer {number}"
-        with (
-            fsutil.open_input(path, "the overlay") as file,
-            progress.task(what, os.fstat(file.fileno()).st_size) as task,
-        ):
-            digest, size, _ = layout.add_file(file.fileno(), "the overlay", advance=task.advance)
-        with fsutil.open_input(layout.path(Digest(digest)), what) as stored:
-            check_layer(stored.fileno(), DiskFormat.QCOW2, what)
-        yield model.part_descriptor(PartKind.DISK, Digest(digest), size, format=DiskFormat.QCOW2, number=number)
+        with fsutil.open_input(path, "the overlay") as file:
+            yield add_layer(layout, file.fileno(), number, progress)
+
+
+def add_layer(layout: Layout, fd: int, number: int, progress: Progress) -> Descriptor:
+    """Adds an open qcow2 file to the store, as the disk layer of that number. Raises as :func:`add_overlays`."""
+    what = f"disk layer {number}"
+    with progress.task(what, os.fstat(fd).st_size) as task:
+        digest, size, _ = layout.add_file(fd, what, advance=task.advance)
+    with fsutil.open_input(layout.path(Digest(digest)), what) as stored:
+        check_layer(stored.fileno(), DiskFormat.QCOW2, what)
+    return model.part_descriptor(PartKind.DISK, Digest(digest), size, format=DiskFormat.QCOW2, number=number)
 
 
 def extended(
-    source: model.Artifact, disks: Sequence[Descriptor], created: str
+    source: model.Artifact, disks: Sequence[Descriptor], created: str, *, keep: int = limits.DISK_LAYERS_MAX
 ) -> tuple[dict[str, Any], Mapping[PartKind, list[Descriptor]]]:
-    """The manifest of *source* with *disks* on its own, and without its RAM snapshot; and the parts that stay."""
+    """The manifest of *source* with *disks* on the first *keep* of its own, and without its RAM snapshot; and the parts that stay."""
     document = copy.deepcopy(dict(source.manifest.document))
+    if "diskLayers" in document:
+        document["diskLayers"] = document["diskLayers"][:keep]
     if disks:
         document["diskLayers"] = [
             *document.get("diskLayers", []),
@@ -165,7 +186,7 @@ def extended(
     document["metadata"] = {**document.get("metadata", {}), "created": created}
     kept: dict[PartKind, list[Descriptor]] = {kind: [] for kind in PartKind}
     for part in source.manifest.parts():
-        if part.kind is not PartKind.RAM:
+        if part.kind is not PartKind.RAM and (part.kind is not PartKind.DISK or part.number < keep):
             kept[part.kind].append(model.reused(source, part))
     kept[PartKind.DISK].extend(disks)
     return document, kept

@@ -126,7 +126,7 @@ def _error(status: Status) -> dict[str, Any] | None:
     elif status.ending is Ending.OUT_OF_MEMORY:
         error = VmmError("the kernel ended the VMM: its cgroup had no memory left")
     elif status.ending is Ending.PANICKED:
-        error = VmmError("the guest panicked")
+        error = VmmError("the guest panicked", hint=f"'ovm logs {record.name}' shows its last words")
     else:
         how = "" if status.exit is None else f" ({describe_exit(status.exit.returncode)})"
         error = VmmError(f"the VMM died{how}")

@@ -1,45 +1,35 @@
 """The disk of an instance or an artifact as one image.
 
-``qemu-img`` puts the layers together. It opens nothing by a name of ours or of an image's: every layer is an open file that was
-checked, every node says its format and what is below it, so that what stands in the images about files is never looked at.
+``qemu-img`` puts the layers together, each of which is an open file that was checked (:mod:`ovms.runtime.images`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import select
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ovms import fsutil, process
 from ovms.artifact.model import Artifact
 from ovms.disk import qcow2
 from ovms.disk.layers import check_layer
-from ovms.errors import DiskInvalid, FileProblem, HostError, OvmsError, Unsupported
-from ovms.lazy import dataclass, regex, replace
+from ovms.errors import DiskInvalid, FileProblem, OvmsError, Unsupported
+from ovms.lazy import dataclass, replace
 from ovms.oci.layout import Layout
 from ovms.progress import NULL, Progress
-from ovms.runtime import disks
+from ovms.runtime import disks, images
+from ovms.runtime.images import Open
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import Runtime
 from ovms.spec import limits
 from ovms.spec.digest import Digest
 from ovms.spec.manifest import DiskFormat
 
-TOOL: Final = "qemu-img"
-#: Seconds without any progress (it is told at each hundredth) after which qemu-img is given up: a hundredth of 16 TiB takes its time.
-STALL: Final = 3600.0
 _NAMELESS: Final = os.O_TMPFILE
-_MEASURE_TIMEOUT: Final = 600.0
-_OUTPUT_MAX: Final = 64 * limits.KIB
-_PERCENT: Final = regex(rb"\(([0-9]{1,3}\.[0-9]{2})/100%\)")
 
 
 @dataclass(frozen=True)
@@ -59,15 +49,7 @@ class Exported:
     size: int
     downtime_ms: float = 0.0
     user_data: bool = False
-
-
-@dataclass(frozen=True)
-class _Open:
-    """An open layer; *what* names it in errors."""
-
-    fd: int
-    format: DiskFormat
-    what: str
+    not_quiesced: str | None = None
 
 
 def of_artifact(layout: Layout, artifact: Artifact, target: Target, progress: Progress = NULL) -> Exported:
@@ -86,31 +68,48 @@ def of_artifact(layout: Layout, artifact: Artifact, target: Target, progress: Pr
         return _write(layers, target, progress)
 
 
-def of_instance(runtime: Runtime, record: Record, target: Target, progress: Progress = NULL) -> Exported:
+def of_instance(
+    runtime: Runtime, record: Record, target: Target, progress: Progress = NULL, *, quiesce: bool = False
+) -> Exported:
     """Writes the disk of an instance, which goes on if it runs. Raises like :func:`of_artifact`, and:
 
     Raises:
         StateConflict: it is just starting or stopping.
         VmmError: the guest goes on.
     """
-    process.find_tool(TOOL)
+    process.find_tool(images.TOOL)
     _check_target(target)
     instances, layout = runtime.instances, runtime.layout
     with layout.using(), contextlib.ExitStack() as held:
         with instances.locked(record) as newest:
-            layers = _open_layers(layout, runtime.artifact(newest), held)
-            frozen = disks.still(instances, newest, len(layers))
-            for number, path in enumerate(frozen.overlays, start=len(layers)):
-                what = f"disk layer {number}"
-                file = held.enter_context(fsutil.open_input(path, what))
-                fd = file.fileno()
-                if frozen.seen:
-                    fd = _private_copy(fd, instances.directory(newest.id), held)
-                check_layer(fd, DiskFormat.QCOW2, what)
-                layers.append(_Open(fd, DiskFormat.QCOW2, what))
+            layers, frozen = opened(runtime, newest, runtime.artifact(newest), held, quiesce=quiesce)
         # what follows takes its time, and needs nothing of the instance any more
         written = _write(layers, target, progress)
-        return replace(written, downtime_ms=frozen.downtime_ms, user_data=newest.user_data)
+        return replace(
+            written,
+            downtime_ms=frozen.downtime_ms,
+            user_data=newest.user_data,
+            not_quiesced=frozen.not_quiesced,
+        )
+
+
+def opened(
+    runtime: Runtime, record: Record, artifact: Artifact, held: contextlib.ExitStack, *, quiesce: bool
+) -> tuple[list[Open], disks.Frozen[bool]]:
+    """The layers of an instance's disk, lowest first, in a state that stays (under its lock; the caller is using the store).
+
+    Raises: as :func:`ovms.runtime.disks.still`, and as :func:`of_artifact` of the layers.
+    """
+    layers = _open_layers(runtime.layout, artifact, held)
+    frozen = disks.still(runtime.instances, record, len(layers), quiesce=quiesce)
+    for number, path in enumerate(frozen.overlays, start=len(layers)):
+        what = f"disk layer {number}"
+        fd = held.enter_context(fsutil.open_input(path, what)).fileno()
+        if frozen.seen:
+            fd = _private_copy(fd, runtime.instances.directory(record.id), held)
+        check_layer(fd, DiskFormat.QCOW2, what)
+        layers.append(Open(fd, DiskFormat.QCOW2, what))
+    return layers, frozen
 
 
 def _private_copy(fd: int, directory: Path, held: contextlib.ExitStack) -> int:
@@ -124,7 +123,7 @@ def _private_copy(fd: int, directory: Path, held: contextlib.ExitStack) -> int:
     return copied
 
 
-def _open_layers(layout: Layout, artifact: Artifact, held: contextlib.ExitStack) -> list[_Open]:
+def _open_layers(layout: Layout, artifact: Artifact, held: contextlib.ExitStack) -> list[Open]:
     layers = []
     for number, layer in enumerate(artifact.manifest.disk_layers):
         what = f"disk layer {number}"
@@ -134,7 +133,7 @@ def _open_layers(layout: Layout, artifact: Artifact, held: contextlib.ExitStack)
             fsutil.open_input(layout.path(Digest(layer.ref)), what, max_size=limits.DISK_LAYER_MAX)
         )
         check_layer(file.fileno(), layer.format, what)
-        layers.append(_Open(file.fileno(), layer.format, what))
+        layers.append(Open(file.fileno(), layer.format, what))
     return layers
 
 
@@ -153,97 +152,23 @@ def _check_target(target: Target) -> None:
             raise FileProblem(f"{path} is not a regular file", code="file-not-regular", path=str(path))
 
 
-def _write(layers: Sequence[_Open], target: Target, progress: Progress) -> Exported:
-    tool = process.find_tool(TOOL)
+def _write(layers: Sequence[Open], target: Target, progress: Progress) -> Exported:
+    tool = process.find_tool(images.TOOL)
     _check_target(target)
     top = layers[-1]
     size = check_layer(top.fd, top.format, top.what)
-    source = "json:" + json.dumps(_graph(layers))
+    source = images.source(layers)
     fds = [layer.fd for layer in layers]
     directory = target.path.parent
-    fsutil.require_space(directory, _measure(tool, source, fds, target.format), "the image")
+    fsutil.require_space(directory, images.measure(tool, source, fds, target.format), "the image")
     with contextlib.ExitStack() as held:
         fd = _nameless(target, size, held)
-        options = f"driver={target.format},discard=unmap,file.driver=file,file.filename=/proc/self/fd/{fd}"
-        argv: list[str | Path] = [
-            tool,
-            "convert",
-            "-p",
-            "-n",
-            "--target-is-zero",
-            "--target-image-opts",
-            source,
-            options,
-        ]
         with progress.task(target.path.name, size) as task, fsutil.noticing_full_disk("the image", directory):
-            done = 0
-
-            def tell(percent: float) -> None:
-                nonlocal done
-                now = min(size, int(size * percent / 100))
-                task.advance(max(0, now - done))
-                done = max(done, now)
-
-            _run(argv, [*fds, fd], STALL, tell)
+            images.convert(tool, source, fds, fd, target.format, size, task.advance)
             os.fsync(fd)
         written = os.fstat(fd).st_blocks * 512
         _publish(fd, target)
     return Exported(size, written)
-
-
-def _graph(layers: Sequence[_Open]) -> dict[str, Any]:
-    below: dict[str, Any] | None = None
-    for number, layer in enumerate(layers):
-        name = f"layer{number}"
-        file = {"driver": "file", "node-name": f"{name}-file", "filename": f"/proc/self/fd/{layer.fd}"}
-        node: dict[str, Any] = {"driver": str(layer.format), "node-name": name, "file": {**file, "read-only": True}}
-        if layer.format is DiskFormat.QCOW2:
-            node["backing"] = below
-        below = {**node, "read-only": True}
-    assert below is not None
-    return below
-
-
-def _measure(tool: Path, source: str, fds: Sequence[int], format: DiskFormat) -> int:
-    answer = _run([tool, "measure", "--output=json", "-O", str(format), source], fds, _MEASURE_TIMEOUT)
-    try:
-        return int(json.loads(answer)["required"])
-    except (ValueError, KeyError, TypeError) as exc:
-        raise HostError(f"qemu-img measure answered {process.tail(answer)[:200]}") from exc
-
-
-def _run(
-    argv: Sequence[str | Path], fds: Sequence[int], stall: float, tell: Callable[[float], None] | None = None
-) -> bytes:
-    """Runs qemu-img; returns what it printed. *stall*: seconds that it may say nothing."""
-    with tempfile.TemporaryFile() as said:
-        child = process.spawn(argv, pass_fds=fds, stdout=subprocess.PIPE, stderr=said)
-        assert child.stdout is not None
-        output = b""
-        try:
-            deadline = time.monotonic() + stall
-            while True:
-                ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    raise HostError(f"qemu-img made no progress for {stall:g} s, and was ended")
-                piece = os.read(child.stdout.fileno(), 4096)
-                if not piece:
-                    break
-                output = (output + piece)[-_OUTPUT_MAX:]
-                if tell is not None and (found := _PERCENT.findall(output[-256:])):
-                    tell(float(found[-1]))
-                    deadline = time.monotonic() + stall
-            code = child.wait(60.0)
-        finally:
-            process.terminate(child)
-            child.stdout.close()
-        if code != 0:
-            said.seek(0)
-            words = said.read(_OUTPUT_MAX)
-            if b"No space left on device" in words:
-                raise OSError(28, "No space left on device")
-            raise HostError(f"qemu-img failed ({process.describe_exit(code)}): {process.tail(words)}")
-        return output
 
 
 def _nameless(target: Target, size: int, held: contextlib.ExitStack) -> int:

@@ -14,9 +14,8 @@ import base64
 import contextlib
 import os
 import re
-import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -48,8 +47,8 @@ ARGUMENTS_MAX: Final = 128 * limits.KIB
 #: Between two looks at a running program, in seconds: at first, and in the end.
 _POLL: Final = (0.005, 0.5)
 #: Seconds for small jobs of ours in the guest, and for tidying up there.
-_SMALL: Final = 30.0
-_TIDY: Final = 3.0
+SMALL: Final = 30.0
+TIDY: Final = 3.0
 #: Exit codes as shells have them: the program can't be run; there is none.
 CANNOT_RUN: Final = 126
 NO_PROGRAM: Final = 127
@@ -203,13 +202,13 @@ def _end(agent: Agent, pid: int) -> None:
     with contextlib.suppress(GuestError):
         agent.release()
         if field(
-            agent.execute("guest-exec-status", {"pid": pid}, timeout=_TIDY, answer_max=_STATUS_MAX), "exited", bool
+            agent.execute("guest-exec-status", {"pid": pid}, timeout=TIDY, answer_max=_STATUS_MAX), "exited", bool
         ):
             return
         kill = {"path": "sh", "arg": ["-c", 'kill -s TERM "$0"', str(pid)]}
-        killer = field(agent.execute("guest-exec", kill, timeout=_TIDY), "pid", int)
-        _wait(agent, killer, time.monotonic() + _TIDY)
-        _wait(agent, pid, time.monotonic() + _TIDY)
+        killer = field(agent.execute("guest-exec", kill, timeout=TIDY), "pid", int)
+        _wait(agent, killer, time.monotonic() + TIDY)
+        _wait(agent, pid, time.monotonic() + TIDY)
 
 
 def refusal_code(error: AgentRefused) -> int | None:
@@ -244,11 +243,11 @@ def kind(agent: Agent, path: str) -> Kind:
     Raises:
         GuestError: the agent does not tell.
     """
-    done = run(agent, ["sh", "-c", _KIND, path], timeout=_SMALL)
+    done = run(agent, ["sh", "-c", _KIND, path], timeout=SMALL)
     try:
         return Kind(done.stdout.decode("ascii").strip())
     except ValueError as exc:
-        raise GuestError(f"the guest does not tell what is at {printable(path)}: {_said(done)}") from exc
+        raise GuestError(f"the guest does not tell what is at {printable(path)}: {said(done)}") from exc
 
 
 def put(
@@ -265,19 +264,17 @@ def put(
     target = _target(agent, path, name)
     parent, _, base = target.rpartition("/")
     temporary = f"{parent}/.{base[:100]}.{fsutil.unique(6)}.tmp"
-    handle = _handle(agent.execute("guest-file-open", {"path": temporary, "mode": "w"}))
     try:
-        try:
-            _write(agent, source, handle, advance)
-        finally:
-            _close(agent, handle)
+        with opened(agent, temporary, "w") as handle:
+            while block := os.read(source, BLOCK):
+                write(agent, handle, block, advance)
         script = 'chmod -- "$0" "$1" && mv -f -- "$1" "$2"'
-        done = run(agent, ["sh", "-c", script, f"{mode & 0o777:o}", temporary, target], timeout=_SMALL)
+        done = run(agent, ["sh", "-c", script, f"{mode & 0o777:o}", temporary, target], timeout=SMALL)
         if done.code != 0:
-            raise GuestError(f"the guest does not give {printable(target)} its name: {_said(done)}")
+            raise GuestError(f"the guest does not give {printable(target)} its name: {said(done)}")
     except BaseException:
         with contextlib.suppress(GuestError):
-            run(agent, ["rm", "-f", "--", temporary], timeout=_TIDY)
+            run(agent, ["rm", "-f", "--", temporary], timeout=TIDY)
         raise
     return target
 
@@ -295,16 +292,29 @@ def _target(agent: Agent, path: str, name: str) -> str:
     return path
 
 
-def _write(agent: Agent, source: int, handle: int, advance: Callable[[int], None]) -> None:
-    while block := os.read(source, BLOCK):
-        left = memoryview(block)
-        while left:
-            encoded = base64.b64encode(left).decode()
-            written = field(agent.execute("guest-file-write", {"handle": handle, "buf-b64": encoded}), "count", int)
-            if not 0 < written <= len(left):
-                raise GuestError(f"the guest's agent says that it wrote {written} of {len(left)} bytes")
-            left = left[written:]
-            advance(written)
+@contextlib.contextmanager
+def opened(agent: Agent, path: str, mode: str) -> Iterator[int]:
+    """Opens a file of the guest, as fopen(3) has modes, and closes it."""
+    handle = agent.execute("guest-file-open", {"path": path, "mode": mode})
+    if not isinstance(handle, int) or isinstance(handle, bool):
+        raise GuestError("the guest's agent opened a file, and returned no handle of it")
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(GuestError):
+            agent.execute("guest-file-close", {"handle": handle})
+
+
+def write(agent: Agent, handle: int, block: bytes, advance: Callable[[int], None]) -> None:
+    """Writes at most :data:`BLOCK` bytes to an open file of the guest."""
+    left = memoryview(block)
+    while left:
+        encoded = base64.b64encode(left).decode()
+        written = field(agent.execute("guest-file-write", {"handle": handle, "buf-b64": encoded}), "count", int)
+        if not 0 < written <= len(left):
+            raise GuestError(f"the guest's agent says that it wrote {written} of {len(left)} bytes")
+        left = left[written:]
+        advance(written)
 
 
 def get(agent: Agent, path: str, target: Path, *, advance: Callable[[int], None] = lambda _: None) -> None:
@@ -320,10 +330,7 @@ def get(agent: Agent, path: str, target: Path, *, advance: Callable[[int], None]
     if found is Kind.NOTHING:
         raise NotFound(f"there is no file {printable(path)} in the guest")
     if found is Kind.DIRECTORY:
-        raise Unsupported(
-            f"{printable(path)} in the guest is a directory, and only files are copied",
-            hint=f"ovm exec INSTANCE -- tar -C {shlex.quote(printable(path))} -c . | tar -x",
-        )
+        raise Unsupported(f"{printable(path)} in the guest is a directory")
     if found is Kind.OTHER:
         raise Unsupported(f"{printable(path)} in the guest is no regular file")
     temporary = target.with_name(f".{target.name[:100]}.{fsutil.unique(6)}.tmp")
@@ -331,7 +338,8 @@ def get(agent: Agent, path: str, target: Path, *, advance: Callable[[int], None]
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         undo.callback(temporary.unlink, missing_ok=True)
         with os.fdopen(fd, "wb", buffering=0) as file:
-            _read(agent, path, file.fileno(), target.parent, advance)
+            with opened(agent, path, "r") as handle:
+                read(agent, handle, file.fileno(), target.parent, advance)
             if found is Kind.PROGRAM:
                 readable = os.fstat(fd).st_mode & 0o444
                 os.fchmod(fd, os.fstat(fd).st_mode | readable >> 2)
@@ -340,43 +348,32 @@ def get(agent: Agent, path: str, target: Path, *, advance: Callable[[int], None]
         undo.pop_all()
 
 
-def _read(agent: Agent, path: str, fd: int, where: Path, advance: Callable[[int], None]) -> None:
-    handle = _handle(agent.execute("guest-file-open", {"path": path, "mode": "r"}))
-    try:
-        at = room = 0
-        while True:
-            if at >= room:  # a guest may go on for ever
-                room = at + 16 * BLOCK
-                fsutil.require_space(where, 17 * BLOCK, "the copy")
-            answer = agent.execute(
-                "guest-file-read",
-                {"handle": handle, "count": BLOCK},
-                answer_max=ANSWER_MAX + _encoded(BLOCK),
-            )
-            block = data(answer, "buf-b64", BLOCK)
-            fsutil.pwrite_all(fd, block, at)
-            at += len(block)
-            advance(len(block))
-            if field(answer, "eof", bool):
-                return
-            if not block:
-                raise GuestError("the guest's agent gives neither data nor the end of the file")
-    finally:
-        _close(agent, handle)
+def read(agent: Agent, handle: int, fd: int, where: Path, advance: Callable[[int], None]) -> None:
+    """Copies what an open file of the guest holds into *fd*, on the file system of *where*.
+
+    Raises:
+        DiskFull: the guest gives more than there is room for.
+    """
+    at = room = 0
+    while True:
+        if at >= room:  # a guest may go on for ever
+            room = at + 16 * BLOCK
+            fsutil.require_space(where, 17 * BLOCK, "the copy")
+        answer = agent.execute(
+            "guest-file-read", {"handle": handle, "count": BLOCK}, answer_max=ANSWER_MAX + _encoded(BLOCK)
+        )
+        block = data(answer, "buf-b64", BLOCK)
+        fsutil.pwrite_all(fd, block, at)
+        at += len(block)
+        advance(len(block))
+        if field(answer, "eof", bool):
+            return
+        if not block:
+            raise GuestError("the guest's agent gives neither data nor the end of the file")
 
 
-def _handle(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise GuestError("the guest's agent opened a file, and returned no handle of it")
-    return value
-
-
-def _close(agent: Agent, handle: int) -> None:
-    with contextlib.suppress(GuestError):
-        agent.execute("guest-file-close", {"handle": handle})
-
-
-def _said(done: Finished) -> str:
+def said(done: Finished) -> str:
+    """What a program of ours in the guest said in the end, fit for a message."""
     text = (done.stderr or done.stdout)[-500:].decode("utf-8", "replace").strip()
     return printable(text) or f"exit code {done.code}"
 

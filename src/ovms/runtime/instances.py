@@ -61,7 +61,7 @@ class Status:
     @property
     def failed(self) -> bool:
         """Whether the VM ended otherwise than by its guest's or its user's will."""
-        return self.state is State.ERROR or (self.ending is Ending.PANICKED and not self.record.stop_requested)
+        return self.state is State.ERROR
 
     @property
     def ran_s(self) -> float | None:
@@ -184,7 +184,7 @@ class Instances:
             return Status(record, State.STOPPED, Ending.HOST_REBOOTED)
         if ending is Ending.KILLED and (record.oom_killed or cgroups.oom_killed(_groups(record))):
             ending = Ending.OUT_OF_MEMORY
-        failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY) and not record.stop_requested
+        failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY, Ending.PANICKED) and not record.stop_requested
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
@@ -346,6 +346,10 @@ class Instances:
             save(self.directory(record.id), record, durable=False)
         yield record
 
+    def gone(self, record: Record) -> bool:
+        """Whether an instance was removed meanwhile; cheaper than :meth:`newest`."""
+        return not (self.directory(record.id) / FILE).exists()
+
     def newest(self, record: Record) -> Record | None:
         """What the record of an instance says now (under its lock); None when it was removed."""
         return load(self.directory(record.id))
@@ -465,6 +469,8 @@ class Instances:
                 with self.control(record) as control:
                     control.set_link(True)
                 record = self.save(replace(record, link_down=False))
+            if record.fs_frozen:
+                record = self._thaw(record)
             if _ended(record):
                 network.sweep(directory)
             elif self._is_cut_off(record):
@@ -476,10 +482,23 @@ class Instances:
             if record.remove_on_exit and record.process is not None and not self.status(record).state.alive:
                 self.remove(record)
 
+    def _thaw(self, record: Record) -> Record:
+        if record.process is None or not record.process.alive():
+            return self.save(replace(record, fs_frozen=False))
+        from ovms.runtime import quiesce
+
+        with contextlib.suppress(OvmsError), self.control(record) as control:
+            # one whose agent is gone has perhaps been booted anew; one that is paused cannot answer yet
+            if not record.paused and control.agent_listens():
+                quiesce.thaw(self.files(record), control, quiesce.THAW_FOUND)
+                return self.save(replace(record, fs_frozen=False))
+        return record
+
     def _needs_recovery(self, record: Record) -> bool:
         if (
             record.pausing
             or record.link_down
+            or record.fs_frozen
             or (record.process is None and record.problem is None and not record.stop_requested)
         ):
             return True

@@ -94,7 +94,8 @@ class Record:
     for, and ``digest`` None where nobody knows it yet. ``problem`` is why its start failed, as a problem document. ``paused``
     says that the user wants its CPUs to stand still; it is written before they do, and taken back after they run.
     ``timings`` are milliseconds of the phases of the start. ``identity`` is what a restored VM's guest has of its own by now; ``link_down``
-    says that its network card's link was taken for a moment: whoever finds it so, and unlocked, gives it back. ``memory_locked``
+    says that its network card's link was taken for a moment: whoever finds it so, and unlocked, gives it back; ``fs_frozen`` says the
+    same of its guest's file systems, which are thawed (:mod:`ovms.runtime.quiesce`). ``memory_locked``
     says that the memory that it came from cannot be swapped out.
     """
 
@@ -132,6 +133,7 @@ class Record:
     workload: bool = False
     identity: Identity | None = None
     link_down: bool = False
+    fs_frozen: bool = False
     memory_locked: bool = False
     warm: bool = False
     injected: bool = False
@@ -185,6 +187,7 @@ class Record:
             "workload": self.workload,
             "identity": None if self.identity is None else self.identity.to_json(),
             "link_down": self.link_down,
+            "fs_frozen": self.fs_frozen,
             "memory_locked": self.memory_locked,
             "warm": self.warm,
             "injected": self.injected,
@@ -236,6 +239,7 @@ class Record:
             workload=bool(value["workload"]),
             identity=None if value.get("identity") is None else Identity.from_json(value["identity"]),
             link_down=bool(value.get("link_down", False)),
+            fs_frozen=bool(value.get("fs_frozen", False)),
             memory_locked=bool(value.get("memory_locked", False)),
             warm=bool(value.get("warm", False)),
             injected=bool(value.get("injected", False)),

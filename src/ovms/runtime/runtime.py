@@ -401,6 +401,7 @@ class Runtime:
                     stop_requested=False,
                     pausing=False,
                     paused=False,
+                    fs_frozen=False,
                     oom_killed=False,
                 )
             )

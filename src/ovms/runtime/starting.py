@@ -18,7 +18,7 @@ from ovms import fsutil
 from ovms.artifact import ram
 from ovms.artifact.resolve import Connect, Found, PullPolicy, allow, find, resolve
 from ovms.errors import Conflict, HostError, InputError, Interrupted, OvmsError, ReferenceNotFound
-from ovms.lazy import replace
+from ovms.lazy import dataclass, replace
 from ovms.oci import transport
 from ovms.oci.platform import Platform
 from ovms.oci.reference import Reference
@@ -38,7 +38,16 @@ _LOOK: Final = 0.1
 class Start:
     """A start that has an instance. ``run`` is called once; the instance's lock is held until it returns."""
 
-    def __init__(self, runtime: Runtime, record: Record, lock: ExitStack, text: str, options: RunOptions) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        record: Record,
+        lock: ExitStack,
+        text: str,
+        options: RunOptions,
+        known: _Known | None = None,
+    ) -> None:
+        """*known*: what *text* was found to name a moment ago."""
         self.record = record
         #: Called when the artifact is in the store: an answer need not wait any longer.
         self.on_resolved: Callable[[], object] = lambda: None
@@ -48,6 +57,7 @@ class Start:
         self._lock = lock
         self._text = text
         self._options = options
+        self._known = known
         self._claim = threading.Lock()
         self._settled: str | None = None
         self._broken_off = False
@@ -114,7 +124,10 @@ class Start:
         try:
             if policy == "always" or transport.parse_place(self._text) is not None:
                 raise ReferenceNotFound(self._text)
-            found = find(layout, self._text, platform)
+            known = self._known if platform is None else None
+            # nothing was named anew since, so it is read once; that all of it is still there is asked in any case
+            same = known is not None and known.stamp is not None and known.stamp == layout.index_stamp()
+            found = known.found if known is not None and same else find(layout, self._text, platform)
             allow(guard, found, self._text, connect if policy != "never" else None)
             timings["resolve"] = ms_since(began)
             if ram.left_out(layout, found.artifact):
@@ -141,8 +154,8 @@ class Start:
 
     def _look(self) -> None:
         instances = self._runtime.instances
-        gone = instances.newest(self.record) is None  # removed by force
-        if gone or self._broken_off or instances.stop_asked(self.record):
+        # gone: removed by force
+        if instances.gone(self.record) or self._broken_off or instances.stop_asked(self.record):
             raise Interrupted(f"the start of {self.record.name} was broken off")
 
     def _failed(self, error: OvmsError) -> None:
@@ -185,7 +198,7 @@ def begin(
     if key is not None and (there := next(filter(known, runtime.instances.records()), None)) is not None:
         return _same(there, key)
     vmm = runtime.vmm(options.runtime)
-    name = _name(runtime, text)
+    name, found = _name(runtime, text)
     settled = ports.settle(options.ports)
     machine = Machine(
         machine_type="",
@@ -219,7 +232,7 @@ def begin(
     record, lock = runtime.instances.add(make, name, options.name, known=known)
     if lock is None:  # another call with the same key was faster
         return _same(record, key)
-    return Start(runtime, record, lock, text, options)
+    return Start(runtime, record, lock, text, options, found)
 
 
 def _same(record: Record, key: StartKey | None) -> Record:
@@ -232,21 +245,32 @@ def _same(record: Record, key: StartKey | None) -> Record:
     return record
 
 
-def _name(runtime: Runtime, text: str) -> str:
-    # What the instance is named after; raises what can be known at once.
+@dataclass(frozen=True)
+class _Known:
+    """An artifact that was found when the store's index was as *stamp* tells."""
+
+    found: Found
+    stamp: tuple[int, int, int] | None
+
+
+def _name(runtime: Runtime, text: str) -> tuple[str, _Known | None]:
+    # What the instance is named after, and the artifact where it is here; raises what can be known at once.
     place = transport.parse_place(text)
     if place is not None:
         # what a file calls itself is a proposal, and good enough for a name to begin with
-        return Reference.parse(place.tag).repository if place.tag and _is_reference(place.tag) else place.path.stem
+        tag = place.tag
+        return Reference.parse(tag).repository if tag and _is_reference(tag) else place.path.stem, None
     if text.startswith(("/", "./", "../")):
         raise InputError(f"{text[:120]!a} is a path of an unpacked artifact, which this version does not start")
+    stamp = runtime.layout.index_stamp()
     try:
-        return find(runtime.layout, text).artifact.manifest.name
+        found = find(runtime.layout, text)
+        return found.artifact.manifest.name, _Known(found, stamp)
     except ReferenceNotFound:
         reference = Reference.parse(text)
         if reference.registry is None:
             raise
-        return reference.repository
+        return reference.repository, None
 
 
 def host_error(exc: OSError) -> OvmsError:

@@ -18,6 +18,7 @@ from ovms.lazy import dataclass, regex
 from ovms.oci.cosign import BUNDLE_TYPE, SIGN_PREDICATE
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, hex_of
+from ovms.text import printable
 
 #: Bytes of a simple signing document, and of a bundle.
 PAYLOAD_MAX: Final = 64 * limits.KIB
@@ -189,7 +190,7 @@ def _parse(data: bytes, what: str, max_size: int) -> dict[str, Any]:
     try:
         value = strictjson.parse(data, what, max_size=max_size, max_depth=_DEPTH_MAX)
     except JsonInvalid as exc:
-        raise Malformed("".join(c if c.isprintable() else "?" for c in exc.message)[:200]) from None
+        raise Malformed(printable(exc.message, 200)) from None
     if not isinstance(value, dict):
         raise Malformed(f"{what} is no JSON object")
     return value

@@ -25,6 +25,7 @@ from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
 from ovms.spec import limits
 from ovms.spec.digest import Digest, of_bytes
+from ovms.text import printable
 from ovms.trust import payload
 from ovms.trust.model import Format, Found, Unreadable
 
@@ -151,7 +152,7 @@ class _Reader:
 
     def note(self, manifest: Digest, detail: str) -> None:
         if len(self.found) < 2 * SIGNATURES_MAX:
-            self.found.append(Unreadable(manifest, "".join(c if c.isprintable() else "?" for c in detail)[:300]))
+            self.found.append(Unreadable(manifest, printable(detail, 300)))
 
     @contextlib.contextmanager
     def noting(self, manifest: Digest) -> Iterator[None]:

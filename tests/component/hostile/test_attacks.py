@@ -56,12 +56,12 @@ class Cli:
         return {
             str(path.relative_to(self.directory))
             for path in self.directory.rglob("*")
-            if path.is_file() and not {"cache", "ovms.locks"} & set(path.parts) and path.name not in KEPT
+            if path.is_file() and "cache" not in path.parts and path.name not in KEPT
         }
 
 
 #: What a root and a store have when there is nothing in them.
-KEPT = frozenset({".lock", "oci-layout", "index.lock", "index.json", "ovms.index.json", "lock", "ovms.lock", "version"})
+KEPT = frozenset({".lock", "oci-layout", "index.lock", "ovms.lock", "index.json", "ovms.index.json"})
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ovms.artifact.build import Builder
 from ovms.artifact.resolve import find
 from ovms.cli import output
 from ovms.cli.main import COMMANDS, main
+from ovms.oci.cosign import BUNDLE_TYPE
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel
 
@@ -146,9 +147,10 @@ def walked(runtime: Runtime, echo_kernel: Path, tmp_path: Path) -> Iterator[str]
 
 def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
     """Each command with hostile text in its way."""
-    file, sbom = directory / "file", directory / "sbom.json"
+    file, sbom, bundle = directory / "file", directory / "sbom.json", directory / "bundle.json"
     file.write_bytes(ESCAPES.encode())
     sbom.write_bytes(b"{}")
+    bundle.write_text(json.dumps({"mediaType": ESCAPES, ESCAPES: ESCAPES}))
     archives: list[list[object]] = []
     for number, attack in enumerate(a for a in hostile.attacks("oci-archive") if "escapes" in a.name):
         (directory / f"{number}.tar").write_bytes(attack.data)
@@ -170,6 +172,28 @@ def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
         "attach": [
             ["attach", "--type", "application/x", "--annotation", f"x={e}", sbom, "web:0"],
             ["attach", "--type", e, sbom, "web:0"],
+            ["attach", "--type", BUNDLE_TYPE, "--artifact-type", BUNDLE_TYPE, bundle, "web:1"],
+        ],
+        "key": [
+            ["key", "generate", "--output-key-prefix", directory / "k"],
+            ["key", "generate", "--output-key-prefix", directory / e / "k"],
+            ["key", "public", file],
+            ["key", "public", f"exec:{e}"],
+            ["key", "import", file],
+            ["key", "import", e],
+        ],
+        "sign": [
+            ["sign", "--local", "--key", directory / "k.key", "web:0"],
+            ["sign", "--key", directory / "k.key", f"{host}/x:1"],
+            ["sign", "--local", "--key", f"exec:{e}", "web:0"],
+            ["sign", "--key", e, e],
+        ],
+        "verify": [
+            ["verify", "--local", "--key", directory / "k.pub", "web:0"],
+            ["verify", "--local", "--key", directory / "k.pub", "web:1"],
+            ["verify", "--key", directory / "k.pub", f"{host}/x:1"],
+            ["verify", "--local", "--key", file, "web:0"],
+            ["verify", "--certificate-identity", e, "--certificate-oidc-issuer", e, "--trusted-root", file, "web:0"],
         ],
         "referrers": [["referrers", "--local", "web:0"], ["referrers", f"{host}/x:1"], ["referrers", e]],
         "logs": [["logs", vm], ["logs", "-t", vm], ["logs", "--json", vm], ["logs", "--tail", "2", vm], ["logs", e]],
@@ -204,6 +228,7 @@ def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
 def test_no_command_drives_the_terminal(
     runtime: Runtime, walked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OVMS_KEY_PASSWORD", "secret")
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     terminal = Terminal(runtime.root.path, monkeypatch)
     said: dict[str, str] = {}

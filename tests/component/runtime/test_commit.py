@@ -19,7 +19,7 @@ from ovms.disk import qcow2
 from ovms.errors import DiskFull, DiskInvalid, FileProblem, HostError, StateConflict, ToolMissing, Unsupported
 from ovms.oci.reference import Reference
 from ovms.progress import NULL, Task
-from ovms.runtime import commit, disks, export, snapshots
+from ovms.runtime import commit, disks, export, images, snapshots
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec import limits
@@ -64,6 +64,22 @@ def disk(**blocks: str) -> bytes:
         at = int(name[1:]) << 16
         content[at : at + 65536] = byte.encode() * 65536
     return bytes(content)
+
+
+@pytest.mark.long
+def test_a_running_guest_gets_as_many_overlays_as_there_may_be_layers(
+    runtime: Runtime, running: Record, echo: Found
+) -> None:
+    below = len(echo.artifact.manifest.disk_layers)
+    record = running
+    while below + len(record.overlays) <= limits.DISK_LAYERS_MAX:
+        record = disks.still(runtime.instances, record, below).record
+    assert runtime.instances.directory(record.id).joinpath(record.overlays[-1]).exists()
+    with runtime.instances.control(record) as control:
+        assert control.active_overlay() == record.overlays[-1]
+        assert control.figures()["disk_read_bytes"] == 0
+    with pytest.raises(Unsupported, match="disk layers"):
+        disks.still(runtime.instances, record, below)
 
 
 @pytest.mark.spec("LAY-1", "LAY-4", "OCI-19")
@@ -307,7 +323,7 @@ def test_a_tool_that_fails_or_hangs_leaves_nothing(
     with pytest.raises(HostError, match=r"exit code 3.*broken"):
         export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path))
     (tools / "qemu-img").write_text(script % "exec sleep 60")
-    monkeypatch.setattr(export, "STALL", 0.2)
+    monkeypatch.setattr(images, "STALL", 0.2)
     with pytest.raises(HostError, match="no progress"):
         export.of_artifact(runtime.layout, echo.artifact, raw_target(tmp_path))
     assert not list(tmp_path.glob("*out.img*"))
@@ -316,7 +332,7 @@ def test_a_tool_that_fails_or_hangs_leaves_nothing(
 def test_the_tool_that_is_missing_is_named(
     runtime: Runtime, running: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "TOOL", "no-such-qemu-img")
+    monkeypatch.setattr(images, "TOOL", "no-such-qemu-img")
     before = runtime.instances.find(running.id)
     with pytest.raises(ToolMissing, match="no-such-qemu-img"):
         export.of_instance(runtime, running, raw_target(tmp_path))
@@ -338,11 +354,11 @@ def test_a_full_disk_is_told_before_the_work(runtime: Runtime, running: Record, 
 
 @pytest.mark.spec("LAY-2", "LAY-3")
 def test_every_node_says_what_is_below_it_and_no_file_is_named() -> None:
-    layers = [export._Open(i + 10, format, "x") for i, format in enumerate([DiskFormat.RAW, *[DiskFormat.QCOW2] * 2])]
-    node = export._graph(layers)
+    layers = [images.Open(i + 10, format, "x") for i, format in enumerate([DiskFormat.RAW, *[DiskFormat.QCOW2] * 2])]
+    node = images._graph(layers)
     assert node["file"]["filename"] == "/proc/self/fd/12"
     assert node["backing"]["backing"]["driver"] == "raw"
-    assert export._graph(layers[1:])["backing"]["backing"] is None
+    assert images._graph(layers[1:])["backing"]["backing"] is None
 
 
 def test_a_broken_off_freeze_lets_the_guest_go_on(

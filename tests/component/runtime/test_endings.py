@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from support.guests import MEMORY, Console
 
-from ovms.artifact.resolve import Found
+from ovms.artifact.resolve import Found, find
+from ovms.cli import view
 from ovms.errors import InstanceNotFound, StateConflict, UsageError
-from ovms.runtime import cgroups, restart, security
+from ovms.oci.reference import Reference
+from ovms.runtime import cgroups, document, restart, security, snapshots
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -70,6 +72,34 @@ def test_a_guest_that_powers_off_is_no_failure(runtime: Runtime, echo: Found) ->
     assert status.exit is not None
     assert status.exit.returncode == 0
     assert status.exit.memory_max > 10 << 20
+
+
+@pytest.mark.spec("STA-3")
+def test_a_guest_that_panics(runtime: Runtime, echo: Found) -> None:
+    record = runtime.start(echo, TCG).record
+    console(runtime, record).wait_for("READY")
+    snapshots.take(runtime, record, Reference.parse("echo:snap"))
+    for vm in (record, runtime.start(find(runtime.layout, "echo:snap"), RunOptions(accel=Accel.TCG)).record):
+        assert vm.process is not None
+        console(runtime, vm).send("c")
+        assert vm.process.wait(20)
+        status = runtime.instances.status(vm)
+        assert (status.state, status.ending, status.failed) == (State.ERROR, Ending.PANICKED, True)
+        told = document.instance(status)
+        assert (told["state"], told["error"]["detail"]) == ("error", "the guest panicked")
+        assert view.state_text(told) == "Error (the guest panicked)"
+    # one that was to be stopped has stopped
+    stopped = replace(record, stop_requested=True)
+    assert runtime.instances.status(stopped).state is State.STOPPED
+
+
+def test_a_guest_that_panics_is_booted_again(runtime: Runtime, echo: Found) -> None:
+    record = runtime.start(echo, replace(TCG, restart=Restart(1))).record
+    console(runtime, record).wait_for("READY")
+    assert record.process is not None
+    console(runtime, record).send("c")
+    again = until(runtime, record, State.RUNNING, pid=record.process.pid)
+    assert again.restart == Restart(1, 1)
 
 
 def test_a_host_that_was_rebooted(runtime: Runtime, echo: Found) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from support.guests import MEMORY, Console, qemu_children
 
 from ovms import process
+from ovms.artifact import resolve
 from ovms.artifact.resolve import Found
 from ovms.errors import (
     InputError,
@@ -27,7 +27,9 @@ from ovms.errors import (
     Unsupported,
     VmmError,
 )
-from ovms.runtime import ports
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.runtime import commit, ports, starting
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel, RestorePolicy
@@ -45,6 +47,28 @@ def console(runtime: Runtime, record: Record) -> Console:
 
 def state(runtime: Runtime, record: Record) -> State:
     return runtime.instances.status(runtime.instances.find(record.id)).state
+
+
+def test_an_artifact_is_read_once_and_anew_where_its_name_stands_for_another(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def find(layout: Layout, text: str, platform: Any = None) -> Found:
+        reads.append(text)
+        return resolve.find(layout, text, platform)
+
+    monkeypatch.setattr(starting, "find", find)
+    records: list[Record] = []
+    for renamed in (False, True):
+        begun = starting.begin(runtime, "echo:1", TCG)
+        assert isinstance(begun, starting.Start)
+        if renamed:
+            commit.take(runtime, runtime.instances.find(records[0].id), Reference.parse("echo:1"))
+        assert begun.answered()
+        records.append(begun.run(lambda host: pytest.fail(host)).record)
+        assert (records[-1].digest == echo.artifact.digest) is not renamed
+    assert len(reads) == 3
 
 
 def test_the_vmm_may_be_a_link_that_the_jail_has_not(
@@ -283,7 +307,6 @@ def test_the_vm_outlives_a_starter_that_is_killed(runtime: Runtime, echo: Found)
         assert starter.stdout is not None
         assert starter.stdout.readline() == b"started\n"
         os.kill(starter.pid, signal.SIGKILL)
-    time.sleep(0.1)
     record = runtime.instances.find("orphan")
     assert runtime.instances.status(record).state is State.RUNNING
     console(runtime, record).wait_for("READY")  # before it, nobody hears the button

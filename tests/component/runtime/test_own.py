@@ -14,7 +14,7 @@ from support.guests import MEMORY, Console
 from ovms.artifact.resolve import Found, find
 from ovms.errors import AgentUnavailable, SnapshotIncompatible, UsageError
 from ovms.oci.reference import Reference
-from ovms.runtime import identity, snapshots
+from ovms.runtime import identity, quiesce, snapshots
 from ovms.runtime.network import Wanted
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -129,6 +129,26 @@ def test_a_link_that_was_taken_by_one_who_was_killed_comes_back(
     newest = runtime.instances.find(clone.id)
     assert (links, newest.link_down) == ([True], False)
     assert runtime.instances.status(newest).state is State.RUNNING
+
+
+def test_a_guest_that_was_frozen_by_one_who_was_killed_is_thawed(
+    runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thawed: list[float] = []
+    monkeypatch.setattr(quiesce, "thaw", lambda files, control, wait: thawed.append(wait))
+
+    def recovered(*, listens: bool, paused: bool = False) -> bool:
+        monkeypatch.setattr(QemuControl, "agent_listens", lambda self: listens)
+        with runtime.instances.locked(running) as newest:
+            runtime.instances.save(replace(newest, fs_frozen=True, paused=paused))
+        runtime.instances.recover()
+        return not runtime.instances.find(running.id).fs_frozen
+
+    # nobody there who could: perhaps there will be
+    assert (recovered(listens=False), recovered(listens=True, paused=True), thawed) == (False, False, [])
+    assert (recovered(listens=True), thawed) == (True, [quiesce.THAW_FOUND])
+    runtime.kill(running)
+    assert (recovered(listens=True), thawed) == (True, [quiesce.THAW_FOUND])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes tap devices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
@@ -186,6 +187,53 @@ def test_thousands_of_connections(server: Server) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     alive(server)
+
+
+@pytest.mark.long
+def test_slow_bodies_are_told_so(server: Server) -> None:
+    with server.open(timeout=http.BODY_TIMEOUT + 20) as sock:
+        sock.sendall(POST + b"Content-Length: 100\r\n\r\n{")
+        refused(sock.recv(65536), 408)
+
+
+def test_many_bodies_at_once_are_held_within_a_limit(server: Server) -> None:
+    """Callers that send nearly all of a large body, and then wait: what the server holds of them has an end."""
+    before, fds = server.rss(), server.fds()
+    size = limits.API_BODY_MAX
+    held = [server.open() for _ in range(2 * http.BODIES_MAX // size)]
+    refusals = 0
+    try:
+        for sock in held:
+            sock.setblocking(False)
+        begin = [POST + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 10)] * len(held)
+        deadline = time.monotonic() + 60
+        while any(begin):
+            assert time.monotonic() < deadline
+            for at, sock in enumerate(held):
+                with contextlib.suppress(BlockingIOError):
+                    while begin[at]:
+                        begin[at] = begin[at][sock.send(begin[at][:65536]) :]
+                with contextlib.suppress(BlockingIOError):
+                    if begin[at] and (answer := sock.recv(65536)):
+                        refused(answer, 503)
+                        refusals, begin[at] = refusals + 1, b""
+            time.sleep(0.001)
+        alive(server)
+        assert server.rss() - before < 2 * http.BODIES_MAX
+        for sock in held:
+            with contextlib.suppress(BlockingIOError):
+                if b" 503 " in sock.recv(100):
+                    refusals += 1
+    finally:
+        for sock in held:
+            sock.close()
+    assert refusals >= len(held) // 2
+    deadline = time.monotonic() + 10
+    while server.fds() > fds + 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # and there is room again
+    assert server.call("POST", "/stop", raw=b"{" + b" " * (size - 2)).json["code"] == "json-invalid"
 
 
 def test_a_reader_that_does_not_read(server: Server) -> None:

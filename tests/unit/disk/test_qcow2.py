@@ -39,8 +39,8 @@ def check(data: bytes) -> qcow2.Qcow2Info:
 
 
 def test_a_plain_image_passes() -> None:
-    assert check(images.image()) == qcow2.Qcow2Info(3, images.SIZE, CLUSTER)
-    assert check(images.image(version=2)) == qcow2.Qcow2Info(2, images.SIZE, CLUSTER)
+    assert check(images.image()) == qcow2.Qcow2Info(3, images.SIZE, CLUSTER, CLUSTER)
+    assert check(images.image(version=2)) == qcow2.Qcow2Info(2, images.SIZE, CLUSTER, CLUSTER)
 
 
 @pytest.mark.spec("LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "LAY-14", "LAY-15", "LAY-16")
@@ -75,7 +75,7 @@ def test_what_harms_nobody_passes(fields: dict[str, object]) -> None:
 def test_every_cluster_size(bits: int, tmp_path: Path) -> None:
     qcow2.create_overlay(tmp_path / "x", 1 << 20, cluster_bits=bits)
     with (tmp_path / "x").open("rb") as file:
-        assert qcow2.check_header(file.fileno(), "x") == qcow2.Qcow2Info(3, 1 << 20, 1 << bits)
+        assert qcow2.check_header(file.fileno(), "x") == qcow2.Qcow2Info(3, 1 << 20, 1 << bits, 1 << bits)
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 71, 72, 103, 104, 111, 112, 1000, CLUSTER, 3 * CLUSTER])

@@ -73,6 +73,12 @@ def test_what_others_write(file: Path, format: Literal[0, 1, 2], prefix: str) ->
     }
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE])
+def test_files_of_old_formats(file: Path, kind: bytes) -> None:
+    file.write_bytes(archive([member(NAME, b"blob", type=kind)]))
+    assert set(read(file)) == {NAME}
+
+
 def pax(*records: tuple[str, str]) -> tuple[tarfile.TarInfo, bytes]:
     """An extended header of the next member."""
     return member("PaxHeader", b"".join(tar._record(*record) for record in records), type=tarfile.XHDTYPE)

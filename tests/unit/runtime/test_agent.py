@@ -243,7 +243,7 @@ def test_more_output_than_can_be(play: Callable[..., Played], monkeypatch: pytes
 
 
 def test_a_program_that_takes_too_long_is_ended(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest, "_TIDY", 0.1)
+    monkeypatch.setattr(guest, "TIDY", 0.1)
     played = play(exec_agent({"exited": False}))
     with Agent(played.files) as agent, pytest.raises(GuestTimeout):
         guest.run(agent, ["sleep"], timeout=0.1)
@@ -257,7 +257,7 @@ def test_an_interrupt_ends_the_program_too(play: Callable[..., Played], monkeypa
             return {"pid": 42}
         return {"exited": False}
 
-    monkeypatch.setattr(guest, "_TIDY", 0.1)
+    monkeypatch.setattr(guest, "TIDY", 0.1)
     played = play(answer)
 
     original, waits = guest._wait, iter([True])

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovms.errors import VmmError, VmmTimeout
+from ovms.spec import limits
 from ovms.vmm.qemu.qmp import LINE_MAX, Qmp, QmpError
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
@@ -84,6 +85,19 @@ def test_nonsense_is_an_error_of_the_vmm(peer: Callable[[bytes], socket.socket],
 
 
 @pytest.mark.spec("SEC-6")
+def test_a_disk_of_as_many_layers_as_there_may_be_is_told_in_one_message(
+    peer: Callable[[bytes], socket.socket],
+) -> None:
+    def answer(layers: int) -> bytes:
+        image = b'{"format-specific": {"data": {}}, "backing-image": ' * layers + b"{}" + b"}" * layers
+        return b'{"return": [{"inserted": {"image": %b}}]}\n' % image
+
+    with Qmp(peer(GREETING + OK + answer(limits.DISK_LAYERS_MAX)), timeout=5) as qmp:
+        assert qmp.execute("query-block")
+    with Qmp(peer(GREETING + OK + answer(1000)), timeout=5) as qmp, pytest.raises(VmmError, match="nested deeper"):
+        qmp.execute("query-block")
+
+
 def test_an_endless_line_is_cut(peer: Callable[[bytes], socket.socket]) -> None:
     with pytest.raises(VmmError, match="more than"):
         Qmp(peer(GREETING + b"x" * (LINE_MAX + 200_000)), timeout=5)

@@ -1,10 +1,15 @@
-"""Copy a file to or from a guest that runs qemu-guest-agent: SOURCE or TARGET is INSTANCE:PATH.
+"""Copy files and directories to or from a guest that runs qemu-guest-agent: SOURCE or TARGET is INSTANCE:PATH.
 
     ovm cp nginx.conf web:/etc/nginx/
     ovm cp web:/var/log/nginx/access.log .
+    ovm cp site web:/srv            # becomes /srv/site
+    ovm cp site/. web:/srv          # what is in it goes to /srv
+    ovm cp web:/etc/nginx backup    # 'backup' where it is not there yet, else backup/nginx
 
-A target that is a directory gets the file under the source's name. The file appears when it is whole, with the source's
-permissions. Directories are not copied; tar and 'ovm exec' do that for up to 16 MiB.
+A target that is a directory gets the source under its name. A directory whose path ends in '/.' stands for what is in it. What is
+new appears when it is whole; in a directory that is there already, what has the same names is replaced. Permissions are kept, owners
+are not. Links out of the directory, devices, pipes and sockets that a guest sends are left out. Directories need tar in the guest,
+and room for them twice.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from ovms.errors import FileProblem, NotFound, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from ovms.runtime.agent import Agent
+    from ovms.runtime.trees import Copied
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", metavar="SECONDS", type=values.seconds, help="wait for an agent that is yet to start, such as at boot"
     )
-    parser.add_argument("source", metavar="SOURCE", help="a file, or INSTANCE:PATH")
+    parser.add_argument("source", metavar="SOURCE", help="a file or directory, or INSTANCE:PATH")
     parser.add_argument("target", metavar="TARGET", help="a file or directory, or INSTANCE:PATH")
 
 
@@ -44,24 +50,43 @@ def run(args: argparse.Namespace, context: Context) -> int:
     record = instances.find(source_vm or target_vm or "")
     agent = guest.agent_of(instances, record, wait=args.wait)
     if target_vm is not None:
-        where = f"{record.name}:{_put(context, agent, Path(source), target)}"
+        where, tree = _put(context, agent, source, target)
+        where = f"{record.name}:{where}"
     else:
-        where = str(_get(context, agent, source, Path(target)))
+        path, tree = _get(context, agent, source, Path(target))
+        where = str(path)
+    if tree is not None and tree.left_out_count:
+        names = ", ".join(tree.left_out)
+        more = ", …" if tree.left_out_count > len(tree.left_out) else ""
+        output.say(
+            f"left out, as links that lead elsewhere, devices, pipes or sockets: {tree.left_out_count} ({names}{more})"
+        )
     if args.json:
-        output.answer_json({"source": args.source, "target": where})
+        counts = {} if tree is None else {"files": tree.files, "left_out": tree.left_out_count}
+        output.answer_json({"source": args.source, "target": where, **counts})
     return Exit.OK
 
 
-def _put(context: Context, agent: Agent, source: Path, target: str) -> str:
-    from ovms.runtime import guest
+def _put(context: Context, agent: Agent, source: str, target: str) -> tuple[str, Copied | None]:
+    from ovms.runtime import guest, guesttrees
 
-    fd = _open(source)
+    path = Path(source)
+    if path.is_dir():
+        with agent, context.progress.task(path.name or source) as task:
+            return guesttrees.put(agent, path, target, name=_name(source), advance=task.advance)
+    fd = _open(path)
     try:
         info = os.fstat(fd)
-        with agent, context.progress.task(source.name, info.st_size) as task:
-            return guest.put(agent, fd, target, name=source.name, mode=info.st_mode, advance=task.advance)
+        with agent, context.progress.task(path.name, info.st_size) as task:
+            return guest.put(agent, fd, target, name=path.name, mode=info.st_mode, advance=task.advance), None
     finally:
         os.close(fd)
+
+
+def _name(source: str) -> str | None:
+    # the name that a directory's copy gets in another; None: it is its content that is copied
+    name = source.rstrip("/").rpartition("/")[2]
+    return None if name in ("", ".", "..") else name
 
 
 def _open(source: Path) -> int:
@@ -76,26 +101,25 @@ def _open(source: Path) -> int:
     if stat.S_ISREG(mode):
         return fd
     os.close(fd)
-    if stat.S_ISDIR(mode):
-        raise Unsupported(
-            f"{source} is a directory, and only files are copied",
-            hint=f"tar -C {source} -c . | ovm exec -i INSTANCE -- tar -C DIR -x",
-        )
     raise FileProblem(f"{source} is not a regular file", code="file-not-regular", path=str(source))
 
 
-def _get(context: Context, agent: Agent, source: str, target: Path) -> Path:
-    from ovms.runtime import guest
+def _get(context: Context, agent: Agent, source: str, target: Path) -> tuple[Path, Copied | None]:
+    from ovms.runtime import guest, guesttrees
 
-    name = source.rstrip("/").rpartition("/")[2]
-    if target.is_dir():
-        if not name or name in (".", ".."):
-            raise UsageError("the source has no name that its copy could have")
-        target = target / name
-    if target.is_dir() or (target.exists() and not target.is_file()):
-        raise Unsupported(f"{target} is no file, and is not replaced")
-    if not target.parent.is_dir():
-        raise NotFound(f"there is no directory {target.parent}")
-    with agent, context.progress.task(name) as task:
-        guest.get(agent, source, target, advance=task.advance)
-    return target
+    name = _name(source)
+    with agent:
+        if guest.kind(agent, source) is guest.Kind.DIRECTORY:
+            with context.progress.task(name or source) as task:
+                return guesttrees.get(agent, source, target, name=name, advance=task.advance)
+        if target.is_dir():
+            if name is None:
+                raise UsageError("the source has no name that its copy could have")
+            target = target / name
+        if target.is_dir() or (target.exists() and not target.is_file()):
+            raise Unsupported(f"{target} is no file, and is not replaced")
+        if not target.parent.is_dir():
+            raise NotFound(f"there is no directory {target.parent}")
+        with context.progress.task(name or source) as task:
+            guest.get(agent, source, target, advance=task.advance)
+    return target, None

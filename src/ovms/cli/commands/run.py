@@ -309,6 +309,7 @@ def _ending(args: argparse.Namespace, context: Context, record: Record) -> int:
     if status.ending is Ending.POWERED_OFF:
         return Exit.OK
     if status.ending is Ending.PANICKED:
+        output.say(f"the guest of {record.name} panicked")
         return Exit.VMM
     output.say(f"{record.name} was ended" if status.record.stop_requested else f"the VMM of {record.name} died")
     return Exit.KILLED if status.record.stop_requested else Exit.VMM

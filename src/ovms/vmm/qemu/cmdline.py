@@ -98,6 +98,11 @@ def build(
         *_channels(fds),
         "-device",
         "vmgenid,guid=auto",
+        # by which a guest says that it panicked, and ends the VM. It has no state: snapshots without it restore with it, and back
+        "-device",
+        "pvpanic",
+        "-action",
+        "panic=shutdown",
         "-object",
         "rng-builtin,id=rng0",
         "-device",

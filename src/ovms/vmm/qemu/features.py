@@ -41,6 +41,7 @@ _WANTED: Final[Mapping[str, Mapping[str, str]]] = {
     "-device": {
         "ivshmem-plain": "shared memory (ovm inject)",
         "virtio-serial-pci": "the guest's agent",
+        "pvpanic": "hearing of a guest's panic",
         "virtio-9p-pci": "shared directories by 9p",
         "vhost-user-fs-pci": "shared directories by virtiofs",
     },

@@ -21,6 +21,8 @@ from ovms.text import printable
 LINE_MAX: Final = 4 * limits.MIB
 #: Messages that are not the answer (events) while one is awaited; more than that is a flood.
 _SKIPPED_MAX: Final = 10_000
+#: Levels of a message: what is told of a disk has what is told of the layer below in it, and so on down.
+DEPTH_MAX: Final = limits.JSON_DEPTH_MAX + limits.DISK_LAYERS_MAX
 
 
 class QmpError(VmmError):
@@ -147,7 +149,7 @@ class Qmp:
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
-            message = strictjson.parse(line, "QEMU's message", max_size=LINE_MAX)
+            message = strictjson.parse(line, "QEMU's message", max_size=LINE_MAX, max_depth=DEPTH_MAX)
         except JsonInvalid as exc:
             raise VmmError(f"QEMU sent something else than JSON: {exc.message}") from exc
         if not isinstance(message, dict):
