@@ -296,7 +296,8 @@ def test_sigterm_powers_the_guest_down(ovm: Ovm, built: str) -> None:
         (["logs", "nobody"], 4, "instance-not-found"),
         (["snapshot", "nobody", "-t", "x"], 4, "instance-not-found"),
         (["pull", "localhost:1/x:1"], 6, "registry-unreachable"),
-        (["run", "-d", "localhost:1/x:1"], 6, "registry-unreachable"),
+        # who waits for a registry, waits
+        pytest.param(["run", "-d", "localhost:1/x:1"], 6, "registry-unreachable", marks=pytest.mark.long),
         (["run", "-d", "UPPER"], 3, "reference-invalid"),
         (["build", "/nonexistent/ovms.yaml"], 3, "file-missing"),
         (["build", "/"], 3, "file-not-regular"),

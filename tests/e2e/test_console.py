@@ -176,6 +176,7 @@ def test_a_guest_that_takes_no_keys_keeps_nobody(ovm: Ovm, web: Console) -> None
         assert there.end() == 0
 
 
+@pytest.mark.long
 def test_who_comes_too_late_may_look_and_is_told(ovm: Ovm, web: Console) -> None:
     with contextlib.ExitStack() as held:
         for _ in range(8):

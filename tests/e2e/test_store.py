@@ -34,6 +34,7 @@ def names(ovm: Ovm) -> set[str]:
     return {entry["name"] for entry in ovm.ok("ls", "--json").json}
 
 
+@pytest.mark.long
 def test_prune_knows_snapshots_their_bases_and_instances(ovm: Ovm, store: Layout, project: Path) -> None:
     instance = ovm.ok(*RUN, "--name", "vm", "echo:1").out.strip()
     Console(ovm.root / "instances" / instance).wait_for("READY")
@@ -174,6 +175,7 @@ def test_a_lost_manifest_is_given_up_by_its_name_or_digest(ovm: Ovm, store: Layo
     assert stores.blobs(store) == set()
 
 
+@pytest.mark.long
 def test_others_at_work(ovm: Ovm, store: Layout, built: str) -> None:
     stores.add(store, b"garbage")
     with store.using():

@@ -195,6 +195,12 @@ def calls(vm: str, host: str, directory: Path) -> dict[str, list[list[object]]]:
             ["verify", "--local", "--key", file, "web:0"],
             ["verify", "--certificate-identity", e, "--certificate-oidc-issuer", e, "--trusted-root", file, "web:0"],
         ],
+        "policy": [["policy", "show"], ["policy", "check", "web:0"], ["policy", "check", e]],
+        "unpack": [
+            ["unpack", "web:0", directory / e],
+            ["unpack", "web:0", file],
+            ["unpack", e, directory / "unpacked"],
+        ],
         "referrers": [["referrers", "--local", "web:0"], ["referrers", f"{host}/x:1"], ["referrers", e]],
         "logs": [["logs", vm], ["logs", "-t", vm], ["logs", "--json", vm], ["logs", "--tail", "2", vm], ["logs", e]],
         "exec": [["exec", vm, "true"], ["exec", "--json", vm, "true"], ["exec", vm, "refused"], ["exec", vm, "--", e]],

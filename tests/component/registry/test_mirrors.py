@@ -140,6 +140,7 @@ def test_what_makes_a_mirror_be_passed_over(
     assert mirror.asked("GET", "/blobs/") == [], "a mirror that was passed over is not asked again"
 
 
+@pytest.mark.long
 def test_nobody_has_it(mirror: Server, origin: Server, connected: Connected, other: Layout) -> None:
     connected.configure(origin.host, mirror.host)
     with pytest.raises(ReferenceNotFound, match="t/x:none"):
@@ -228,6 +229,7 @@ def test_credentials_are_those_of_the_mirror(
         guarded.close()
 
 
+@pytest.mark.long
 def test_an_insecure_mirror(tmp_path: Path, connected: Connected, layout: Layout, other: Layout) -> None:
     authority = Authority(tmp_path / "ca")
     tls = Registry(tmp_path / "tls", tls=authority.issue("registry"))

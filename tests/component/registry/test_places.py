@@ -166,6 +166,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+@pytest.mark.long
 def test_memory_stays_flat(ovm: Ovm, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with (tmp_path / "base.img").open("r+b") as file:

@@ -123,6 +123,7 @@ def test_a_registry_that_is_restarted_is_waited_for(layout: Layout, server: Serv
 
 
 @BOTH
+@pytest.mark.long
 def test_a_registry_that_never_gets_on_is_given_up_and_the_rest_kept(
     layout: Layout, server: Server, client: RegistryClient
 ) -> None:

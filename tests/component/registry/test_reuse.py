@@ -322,6 +322,7 @@ def test_what_a_killed_pull_put_together_wrongly_is_found(
 
 @settings(max_examples=40)
 @given(st.sets(st.integers(0, CHUNKS - 1)), st.integers(0, len(NEW)), st.integers(1, 4 * STORED))
+@pytest.mark.long
 def test_the_pieces_are_the_blob(changed: set[int], start: int, segment: int) -> None:
     blob = snapshot({**BASE, **{number: pages(f"x{number % 3}") for number in changed}})
     chosen = _plan(blob)

@@ -151,6 +151,7 @@ def test_an_identity_token_is_exchanged(secure: Secure, layout: Layout) -> None:
         transfer.pull(layout, client, name)
 
 
+@pytest.mark.long
 def test_a_token_ends_between_two_blobs(secure: Secure, layout: Layout, other: Layout) -> None:
     name = secure.name("t/ends")
     artifact = small(layout, str(name))
@@ -169,6 +170,7 @@ def test_a_token_ends_between_two_blobs(secure: Secure, layout: Layout, other: L
     assert all(other.has(blob) for blob in artifact.image.blobs)
 
 
+@pytest.mark.long
 def test_a_token_ends_between_the_chunks_of_an_upload(secure: Secure, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"0123456789" * 200_000
     monkeypatch.setattr(registry_module, "CHUNKED_FROM", 1000)

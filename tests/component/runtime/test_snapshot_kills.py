@@ -61,6 +61,7 @@ def whole(runtime: Runtime) -> None:
 
 @pytest.mark.spec("RUN-13", "RUN-19")
 @pytest.mark.parametrize("kind", ["booted", "clone"])
+@pytest.mark.long
 def test_a_snapshot_that_is_killed_at_any_time(kind: str, runtime: Runtime, echo: Found) -> None:
     record = runtime.start(echo, TCG).record
     console(runtime, record).wait_for("READY")

@@ -138,6 +138,7 @@ def test_a_start_from_a_registry(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("RUN-8", "STA-3")
+@pytest.mark.long
 def test_a_start_that_fails_later_leaves_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket as sockets
 

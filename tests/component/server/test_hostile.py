@@ -236,6 +236,7 @@ def test_many_bodies_at_once_are_held_within_a_limit(server: Server) -> None:
     assert server.call("POST", "/stop", raw=b"{" + b" " * (size - 2)).json["code"] == "json-invalid"
 
 
+@pytest.mark.long
 def test_a_reader_that_does_not_read(server: Server) -> None:
     before = server.rss()
     socks = []

@@ -109,6 +109,7 @@ def test_tcp_asks_for_tls_and_a_token(secure: Server, tls: Tls) -> None:
     assert secure.get("/healthz") == {"status": "ok"}  # no token on the socket
 
 
+@pytest.mark.long
 def test_no_connection_is_lost_in_a_reload(secure: Server, tls: Tls) -> None:
     """What has come in just then is served, by the old files or the new, and does not hang until somebody gives up."""
     assert tls.get("/version", TOKEN)[0] == 200

@@ -83,6 +83,7 @@ def test_endless_talk_is_cut_off(play: Callable[..., Played], monkeypatch: pytes
 
 @pytest.mark.spec("SEC-6")
 @pytest.mark.parametrize("piece", [b"\xff", b'\xff{"return": 1}\n', b'\xff"' + b"a" * 50])
+@pytest.mark.long
 def test_endless_delimiters_end_in_time(play: Callable[..., Played], piece: bytes) -> None:
     with pytest.raises((GuestError, AgentUnavailable)):
         ask(play(sync=lambda number: piece * (1 << 18)), wait=0.3)
