@@ -11,6 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "ovms"
 
 LEVELS = {
+    "coredump": 0,
     "errors": 0,
     "fsutil": 0,
     "lazy": 0,
@@ -31,6 +32,7 @@ LEVELS = {
 }
 #: Level 0 among itself: errors is the lowest, all others may use it.
 GROUND = {
+    "coredump": set[str](),
     "fsutil": {"errors"},
     "process": {"errors", "lazy", "text"},
     "progress": {"errors"},

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from ovms import __version__
+from ovms import __version__, coredump
 from ovms.cli.exitcodes import Exit, exit_code
 from ovms.errors import DiskFull, HostError, OvmsError, UsageError
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
-    _leave_no_core()
+    coredump.leave_no_core()
     try:
         return _run(arguments)
     except SystemExit as exc:  # --help and --version
@@ -182,16 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_stdout_error() or _host_error(exc), as_json)
     except Exception as exc:  # noqa: BLE001 - no traceback reaches a user
         return _bug(exc)
-
-
-def _leave_no_core() -> None:
-    # What holds passwords and tokens must not get onto a disk by a crash. By 1, and not 0, no dump is piped to a program
-    # either (core(5)). Programs that we start have it from us.
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
 
 
 def _run(arguments: list[str]) -> int:

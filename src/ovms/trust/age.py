@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ovms import fsutil
+from ovms import coredump, fsutil
 from ovms.errors import IdentityMissing, InputError, SnapshotInvalid, UsageError
 from ovms.lazy import regex
 from ovms.spec import limits, ramcrypt, ramheader
@@ -76,7 +76,7 @@ def new(to: Sequence[str]) -> tuple[Encryption, Cipher]:
             keys.append(x25519.Recipient.from_str(text))
         except pyrage.RecipientError:
             raise InputError(f"the recipient {text} is mistyped: its checksum is wrong", rule="RAM-59") from None
-    _dump_no_core()
+    coredump.leave_no_core()
     key = os.urandom(ramcrypt.KEY_SIZE)
     return Encryption(tuple(to), pyrage.encrypt(key, keys)), Cipher(key)
 
@@ -139,7 +139,7 @@ class Identities:
         import pyrage
         from pyrage import x25519
 
-        _dump_no_core()
+        coredump.leave_no_core()
         found = []
         for path in self._paths:
             if not self._required and not path.exists():
@@ -155,14 +155,6 @@ class Identities:
             if len(found) > _IDENTITIES_MAX:
                 raise InputError(f"{path} holds more than {_IDENTITIES_MAX} identities", path=str(path))
         return found
-
-
-def _dump_no_core() -> None:
-    # keys, and what they decrypt, are in our memory from here on
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _hint(text: str) -> str:
