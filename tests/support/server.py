@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovms import fsutil
 from ovms.artifact.build import Builder
@@ -20,6 +21,9 @@ from ovms.process import terminate
 from ovms.runtime.root import Root
 from support import guests
 from support.cli import OVM
+
+#: The least that an instance takes.
+LEAST: Final = {"memory": "32M", "accel": "tcg"}
 
 
 @dataclass(frozen=True)
@@ -183,3 +187,24 @@ def prepare(directory: Path, kernel: Path, cache: Path) -> Path:
     manifest = guests.write_project(directory / "shared", kernel, more=region)
     Builder(layout, no_registry).build(manifest, name="shared:1")  # type: ignore[arg-type]
     return root.path
+
+
+@contextlib.contextmanager
+def with_snapshot(root: Path, *, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Server]:
+    """A server over a root of :func:`prepare`'s, with ``echo:snap``, a snapshot of the echo guest. *options* are of that.
+
+    Nothing of it is left in the end.
+    """
+    running = Server(root, env=env)
+    try:
+        started = running.post("/start", {"manifest": "echo:1", "overrides": LEAST})["instance_id"]
+        running.wait(started, "running")
+        guests.Console(root / "instances" / started).wait_for("READY")
+        running.post("/snapshot", {"instance_id": started, "tag": "echo:snap", **options})
+        running.post("/remove", {"instance_id": started, "force": True})
+        yield running
+        for one in running.get("/instances")["instances"]:
+            running.post("/remove", {"instance_id": one["instance_id"], "force": True})
+    finally:
+        assert running.close() == 0
+    assert guests.qemu_children(root) == []

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import guests
-from support.server import Server, prepare
-
-#: The least that an instance takes.
-LEAST = {"memory": "32M", "accel": "tcg"}
+from support.server import LEAST, Server, prepare
 
 
 def clear(server: Server) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from pyrage import x25519
-from support import guests
 from support.cli import Ovm
 from support.guests import Console
-from support.server import Server, prepare
+from support.server import Server, prepare, with_snapshot
 
 pytestmark = pytest.mark.long
 
@@ -32,21 +31,8 @@ def server(
 ) -> Iterator[Server]:
     """A server with an identity, and echo:snap, an encrypted snapshot."""
     root = prepare(tmp_path_factory.mktemp("encrypted"), echo_kernel, qemu_cache)
-    running = Server(root, env={"OVMS_IDENTITY": str(identity)})
-    try:
-        least = {"memory": "32M", "accel": "tcg"}
-        started = running.post("/start", {"manifest": "echo:1", "overrides": least})["instance_id"]
-        running.wait(started, "running")
-        Console(root / "instances" / started).wait_for("READY")
-        taken = running.post("/snapshot", {"instance_id": started, "tag": "echo:snap", "encrypt": [RECIPIENT]})
-        assert taken["encrypted"] is True
-        running.post("/remove", {"instance_id": started, "force": True})
+    with with_snapshot(root, env={"OVMS_IDENTITY": str(identity)}, encrypt=[RECIPIENT]) as running:
         yield running
-        for one in running.get("/instances")["instances"]:
-            running.post("/remove", {"instance_id": one["instance_id"], "force": True})
-    finally:
-        assert running.close() == 0
-    assert guests.qemu_children(root) == []
 
 
 @pytest.mark.spec("RUN-13", "RAM-60", "RAM-65")

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from support import guests, policies
+from support import policies
 from support.cli import Ovm
-from support.guests import Console
 from support.policies import ACCEPT, REJECT, came_from, signed
-from support.server import Server, prepare
+from support.server import LEAST, Server, prepare, with_snapshot
 
 from ovms.artifact.resolve import find
 from ovms.oci.layout import Layout
 from ovms.trust import keys
 
-LEAST: Final = {"memory": "32M", "accel": "tcg"}
 KEY: Final = keys.generate()
 
 
@@ -27,19 +25,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, echo_kernel: Path, qemu_ca
     """A server with the snapshot echo:snap, and the policy beside its root."""
     directory = tmp_path_factory.mktemp("policy")
     hold(directory, ACCEPT)
-    running = Server(prepare(directory, echo_kernel, qemu_cache), env={"OVMS_POLICY": str(directory / "policy.json")})
-    try:
-        started = running.post("/start", {"manifest": "echo:1", "overrides": LEAST})["instance_id"]
-        running.wait(started, "running")
-        Console(running.root / "instances" / started).wait_for("READY")
-        running.post("/snapshot", {"instance_id": started, "tag": "echo:snap"})
-        running.post("/remove", {"instance_id": started, "force": True})
+    root = prepare(directory, echo_kernel, qemu_cache)
+    with with_snapshot(root, env={"OVMS_POLICY": str(directory / "policy.json")}) as running:
         yield running
-        for one in running.get("/instances")["instances"]:
-            running.post("/remove", {"instance_id": one["instance_id"], "force": True})
-    finally:
-        assert running.close() == 0
-    assert guests.qemu_children(running.root) == []
 
 
 def hold(directory: Path, default: dict[str, Any], **scopes: Any) -> None:

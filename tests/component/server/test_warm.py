@@ -11,30 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import guests
 from support.cli import Ovm
 from support.guests import Console
-from support.server import Server, prepare
-
-LEAST = {"memory": "32M", "accel": "tcg"}
+from support.server import Server, prepare, with_snapshot
 
 
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory: pytest.TempPathFactory, echo_kernel: Path, qemu_cache: Path) -> Iterator[Server]:
     """A server with the snapshot echo:snap."""
-    running = Server(prepare(tmp_path_factory.mktemp("warm"), echo_kernel, qemu_cache))
-    try:
-        started = running.post("/start", {"manifest": "echo:1", "overrides": LEAST})["instance_id"]
-        running.wait(started, "running")
-        Console(running.root / "instances" / started).wait_for("READY")
-        running.post("/snapshot", {"instance_id": started, "tag": "echo:snap"})
-        running.post("/remove", {"instance_id": started, "force": True})
+    with with_snapshot(prepare(tmp_path_factory.mktemp("warm"), echo_kernel, qemu_cache)) as running:
         yield running
-        for one in running.get("/instances")["instances"]:
-            running.post("/remove", {"instance_id": one["instance_id"], "force": True})
-    finally:
-        assert running.close() == 0
-    assert guests.qemu_children(running.root) == []
 
 
 def ready(server: Server, count: int) -> dict[str, Any]:
