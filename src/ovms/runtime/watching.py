@@ -33,6 +33,8 @@ _LOOK: Final = 5.0
 _LOOK_BLIND: Final = 0.5
 #: Seconds while which further news of an instance are taken together with the first.
 _SETTLE: Final = 0.01
+#: What is written to be woken: for a look at everything, at those that were named.
+_ALL, _NAMED = b"!", b"?"
 
 _IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x8, 0x80, 0x100, 0x200
 _IN_Q_OVERFLOW, _IN_ONLYDIR, _IN_IGNORED = 0x4000, 0x01000000, 0x8000
@@ -112,6 +114,9 @@ class Watcher:
         self._pidfds: dict[int, str] = {}
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_read, select.POLLIN)
+        self._settling = select.poll()
+        self._settling.register(self._wake_read, select.POLLIN)
+        self._asked: deque[str] = deque()
         if self._inotify.fd is not None:
             self._poll.register(self._inotify.fd, select.POLLIN)
             self._inotify.add(str(instances.place), "")
@@ -134,7 +139,13 @@ class Watcher:
     def wake(self) -> None:
         """Looks at everything again, soon."""
         with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"!")
+            os.write(self._wake_write, _ALL)
+
+    def look(self, instance_id: str) -> None:
+        """Looks at one instance at once: whoever has changed it knows that there is news, and that no more of it follows."""
+        self._asked.append(instance_id)
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, _NAMED)
 
     def close(self) -> None:
         """Lets go of what is held."""
@@ -144,7 +155,9 @@ class Watcher:
         self._seen.clear()
         self._inotify.close()
         os.close(self._wake_read)
-        os.close(self._wake_write)
+        # who is late writes nowhere
+        closed, self._wake_write = self._wake_write, -1
+        os.close(closed)
 
     def step(self, timeout: float) -> None:
         """Waits for news, *timeout* seconds at most, and tells them."""
@@ -156,20 +169,31 @@ class Watcher:
         dirty: set[str] = set()
         for fd, _ in ready:
             if fd == self._wake_read:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(fd, 4096)
-                self._look_at_all()
+                self._woken()
             elif fd in self._pidfds:
                 instance_id = self._pidfds[fd]
                 self._unfollow(self._seen[instance_id])  # else it would stay ready for ever
                 dirty.add(instance_id)
-        time.sleep(_SETTLE)
+        if [fd for fd, _ in ready] == [self._wake_read]:
+            return
+        if self._settling.poll(_SETTLE * 1000):
+            self._woken()
         named = self._inotify.read()
         if named is None:
             self._look_at_all()
         else:
             for instance_id in dirty | named:
                 self._look_at(instance_id)
+
+    def _woken(self) -> None:
+        said = b""
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(self._wake_read, 4096)
+        if _ALL in said:
+            self._look_at_all()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._look_at(self._asked.popleft())
 
     def _look_at_all(self, *, tell: bool = True) -> None:
         with contextlib.suppress(OSError):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.records import RECORD
 
 from ovms.runtime import watching
+from ovms.runtime.instances import Instances
 from ovms.runtime.logrecords import LogReader, read_all
-from ovms.runtime.watching import EventLog
+from ovms.runtime.record import Record
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import Runtime
+from ovms.runtime.watching import EventLog, Watcher
 from ovms.spec import limits
 from ovms.vmm.model import VmFiles
 
@@ -63,6 +72,69 @@ def test_a_listener_that_ends_while_an_event_is_noted_holds_nobody_up() -> None:
     thread.join(5)
     assert not thread.is_alive()
     log.add("state")
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Instances, Watcher, EventLog]]:
+    """A watcher that takes its time, unless it is told to look."""
+    monkeypatch.setattr(watching, "_LOOK", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    log = EventLog()
+    watcher = Watcher(instances, log)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    yield instances, watcher, log
+    watcher.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def until(log: EventLog, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while not any(event.get("state") == state for event in log.after(None)):
+        assert time.monotonic() < deadline, log.after(None)
+        time.sleep(0.002)
+
+
+def added(instances: Instances) -> tuple[Record, ExitStack]:
+    record, lock = instances.add(lambda number, name: replace(RECORD, id=number, name=name, process=None), "echo", None)
+    assert lock is not None
+    return record, lock
+
+
+def test_who_changed_an_instance_says_so_and_is_heard(watched: tuple[Instances, Watcher, EventLog]) -> None:
+    instances, watcher, log = watched
+    record, lock = added(instances)
+    until(log, "starting")
+    lock.close()  # it was not started after all: no file says so
+    watcher.look(record.id)
+    until(log, "error")
+
+
+def test_and_is_heard_while_other_news_are_gathered(
+    watched: tuple[Instances, Watcher, EventLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instances, watcher, log = watched
+    monkeypatch.setattr(watching, "_SETTLE", 60.0)
+    record, lock = added(instances)
+    time.sleep(0.1)  # its record is news, and waits for more of it
+    lock.close()
+    assert log.after(None) == []
+    watcher.look(record.id)
+    until(log, "error")
+
+
+def test_a_look_after_the_end_goes_nowhere(tmp_path: Path) -> None:
+    watcher = Watcher(Runtime(Root(tmp_path / "root")).instances, EventLog())
+    watcher.close()
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    more = [os.dup(write) for _ in range(16)]  # among them the numbers that the watcher had
+    watcher.look("x")
+    watcher.wake()
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
+    for fd in (read, write, *more):
+        os.close(fd)
 
 
 def files(directory: Path) -> VmFiles:

@@ -88,12 +88,14 @@ class Pool:
 class Jobs:
     """The pools, and the work that goes on after its caller was answered."""
 
-    def __init__(self, runtime: Runtime, log: EventLog) -> None:
+    def __init__(self, runtime: Runtime, log: EventLog, look: Callable[[str], object] = lambda _: None) -> None:
+        """*look* is told of an instance, from whatever thread, when its start has come to an end."""
         self.readers = Pool("read", READERS)
         self.changers = Pool("change", CHANGERS)
         self.long = Pool("long", LONG)
         self._runtime = runtime
         self._log = log
+        self._look = look
         self._starts: set[Start] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping: dict[str, asyncio.Task[None]] = {}
@@ -123,7 +125,10 @@ class Jobs:
         def work() -> None:
             # the pool's thread waits for nobody: whoever waits is told
             start.on_resolved = lambda: loop.call_soon_threadsafe(resolved.set)
-            start.run(self.connect, progress=Reported(self._log, start.record.id))
+            try:
+                start.run(self.connect, progress=Reported(self._log, start.record.id))
+            finally:
+                self._look(start.record.id)
 
         task = asyncio.ensure_future(self._run_start(start, work))
         self._keep(task)

@@ -173,11 +173,11 @@ class _Server:
 
     async def run(self, ready: Callable[[list[str]], None]) -> bool:
         most = _connections_max()
-        self._jobs = Jobs(self._runtime, self._log)
+        watcher = Watcher(self._runtime.instances, self._log)
+        self._jobs = Jobs(self._runtime, self._log, watcher.look)
         pools = self._open_pools()
         app = App(self._runtime, self._log, self._jobs, self._gate, lambda: self._http.connections, pools)
         self._http = Http(app, refuse=self._gate.refuse, most=most)
-        watcher = Watcher(self._runtime.instances, self._log)
         thread = threading.Thread(target=watcher.run, name="ovms-watch", daemon=True)
         thread.start()
         loop = asyncio.get_running_loop()
