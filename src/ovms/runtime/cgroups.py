@@ -29,6 +29,8 @@ _TRIES: Final = 20
 #: Seconds between two moves of ours, and after how many of them it is given up: see :func:`at_hand`.
 _MOVE_EACH: Final = 0.004
 _MOVES: Final = 100
+#: Seconds that what is mounted is known for.
+_KNOWN_FOR: Final = 5.0
 _OOM: Final = regex(r"^oom_kill ([0-9]+)$", re.MULTILINE)
 
 
@@ -94,13 +96,12 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
     """
     done = threading.Event()
 
+    procs = [hierarchy.own / _PROCS for hierarchy in _hierarchies(proc)]
+
     def move() -> None:
-        try:
-            mine = (proc / "cgroup").read_text()
-        except OSError:
-            return
-        for procs in _own_procs(proc, mine):
-            with contextlib.suppress(OSError), procs.open("wb", buffering=0) as file:
+        for path in procs:
+            # any that we are in will do, of whatever version: there is one lock for all
+            with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
                 for _ in range(_MOVES):
                     file.write(b"0")  # who writes it
                     if done.wait(_MOVE_EACH):
@@ -114,15 +115,19 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
         done.set()
 
 
-@functools.lru_cache(maxsize=1)
-def _own_procs(proc: Path, mine: str) -> list[Path]:  # noqa: ARG001 - somebody may have moved us meanwhile
-    # of all hierarchies that we are in, and any will do: there is one lock for all
-    return [hierarchy.own / _PROCS for hierarchy in _hierarchies(proc)]
-
-
 def _hierarchies(proc: Path) -> list[_Hierarchy]:
     try:
-        mine = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mine = (proc / "cgroup").read_text()
+    except OSError:
+        return []
+    return _mounted(proc, mine, int(time.monotonic() / _KNOWN_FOR))
+
+
+@functools.lru_cache(maxsize=1)
+def _mounted(proc: Path, text: str, _moment: int) -> list[_Hierarchy]:
+    # a start asks twice; whoever was moved meanwhile is told so by the text
+    mine = [line.split(":", 2) for line in text.splitlines()]
+    try:
         # of many mounts few are these: the others are not even taken apart
         lines = (proc / "mountinfo").read_text().splitlines()
         mounts = [line.split() for line in lines if " - cgroup" in line]
