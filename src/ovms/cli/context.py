@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -43,6 +44,7 @@ class Context:
         self._tls_verify = tls_verify
         self._host = host
         self._clients: dict[str, RegistryClient] = {}
+        self._lock = threading.Lock()
 
     @cached_property
     def root(self) -> Root:
@@ -160,6 +162,7 @@ class Context:
 
     def connect(self, host: str) -> RegistryClient:
         """The command's client for a registry: it knows which mirrors it has passed over, and what it has written."""
-        if host not in self._clients:
-            self._clients[host] = self.connector(host)
-        return self._clients[host]
+        with self._lock:
+            if host not in self._clients:
+                self._clients[host] = self.connector(host)
+            return self._clients[host]

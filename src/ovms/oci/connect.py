@@ -7,6 +7,7 @@ registries), ``certs.d``, the credentials, token services, proxies.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Connector:
         self._say = say
         # shared by the clients of a command: connections, tokens and TLS contexts are
         self._sessions: dict[tuple[str, bool], Session] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def from_environment(
@@ -70,9 +72,10 @@ class Connector:
             answer = []
             for endpoint in self._registries.endpoints(host, repository, pull=pull):
                 key = (endpoint.host, endpoint.insecure)
-                if key not in self._sessions:
-                    self._sessions[key] = self._session(endpoint)
-                answer.append(Place(self._sessions[key], _hub(endpoint, repository)))
+                with self._lock:
+                    if key not in self._sessions:
+                        self._sessions[key] = self._session(endpoint)
+                    answer.append(Place(self._sessions[key], _hub(endpoint, repository)))
             return answer
 
         return RegistryClient(host, find=find, say=self._say)

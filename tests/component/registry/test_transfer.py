@@ -444,4 +444,4 @@ def test_one_command_pulls_several(registry: Registry, tmp_path: Path) -> None:
     failed = other("pull", names[0], f"{registry.host}/several/none:1", names[1], "--json")
     assert (failed.code, failed.error["code"]) == (4, "reference-not-found")
     # what came before the one that failed stays
-    assert [one["name"] for one in other.ok("ls", "--json").json] == [names[0]]
+    assert names[0] in [one["name"] for one in other.ok("ls", "--json").json]

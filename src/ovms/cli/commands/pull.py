@@ -2,18 +2,25 @@
 
 REF is HOST[:PORT]/NAME[:TAG][@DIGEST], oci:DIR[:TAG] or oci-archive:FILE[:TAG]; the last two are what skopeo and podman
 read and write. TAG is what the layout calls the artifact; it can be left out where there is only one. Several are fetched
-one after the other, over the same connections, up to the first that fails.
+two at a time, over the same connections; after the first that fails, no other is begun.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
+
+#: Artifacts that are pulled at once: while one is made durable, the other keeps the registry busy.
+_AT_ONCE: Final = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +53,54 @@ def run(args: argparse.Namespace, context: Context) -> int:
         raise UsageError("-t names one artifact, and several are to be pulled", hint="pull them one by one")
     pulled: list[dict[str, Any]] = []
     with context.pulling():
-        for reference in args.references:
-            pulled.append(_pull(reference, args, context))
+        for one in _pull_all(args, context):
+            pulled.append(one)
             if not args.json:
-                name, digest = pulled[-1]["name"], pulled[-1]["digest"]
+                name, digest = one["name"], one["digest"]
                 output.answer(name if "@" in name else f"{name}@{digest}")
     if args.json:
         output.answer_json(pulled if len(pulled) > 1 else pulled[0])
     return Exit.OK
+
+
+def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, Any]]:
+    """What was pulled, in the order of the references. Raises what the first of them that failed raised, after those before it."""
+    references: list[str] = args.references
+    if len(references) == 1:
+        yield _pull(references[0], args, context)
+        return
+    # made here, and not by both
+    context.layout, context.guard, context.progress, context.connector  # noqa: B018
+    todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+    for numbered in enumerate(references):
+        todo.put(numbered)
+    done: queue.SimpleQueue[tuple[int, dict[str, Any] | BaseException | None]] = queue.SimpleQueue()
+    failed = threading.Event()
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number, reference = todo.get_nowait()
+                try:
+                    done.put((number, None if failed.is_set() else _pull(reference, args, context)))
+                except BaseException as exc:  # noqa: BLE001 - raised again where it can be seen
+                    failed.set()
+                    done.put((number, exc))
+
+    for _ in range(_AT_ONCE):
+        threading.Thread(target=work, name="pull", daemon=True).start()
+    came: dict[int, dict[str, Any] | BaseException | None] = {}
+    error: BaseException | None = None
+    for number in range(len(references)):
+        while number not in came:
+            at, result = done.get()
+            came[at] = result
+        if isinstance(result := came[number], BaseException):
+            error = error or result
+        elif result is not None:
+            yield result
+    if error is not None:
+        raise error
 
 
 def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Several artifacts pulled by one command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ovms.cli.commands import pull
+from ovms.errors import OvmsError, ReferenceNotFound
+
+
+class Stub:
+    """A context without a registry behind it."""
+
+    layout = guard = progress = connector = None
+
+    @contextlib.contextmanager
+    def pulling(self) -> Iterator[None]:
+        yield
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, one: Callable[[str], dict[str, Any]], *references: str, json: bool = True
+) -> int:
+    monkeypatch.setattr(pull, "_pull", lambda reference, *_: one(reference))
+    args = argparse.Namespace(tag=None, references=list(references), json=json)
+    return pull.run(args, Stub())  # type: ignore[arg-type]
+
+
+def answer(reference: str) -> dict[str, Any]:
+    return {"name": reference, "digest": f"digest-of-{reference}"}
+
+
+def test_two_are_pulled_at_once_and_told_in_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = threading.Barrier(2, timeout=20)
+    most, now, lock = 0, 0, threading.Lock()
+
+    def one(reference: str) -> dict[str, Any]:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        both.wait()
+        if reference == "a":
+            time.sleep(0.05)
+        with lock:
+            now -= 1
+        return answer(reference)
+
+    assert run(monkeypatch, one, "a", "b", "c", "d") == 0
+    assert [value["name"] for value in json.loads(capsys.readouterr().out)] == ["a", "b", "c", "d"]
+    assert most == 2
+
+
+def test_after_one_that_failed_none_is_begun_and_those_at_work_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[str] = []
+    failed = threading.Event()
+
+    def one(reference: str) -> dict[str, Any]:
+        begun.append(reference)
+        if reference == "b":
+            failed.set()
+            raise ReferenceNotFound("b")
+        assert failed.wait(20)
+        time.sleep(0.05)
+        return answer(reference)
+
+    with pytest.raises(ReferenceNotFound):
+        run(monkeypatch, one, "a", "b", "c", "d", json=False)
+    assert sorted(begun) == ["a", "b"]
+    assert capsys.readouterr().out == "a@digest-of-a\n"
+
+
+def test_the_first_error_in_their_order_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def one(reference: str) -> dict[str, Any]:
+        both.wait()
+        if reference == "a":
+            time.sleep(0.05)
+        raise OvmsError(f"not {reference}")
+
+    with pytest.raises(OvmsError, match="not a"):
+        run(monkeypatch, one, "a", "b")
