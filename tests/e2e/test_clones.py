@@ -64,7 +64,7 @@ def test_each_clone_is_a_machine_of_its_own(ovm: Ovm) -> None:
     for name, document in started.items():
         assert document["restored"]
         assert document["identity"] == {
-            "clock": True, "random": True, "hostname": name, "machine_id": True, "link": False, "note": None,
+            "clock": True, "random": True, "hostname": name, "machine_id": True, "mac": None, "link": False, "note": None,
         }  # fmt: skip
         assert document["timings_ms"]["identity"] < 4000
         assert abs(clock_of(ovm, name)) < 1.0
@@ -86,11 +86,15 @@ def test_each_clone_is_a_machine_of_its_own(ovm: Ovm) -> None:
     assert clock_of(ovm, "four") < -1e8
     if os.geteuid() == 0:  # the guest sees that its cable was out, where others give it an address
         changes = "cat /sys/class/net/eth0/carrier_changes"
-        assert ovm.ok("run", "-d", "--json", "--name", "five", "--network", "tap", "generic:old").json["identity"][
-            "link"
-        ]
+        five = ovm.ok("run", "-d", "--json", "--name", "five", "--network", "tap", "generic:old").json["identity"]
+        assert five["link"]
         assert int(guest(ovm, "five", changes)) == int(guest(ovm, "four", changes)) + 2
-        ovm.ok("rm", "-f", "five")
+        address = "cat /sys/class/net/eth0/address"
+        assert guest(ovm, "five", address).strip() == five["mac"] != guest(ovm, "four", address).strip()
+        ovm.ok("snapshot", "five", "-t", "generic:five")  # a clone of the clone is another one
+        six = ovm.ok("run", "-d", "--json", "--name", "six", "--network", "tap", "generic:five").json["identity"]
+        assert guest(ovm, "six", address).strip() == six["mac"] != five["mac"]
+        ovm.ok("rm", "-f", "five", "six")
     ovm.ok("rm", "-f", "one", "two", "three", "four")
     guest(ovm, "web", f"date -s @{time.time():.0f}")
 

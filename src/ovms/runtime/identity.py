@@ -1,4 +1,4 @@
-"""What makes a clone itself: its clock, its host name, its machine ID, and a network that asks for its addresses anew (ADR 0021).
+"""What makes a clone itself: its clock, its host name, its machine ID, its MAC address, and addresses asked for anew (ADR 0021).
 
 A clone wakes up as the VM that the snapshot was taken of. The host gives it a VM generation ID and a real-time clock of its own
 (RAM-37); the rest is in the guest, and changes only where that has an agent. It is done by whoever starts the VM, once the guest
@@ -38,9 +38,10 @@ _RANDOM: Final = 64
 
 #: Says what it did, a word a line. Files are written in place: they may be links, mounts, or have labels. A machine ID that is
 #: empty or "uninitialized" is one that the next boot makes. What is stirred into the random numbers counts from the next reseed on: a
-#: kernel that does not do that for a clone is told to (RNDRESEEDCRNG), by what can make the call.
+#: kernel that does not do that for a clone is told to (RNDRESEEDCRNG), by what can make the call; so is the network card its address
+#: (SIOCSIFHWADDR).
 _SCRIPT: Final = """\
-name=$1 id=$2 now=$3
+name=$1 id=$2 now=$3 mac=$4
 if date -u -s "@$now" >/dev/null 2>&1 || date -u -s "@${now%.*}" >/dev/null 2>&1; then echo clock; fi
 cat >/dev/urandom
 if [ -d /sys/bus/acpi/drivers/vmgenid ] ||
@@ -58,6 +59,26 @@ if [ -s $f ] && read -r old <$f && [ "$old" != uninitialized ] && echo "$id" >$f
     f=/var/lib/dbus/machine-id
     if [ -f $f ] && [ ! -L $f ] && read -r other <$f && [ "$other" = "$old" ]; then echo "$id" >$f; fi
 fi
+for card in /sys/class/net/*; do
+    [ -n "$mac" ] && [ -e "$card/device" ] || continue
+    card=${card##*/}
+    if ip link set dev "$card" address "$mac" || ifconfig "$card" hw ether "$mac" ||
+        perl -e '
+            my ($card, $mac) = @ARGV;
+            $mac =~ s/://g;
+            socket(my $s, 2, 2, 0) or exit 1;
+            ioctl($s, 0x8924, pack("a16 S H12 x16", $card, 1, $mac)) or exit 1;
+        ' "$card" "$mac" ||
+        python3 -c '
+import fcntl, socket, struct, sys
+address = struct.pack("16sH6s16x", sys.argv[1].encode(), 1, bytes.fromhex(sys.argv[2].replace(":", "")))
+fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8924, address)
+        ' "$card" "$mac"
+    then
+        echo mac
+    fi 2>/dev/null
+    break
+done
 """
 
 
@@ -65,13 +86,14 @@ fi
 class Wanted:
     """Who a clone is to be: its host name, its machine ID (32 hexadecimal digits). ``asked``: it must get that name.
 
-    ``renew_link``: its network is one in which others give addresses.
+    ``renew_link``: its network is one in which others give addresses. ``mac``: the address of its network card there.
     """
 
     hostname: str
     machine_id: str
     asked: bool = False
     renew_link: bool = False
+    mac: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,7 @@ class Identity:
         random: its kernel's random numbers are its own, whether the kernel saw to that (CONFIG_VMGENID) or the agent.
         hostname: its new host name; None: it has the one of the snapshot.
         machine_id: ``/etc/machine-id`` holds one of its own.
+        mac: the new address of its network card; None: it has the one of the snapshot.
         link: its network card lost and found its link, so that it asks for its addresses again.
         note: why not all was done.
     """
@@ -91,6 +114,7 @@ class Identity:
     random: bool = False
     hostname: str | None = None
     machine_id: bool = False
+    mac: str | None = None
     link: bool = False
     note: str | None = None
 
@@ -101,6 +125,7 @@ class Identity:
             "random": self.random,
             "hostname": self.hostname,
             "machine_id": self.machine_id,
+            "mac": self.mac,
             "link": self.link,
             "note": self.note,
         }
@@ -113,6 +138,7 @@ class Identity:
             random=bool(value["random"]),
             hostname=None if value["hostname"] is None else str(value["hostname"]),
             machine_id=bool(value["machine_id"]),
+            mac=None if value.get("mac") is None else str(value["mac"]),
             link=bool(value["link"]),
             note=None if value["note"] is None else str(value["note"]),
         )
@@ -172,7 +198,7 @@ def _listens(control: Control, looks: tuple[float, ...]) -> bool:
 def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
     # Opens the session: from here on an answer takes one round trip, and so does the time that we tell.
     there.execute("guest-ping")
-    words = [wanted.hostname, wanted.machine_id, f"{time.time():.3f}"]
+    words = [wanted.hostname, wanted.machine_id, f"{time.time():.3f}", wanted.mac or ""]
     arguments = {
         "path": "/bin/sh",
         "arg": ["-c", _SCRIPT, "sh", *words],
@@ -197,11 +223,14 @@ def _by_script(there: Agent, wanted: Wanted, deadline: float) -> Identity:
         notes.append(f"the guest refused a part of it: {printable(said, 300) or 'it does not say why'}")
     if b"random" not in done:
         notes.append("its random numbers may be those of another clone until its kernel reseeds by itself")
+    if wanted.mac is not None and b"mac" not in done:
+        notes.append("its network card has the address of the snapshot's, as every clone of that")
     return Identity(
         clock=clock,
         random=b"random" in done,
         hostname=wanted.hostname if hostname else None,
         machine_id=b"machine-id" in done,
+        mac=wanted.mac if b"mac" in done else None,
         note="; ".join(notes) or None,
     )
 

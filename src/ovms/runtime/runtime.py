@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -363,7 +364,7 @@ class Runtime:
             choice.accel,
             memory=options.memory or DEFAULT_MEMORY,
             vcpus=options.vcpus or DEFAULT_VCPUS,
-            mac=_new_mac(),
+            mac=_mac(os.urandom(3)),
             disk_size=disk_size,
             regions=regions.of(artifact.manifest),
         )
@@ -632,19 +633,22 @@ def _check_supported(artifact: Artifact) -> None:
 
 
 def _identity(record: Record, hostname: str | None) -> identity.Wanted:
+    # a user network gives every VM the same address, and no other VM is in it
+    shared = record.network.kind in (network.Kind.TAP, network.Kind.BRIDGE, network.Kind.NETNS)
     return identity.Wanted(
         hostname or bootstrap.host_name(record.name, record.id),
         # as systemd makes that of a VM that boots: of the machine's UUID, which is the instance's
         record.id.replace("-", ""),
         asked=hostname is not None,
-        # a user network gives every VM the same address, and no other VM is in it
-        renew_link=record.network.kind in (network.Kind.TAP, network.Kind.BRIDGE, network.Kind.NETNS),
+        renew_link=shared,
+        # the same for the instance's life, as a guest's network manager may remember it
+        mac=_mac(hashlib.sha256(record.id.encode()).digest()) if shared else None,
     )
 
 
-def _new_mac() -> str:
+def _mac(rest: bytes) -> str:
     # 52:54:00 is what QEMU and KVM use by custom: locally administered, unicast
-    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in os.urandom(3))))
+    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in rest[:3])))
 
 
 def ms_since(began: float) -> float:

@@ -78,6 +78,19 @@ def test_all_of_it_in_one_program(play: Callable[..., Played]) -> None:
     assert len(base64.b64decode(played.commands[1][1]["input-data"])) == 64
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_network_card_gets_an_address_of_its_own(play: Callable[..., Played], taken: bool) -> None:
+    mac = "52:54:00:01:02:03"
+    played = play(says(b"clock\nrandom\nhostname\n" + (b"mac\n" if taken else b"")))
+    done = become(played, Wanted("clone", WANTED.machine_id, renew_link=True, mac=mac), Control(True))
+    assert played.commands[1][1]["arg"][6] == mac
+    assert done.mac == (mac if taken else None)
+    assert ("has the address of the snapshot's" in str(done.note)) != taken
+    assert Identity.from_json(done.to_json()) == done
+    # what an older ovms wrote
+    assert Identity.from_json({k: v for k, v in done.to_json().items() if k != "mac"}).mac is None
+
+
 def test_what_the_guest_refuses_is_said_and_no_failure(play: Callable[..., Played]) -> None:
     played = play(says(b"clock\n", b"sh: can't create /proc/sys/kernel/hostname: \x1b[2JRead-only file system"))
     done = become(played)
@@ -168,6 +181,6 @@ def test_the_link_comes_back_whatever_happens(play: Callable[..., Played]) -> No
     assert [up for _, up in control.links] == [False, True]
 
 
-@pytest.mark.parametrize("done", [Identity(), Identity(True, True, "clone", True, True, "why")])
+@pytest.mark.parametrize("done", [Identity(), Identity(True, True, "clone", True, "52:54:00:01:02:03", True, "why")])
 def test_it_is_written_down(done: Identity) -> None:
     assert Identity.from_json(done.to_json()) == done
