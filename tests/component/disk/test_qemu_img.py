@@ -163,6 +163,7 @@ def test_a_data_file(img: Tool, tmp_path: Path, raw: str) -> None:
 
 @pytest.mark.spec("LAY-11")
 @pytest.mark.parametrize("format", ["aes", "luks"])
+@pytest.mark.long
 def test_encryption(img: Tool, tmp_path: Path, format: str) -> None:
     speed = ",encrypt.iter-time=10" if format == "luks" else ""
     options = f"encrypt.format={format},encrypt.key-secret=s{speed}"

@@ -170,6 +170,7 @@ def test_the_disk_is_full_when_all_blobs_are_here(
 
 @pytest.mark.spec("OCI-22")
 @pytest.mark.parametrize("when", ["before", "/manifests/", f"/blobs/{of_bytes(CONFIG)}$", f"/blobs/{of_bytes(DISK)}$"])
+@pytest.mark.long
 def test_no_more_files_can_be_made(ovm: Ovm, server: Server, store: Layout, disk: Disk, when: str) -> None:
     def fill(handler: faulty.Handler, body: bytes) -> bool:
         disk.fill_inodes()

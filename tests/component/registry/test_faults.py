@@ -151,6 +151,7 @@ def test_only_errors_of_ours_come_out(raw_server: Callable[[bytes], str], layout
     assert list(layout.staging_root.iterdir()) == []
 
 
+@pytest.mark.long
 def test_silence_is_bounded(layout: Layout) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RegistryUnreachable, match="in time"):
         pull(f"127.0.0.1:{silent.getsockname()[1]}", layout)

@@ -297,6 +297,7 @@ def test_a_killed_pull_is_gone_on_with(layout: Layout, server: Server, client: R
     is_whole(layout, server)
 
 
+@pytest.mark.long
 def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout: Layout, tmp_path: Path) -> None:
     ref = f"sha256:{hashlib.sha256(BIG).hexdigest()}"
     document = {

@@ -510,6 +510,7 @@ CELLS = [
 
 @pytest.mark.spec("RAM-50", "RAM-24", "RAM-30", "RAM-31", "RAM-32")
 @pytest.mark.parametrize(("found", "policy", "cell", "way"), CELLS)
+@pytest.mark.long
 def test_each_cell_of_the_table(
     runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch, found: str, policy: str, cell: str, way: Way
 ) -> None:

@@ -122,6 +122,7 @@ def test_one_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("pack", PACKERS)
+@pytest.mark.long
 def test_a_bomb_takes_little_memory(tmp_path: Path, pack: str) -> None:
     (tmp_path / "bomb").write_bytes(image(bytes(150 << 20), pack))
     code = "import os, sys; from ovms.artifact.reseeding import reseeds; print(reseeds(os.open(sys.argv[1], 0)))"

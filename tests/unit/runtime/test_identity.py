@@ -127,6 +127,7 @@ def test_a_port_that_is_seen_a_moment_later(play: Callable[..., Played]) -> None
     assert become(play(says(b"clock\nhostname\n")), control=Control(False, True)).hostname == "clone"
 
 
+@pytest.mark.long
 def test_an_agent_that_does_not_answer_holds_up_nobody(play: Callable[..., Played]) -> None:
     began = time.monotonic()
     done = become(play(says(b""), sync=lambda _: b""))
@@ -135,6 +136,7 @@ def test_an_agent_that_does_not_answer_holds_up_nobody(play: Callable[..., Playe
     assert not done.clock
 
 
+@pytest.mark.long
 def test_a_program_that_does_not_end_holds_up_nobody(play: Callable[..., Played]) -> None:
     played = play(lambda name, _: {"guest-exec": {"pid": 7}, "guest-exec-status": {"exited": False}}.get(name, {}))
     began = time.monotonic()
