@@ -95,7 +95,6 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
     but not who comes soon after another. So we move ourselves to where we are, beside what else there is to do.
     """
     done = threading.Event()
-
     procs = [hierarchy.own / _PROCS for hierarchy in _hierarchies(proc)]
 
     def move() -> None:

@@ -37,7 +37,10 @@ def wait(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_we_are_moved_to_where_we_are_until_it_is_done(tmp_path: Path, version: int) -> None:
+def test_we_are_moved_to_where_we_are_until_it_is_done(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "_MOVES", 10_000_000)
     proc, point = groups(tmp_path, version, "a/b")
     procs = point / "a/b/cgroup.procs"
     with cgroups.at_hand(proc=proc):
