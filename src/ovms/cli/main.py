@@ -112,6 +112,10 @@ class Parser(argparse.ArgumentParser):
         """Raises :class:`UsageError`."""
         raise UsageError(message, hint=f"'{self.prog} --help' shows how it is used")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # of --help and --version: argparse hides that it could not be written, until Python's end
+        print(message, end="", file=file or sys.stderr, flush=True)
+
 
 def build_parser() -> Parser:
     """The parser of what stands before the command."""
@@ -202,7 +206,9 @@ def _run(arguments: list[str]) -> int:
         options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
     )
     try:
-        return int(module.run(args, context))
+        code = int(module.run(args, context))
+        sys.stdout.flush()
+        return code
     except OSError as exc:
         # of a write; what was named by its path is told with that
         if exc.filename or exc.errno not in (errno.ENOSPC, errno.EDQUOT):
