@@ -6,13 +6,14 @@ again. Several threads may ask at once. Errors leave as Python has them; :mod:`o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import select
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from ovms.oci.appending import BUFFER
@@ -36,6 +37,20 @@ _Key = tuple[str, str, int, "ssl.SSLContext | None"]
 
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class Sent(NamedTuple):
+    """A request whose answer is still to come.
+
+    Attributes:
+        fileno: the descriptor that can be read when the answer comes.
+        read: the answer up to its body, waited for; to be called once.
+        close: what to call instead where nobody wants it any more.
+    """
+
+    fileno: int
+    read: Callable[[], tuple[http.client.HTTPResponse, Release]]
+    close: Callable[[], None]
 
 
 class Connections:
@@ -89,7 +104,26 @@ class Connections:
                     raise
                 connection = self._open(key)
                 response = self._ask(connection, method, target, headers, body)
+        return response, self._release(key, connection, response)
 
+    def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
+        """Sends a GET, and does not wait for the answer. Raises as :meth:`request`, and tries nothing twice."""
+        key, target = _parse(url, context)
+        connection = self._idle_one(key) or self._open(key)
+        with _closed_on_error(connection):
+            connection.sock.settimeout(self._read_timeout)
+            _send(connection, "GET", target, headers, None)
+
+        def read() -> tuple[http.client.HTTPResponse, Release]:
+            with _closed_on_error(connection):
+                response = connection.getresponse()
+            return response, self._release(key, connection, response)
+
+        return Sent(connection.sock.fileno(), read, connection.close)
+
+    def _release(
+        self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> Release:
         def release(again: bool) -> None:
             # a server that does not keep it open has it closed by now
             if again and response.isclosed() and connection.sock is not None:
@@ -98,7 +132,7 @@ class Connections:
                 response.close()
                 connection.close()
 
-        return response, release
+        return release
 
     def _ask(
         self,
@@ -108,13 +142,10 @@ class Connections:
         headers: Mapping[str, str],
         body: bytes | IO[bytes] | None,
     ) -> http.client.HTTPResponse:
-        try:
+        with _closed_on_error(connection):
             connection.sock.settimeout(self._read_timeout)
             _send(connection, method, target, headers, body)
             return connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
 
     def _open(self, key: _Key) -> http.client.HTTPConnection:
         scheme, host, port, context = key
@@ -151,6 +182,15 @@ class Connections:
                 idle.append(connection)
                 return
         connection.close()
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _connect(address: tuple[str, int], *rest: Any) -> socket.socket:

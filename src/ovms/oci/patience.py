@@ -6,7 +6,6 @@ or port, and the user wants to hear of that soon.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from typing import Final
@@ -86,4 +85,6 @@ class Patience:
         if isinstance(exc, Busy) and exc.wait is not None:
             return min(exc.wait, WAIT_MAX)
         longer = min(2.0 ** (self._failures - 1), PAUSE_MAX)
+        import random
+
         return self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
