@@ -31,6 +31,8 @@ EVENTS_MAX: Final = 4096
 #: Seconds between two looks at everything, with and without inotify.
 _LOOK: Final = 5.0
 _LOOK_BLIND: Final = 0.5
+#: Seconds between two looks at whether those are alive who have something half done with a guest: nothing tells of their end.
+_LOOK_HALF_DONE: Final = 0.25
 #: Seconds while which further news of an instance are taken together with the first.
 _SETTLE: Final = 0.01
 #: What is written to be woken: for a look at everything, at those that were named.
@@ -103,11 +105,18 @@ class _Seen:
 
 
 class Watcher:
-    """Turns changes of instances into events. ``run`` is for a thread of its own."""
+    """Turns changes of instances into events. ``run`` is for a thread of its own.
 
-    def __init__(self, instances: Instances, log: EventLog) -> None:
+    *left* is told of an instance whose guest was left paused or frozen by somebody who was killed; again with every look at
+    everything, as long as it is.
+    """
+
+    def __init__(self, instances: Instances, log: EventLog, left: Callable[[str], object] | None = None) -> None:
         self._instances = instances
         self._log = log
+        self._left = left
+        self._half_done: set[str] = set()
+        self._looked = 0.0
         self._seen: dict[str, _Seen] = {}
         self._inotify = _Inotify()
         self._poll = select.poll()
@@ -162,9 +171,12 @@ class Watcher:
     def step(self, timeout: float) -> None:
         """Waits for news, *timeout* seconds at most, and tells them."""
         wait = timeout if self._inotify.whole else min(timeout, _LOOK_BLIND)
-        ready = self._poll.poll(wait * 1000)
-        if not ready:
+        ready = self._poll.poll(1000 * (min(wait, _LOOK_HALF_DONE) if self._half_done else wait))
+        if self._half_done:
+            self._see_whose_makers_live()
+        if time.monotonic() - self._looked >= wait:
             self._look_at_all()
+        if not ready:
             return
         dirty: set[str] = set()
         for fd, _ in ready:
@@ -185,6 +197,17 @@ class Watcher:
             for instance_id in dirty | named:
                 self._look_at(instance_id)
 
+    def _see_whose_makers_live(self) -> None:
+        for instance_id in list(self._half_done):
+            with contextlib.suppress(OvmsError, OSError):
+                record = self._instances.by_id(instance_id)
+                if record is not None and record.half_done and self._instances.held(record):
+                    continue
+                self._half_done.discard(instance_id)
+                # between the two looks it may have come to its end
+                if record is not None and self._left is not None and self._instances.by_id(instance_id) == record:
+                    self._left(instance_id)
+
     def _woken(self) -> None:
         said = b""
         with contextlib.suppress(BlockingIOError):
@@ -196,6 +219,7 @@ class Watcher:
                 self._look_at(self._asked.popleft())
 
     def _look_at_all(self, *, tell: bool = True) -> None:
+        self._looked = time.monotonic()
         with contextlib.suppress(OSError):
             here = {entry.name for entry in os.scandir(self._instances.place) if not entry.name.startswith(".")}
             for instance_id in here | set(self._seen):
@@ -217,6 +241,8 @@ class Watcher:
             status = self._instances.status(record)
         except (OvmsError, OSError):
             return  # damaged, or gone in this moment: looked at again
+        if self._left is not None and record.half_done and status.state.alive:
+            self._half_done.add(instance_id)
         if seen is None:
             seen = self._seen[instance_id] = _Seen(status.state)
             self._inotify.add(str(directory), instance_id)
