@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import threading
@@ -14,12 +15,16 @@ from pathlib import Path
 import pytest
 from support.records import RECORD
 
+from ovms.errors import Locked, ResourceError
+from ovms.process import ProcessId
 from ovms.runtime import watching
 from ovms.runtime.instances import Instances
 from ovms.runtime.logrecords import LogReader, read_all
 from ovms.runtime.record import Record
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import Runtime
+from ovms.runtime.server.http import HttpError
+from ovms.runtime.server.serve import again
 from ovms.runtime.watching import EventLog, Watcher
 from ovms.spec import limits
 from ovms.vmm.model import VmFiles
@@ -109,6 +114,54 @@ def test_who_changed_an_instance_says_so_and_is_heard(watched: tuple[Instances, 
     lock.close()  # it was not started after all: no file says so
     watcher.look(record.id)
     until(log, "error")
+
+
+def test_who_left_a_guest_paused_or_frozen_is_missed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_LOOK", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    left: list[str] = []
+    watcher = Watcher(instances, EventLog(), left.append)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    try:
+        record, lock = added(instances)
+        # a VM that lives, as far as it matters
+        record = instances.save(replace(record, process=ProcessId.of(os.getpid()), fs_frozen=True))
+        time.sleep(0.7)
+        assert left == []
+        lock.close()  # as who is killed: no file says so
+        deadline = time.monotonic() + 10
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.7)
+        assert left == [record.id]  # once, until it is looked at everything
+        with instances.locked(record) as newest:
+            instances.save(replace(newest, fs_frozen=False))
+        time.sleep(0.7)
+        assert left == [record.id]
+    finally:
+        watcher.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_nothing_ends_what_is_to_be_done_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    tries: list[BaseException] = [
+        HttpError(ResourceError("the server has too much to do"), 503),
+        Locked("x"),
+        OSError(5, "x"),
+        ValueError("a fault of ours"),
+    ]
+
+    async def work() -> None:
+        if tries:
+            raise tries.pop()
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(again(work, pause=0.0))
+    assert tries == []
+    assert "internal error while tidying up: ValueError: a fault of ours" in capsys.readouterr().err
 
 
 def test_and_is_heard_while_other_news_are_gathered(
