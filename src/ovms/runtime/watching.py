@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import json
 import os
 import select
 import struct
@@ -23,11 +25,13 @@ from ovms.runtime.document import instance
 from ovms.runtime.instances import STOP, Instances
 from ovms.runtime.record import FILE
 from ovms.runtime.runtime import now
+from ovms.spec import limits
 from ovms.spec.states import State
 from ovms.vmm.model import VmFiles
 
-#: Events that are remembered.
+#: Events that are remembered, and the bytes of their JSON: an error may be long.
 EVENTS_MAX: Final = 4096
+EVENTS_BYTES_MAX: Final = 1 * limits.MIB
 #: Seconds between two looks at everything, with and without inotify.
 _LOOK: Final = 5.0
 _LOOK_BLIND: Final = 0.5
@@ -49,7 +53,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Numbered events; the latest are remembered.
+    """Numbered events; the latest are remembered, as the lines that they are sent as: a third of what their objects take.
 
     Numbers begin with the time (ms) of the log's own beginning, so they never fall, not when a server is started anew either,
     and nothing has to be kept for that.
@@ -58,27 +62,36 @@ class EventLog:
     def __init__(self, *, first: int | None = None) -> None:
         self._lock = threading.Lock()
         self._next = int(time.time() * 1000) if first is None else first
-        self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
+        self._lines: deque[bytes] = deque()
+        self._size = 0
         self._listeners: dict[object, Callable[[], object]] = {}
 
     def add(self, kind: str, **fields: Any) -> None:
         """Notes an event; fields that are None are left out."""
         with self._lock:
-            event = {"time": now(), "seq": self._next, "type": kind}
+            line = _line(self._next, kind, {key: value for key, value in fields.items() if value is not None})
             self._next += 1
-            self._events.append(event | {key: value for key, value in fields.items() if value is not None})
+            self._lines.append(line)
+            self._size += len(line)
+            while len(self._lines) > EVENTS_MAX or self._size > EVENTS_BYTES_MAX:
+                self._size -= len(self._lines.popleft())
         for listener in list(self._listeners.values()):
             listener()
 
     def after(self, seq: int | None) -> list[Event]:
         """What came after the event *seq* (None: all that is remembered), with ``lost`` first where some is forgotten."""
+        return [json.loads(line) for line in self.lines_after(seq)[0]]
+
+    def lines_after(self, seq: int | None) -> tuple[list[bytes], int]:
+        """The same as lines of JSON, and the number of the latest event."""
         with self._lock:
-            first = self._next - len(self._events)
+            last = self._next - 1
+            first = self._next - len(self._lines)
             if seq is None:
-                return list(self._events)
-            if first - 1 <= seq < self._next:
-                return [event for event in self._events if event["seq"] > seq]
-            return [{"time": now(), "seq": first - 1, "type": "lost"}, *self._events]
+                return list(self._lines), last
+            if first - 1 <= seq <= last:
+                return list(itertools.islice(self._lines, seq + 1 - first, None)), last
+            return [_line(first - 1, "lost", {}), *self._lines], last
 
     @property
     def last(self) -> int:
@@ -96,6 +109,10 @@ class EventLog:
             yield
         finally:
             self._listeners.pop(key, None)
+
+
+def _line(seq: int, kind: str, fields: dict[str, Any]) -> bytes:
+    return json.dumps({"time": now(), "seq": seq, "type": kind, **fields}).encode() + b"\n"
 
 
 @dataclass()

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -53,6 +54,33 @@ def test_what_is_forgotten_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event["seq"] for event in log.after(101)] == [102, 103, 104]
     # a number of another server, or of one before
     assert [event["type"] for event in log.after(10_000)] == ["lost", "state", "state", "state"]
+
+
+@pytest.mark.spec("RUN-17")
+def test_what_is_remembered_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog()
+    tracemalloc.start()
+    try:
+        for number in range(watching.EVENTS_MAX):
+            log.add("state", instance_id=f"00000000-0000-4000-8000-{number:012x}", state="running")
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        assert len(log.after(None)) == watching.EVENTS_MAX
+    finally:
+        tracemalloc.stop()
+    # an error may say more
+    for _ in range(300):
+        log.add("state", state="error", error={"detail": "x" * 10_000})
+    last = log.last
+    kept = log.after(None)
+    assert (watching.EVENTS_BYTES_MAX - 20_000) // 10_100 < len(kept) < watching.EVENTS_BYTES_MAX // 10_000
+    assert [event["seq"] for event in kept] == list(range(last + 1 - len(kept), last + 1))
+    assert log.after(last - len(kept) - 1)[0]["type"] == "lost"
+    # not even one that would be all
+    monkeypatch.setattr(watching, "EVENTS_BYTES_MAX", 1000)
+    log.add("state", error={"detail": "x" * 1000})
+    assert log.after(None) == []
+    assert [(event["seq"], event["type"]) for event in log.after(last)] == [(last + 1, "lost")]
+    assert log.after(last + 1) == []
 
 
 @pytest.mark.spec("RUN-17")
