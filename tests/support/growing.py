@@ -54,8 +54,8 @@ def count() -> dict[str, int]:
     return {
         "blocks": blocks,
         "entries": sum(len(one) for one in objects if isinstance(one, containers) and one is not objects),
-        "events": len(log._lines),
-        "event_bytes": sum(map(sys.getsizeof, list(log._lines))),
+        "events": len(log._lengths),
+        "event_bytes": len(log._text),
         "tasks": sum(isinstance(one, asyncio.Task) for one in objects),
         "threads": threading.active_count(),
         "fds": len(os.listdir("/proc/self/fd")),

@@ -366,9 +366,9 @@ class App:
         with self._log.listening(lambda: loop.call_soon_threadsafe(more.set)):
             while True:
                 more.clear()
-                lines, since = self._log.lines_after(since)
-                for at in range(0, len(lines), 64):
-                    yield b"".join(lines[at : at + 64])
+                text, since = self._log.text_after(since)
+                for at in range(0, len(text), _CHUNK):
+                    yield text[at : at + _CHUNK]
                 if not follow or self.ending.is_set():
                     return
                 news, end = asyncio.ensure_future(more.wait()), asyncio.ensure_future(self.ending.wait())
