@@ -130,7 +130,9 @@ def test_run_ps_logs_stop_rm(ovm: Ovm, built: str) -> None:
 def test_an_instance_is_found_by_the_first_digits_of_its_id(ovm: Ovm, built: str) -> None:
     start(ovm, "--name", "web")
     (instance,) = ovm.ok("ps", "--json").json
-    assert ovm.ok("inspect", instance["instance_id"][:6]).json["name"] == "web"
+    shown = ovm.ok("inspect", instance["instance_id"][:6]).json
+    assert shown["name"] == "web"
+    assert set(shown["metrics"]) >= {"memory_bytes", "cpu_ms", "disk_read_bytes", "disk_written_bytes"}
     assert (instance["state"], instance["accel"], instance["memory"]) == ("running", "tcg", 32 << 20)
 
 
