@@ -361,6 +361,21 @@ def test_an_answer_that_nobody_reads_is_no_error(ovm: Ovm, built: str) -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_what_was_started_with_a_stream_closed(ovm: Ovm, built: str, closed: str) -> None:
+    def run(*words: object) -> int:
+        script = " ".join(map(str, (OVM, *words, closed)))
+        return subprocess.run(["/bin/sh", "-c", script], env=ovm.env(), timeout=60, check=False).returncode
+
+    for name in ("one", "two"):
+        assert run("run", "-d", "-m", "32M", "--accel", "tcg", "--name", name, "echo:1") == 0
+    assert run("stop", "-t", "0", "one", "two") == 0
+    assert [instance["state"] for instance in ovm.ok("ps", "-a", "--json").json] == ["stopped"] * 2
+    for name in ("one", "two"):
+        for file in (ovm.root / "instances" / ovm.ok("inspect", name).json["instance_id"]).glob("*.json"):
+            assert file.read_bytes().startswith(b"{"), "nothing was printed into a file of ours"
+
+
 @pytest.mark.spec("GEN-1")
 def test_version_says_what_there_is(ovm: Ovm) -> None:
     value = ovm.ok("version", "--json").json
