@@ -164,6 +164,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``ovm`` and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
@@ -216,6 +217,17 @@ def _run(arguments: list[str]) -> int:
         from ovms import fsutil
 
         raise (_stdout_error() or fsutil.disk_full(exc, f"ovm {name}", context.root.path) or exc) from exc
+
+
+def _open_streams() -> None:
+    # Where we were started with one of them closed, the next file of ours would be it, and get what is printed.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _say_no_more() -> None:

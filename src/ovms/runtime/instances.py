@@ -371,7 +371,7 @@ class Instances:
     def ask_to_stop(self, record: Record, deadline: float) -> None:
         """Marks an instance as one to be ended, at *deadline* (seconds since the epoch) at the latest. Needs no lock.
 
-        Whoever starts it breaks that off; a server sees to the end of a VM that runs.
+        Whoever starts it breaks that off; a server sees to the end of a VM that runs. It is never started again.
         """
         mark = self._stop_mark(record)
         temporary = mark.with_name(f".{mark.name}.{fsutil.unique(8)}.tmp")
@@ -379,10 +379,6 @@ class Instances:
             temporary.touch(mode=0o600)
             os.utime(temporary, (deadline, deadline))
             temporary.replace(mark)
-
-    def forget_stop(self, record: Record) -> None:
-        """For a new start of an instance that was to be ended."""
-        self._stop_mark(record).unlink(missing_ok=True)
 
     def stop_deadline(self, record: Record) -> float | None:
         """When an instance is to be ended at the latest; None where nobody has marked it."""

@@ -79,6 +79,8 @@ def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] 
             runtime.instances.recover()
             return None
         sleep(_pause(policy, status.ran_s))
+        if runtime.instances.stop_asked(record):
+            return None  # its user has stopped it meanwhile
         try:
             return runtime.start_again(record)
         except OvmsError:

@@ -259,6 +259,16 @@ def test_a_log_that_is_begun_anew_is_read_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("RUN-16")
+def test_times_are_right_when_the_log_has_begun_anew(tmp_path: Path) -> None:
+    log = VmFiles(tmp_path)
+    log.old(log.console_log).write_bytes(b"one\ntwo\n")
+    log.old(log.console_index).write_bytes(struct.pack("<QQQQ", 1000, 5 * 10**9, 1004, 6 * 10**9))
+    log.console_log.write_bytes(b"three\nfour\n")
+    log.console_index.write_bytes(struct.pack("<QQQQ", 1008, 7 * 10**9, 1014, 8 * 10**9))
+    assert [record["time"][17:] for record in read_all(log)] == ["05.000Z", "06.000Z", "07.000Z", "08.000Z"]
+    assert [record["text"] for record in read_all(log, since_ns=6 * 10**9)] == ["three", "four"]
+
+
 def test_a_line_without_end_becomes_records(tmp_path: Path) -> None:
     log = files(tmp_path)
     log.console_log.write_bytes(b"x" * (3 * limits.LOG_TEXT_MAX + 10))

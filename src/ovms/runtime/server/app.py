@@ -216,6 +216,7 @@ class App:
             state = self._instances.status(record).state
             after(state, Call.STOP, record.name)
             if not state.alive:
+                self._runtime.leave_ended(record)
                 return None
             if state is not State.STOPPING or grace == 0:
                 self._instances.ask_to_stop(record, time.time() + grace)
