@@ -342,6 +342,10 @@ def push(layout: Layout, client: RegistryClient, data: bytes) -> Digest:
     return digest
 
 
+def pass_on(handler: faulty.Handler, body: bytes) -> bool:
+    return False
+
+
 def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: RegistryClient) -> None:
     server.blobs.clear()
     digest = push(layout, chunked, BIG)
@@ -356,9 +360,6 @@ def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: Re
 def test_a_failed_chunk_is_sent_again_alone(
     layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
 ) -> None:
-    def pass_on(handler: faulty.Handler, body: bytes) -> bool:
-        return False
-
     server.blobs.clear()
     server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", fault)]
     digest = push(layout, chunked, BIG)
@@ -405,6 +406,78 @@ def test_a_chunk_that_arrived_although_its_answer_was_lost(
     digest = push(layout, chunked, BIG)
     assert server.blobs[digest] == BIG
     assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_outlasts_a_registry_that_can_t_tell_how_far_it_is(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    on, off = ("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", faulty.hang_up)
+    server.faults = [on, on, on, off, *[("GET", "/uploads/", fault)] * 2]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 6, "what had arrived is not sent again"
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_whose_end_fails_is_ended_again(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", fault)] * 2
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("size", [len(BIG), len(SMALL)], ids=["in chunks", "in one piece"])
+def test_an_upload_that_has_ended_although_the_answer_was_lost(
+    layout: Layout, server: Server, chunked: RegistryClient, size: int
+) -> None:
+    def swallow(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.partition("?")[0].rpartition("/")[2]
+        data = handler.server.uploads.pop(session) + body
+        handler.server.blobs[faulty.digest_of(data)] = data
+        return faulty.hang_up(handler, body)
+
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", swallow)]
+    digest = push(layout, chunked, BIG[:size])
+    assert server.blobs[digest] == BIG[:size]
+    assert len(server.asked("PUT", "/uploads/")) == 1
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_is_at_another_place_is_asked_for_it(
+    layout: Layout, server: Server, chunked: RegistryClient
+) -> None:
+    def half(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.rpartition("/")[2]
+        handler.server.uploads[session] += body[: len(body) // 2]
+        handler.reply(202, Location=handler.path)
+        return True
+
+    server.blobs.clear()
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", half)]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_forgets_every_upload_is_given_up(
+    layout: Layout, server: Server, chunked: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(handler: faulty.Handler, body: bytes) -> bool:
+        handler.server.uploads.clear()
+        return False
+
+    monkeypatch.setattr(chunked, "_backoff", 0.001)
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", forget)] * 20
+    with pytest.raises(RegistryError, match="has lost count"):
+        push(layout, chunked, BIG)
+    assert len(server.asked("POST", "/uploads/")) == patience.ATTEMPTS_MAX
 
 
 def test_a_chunk_goes_into_a_socket_and_not_a_byte_more(tmp_path: Path) -> None:
