@@ -52,7 +52,16 @@ _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _ERROR_BODY_TIME: Final = 10.0
 #: What no manifest is of, and a captive portal's answer is.
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
-_MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
+#: Docker's types are no artifact of ours, and asked for all the same: some registries answer that there is nothing, or fail, where
+#: they have nothing else, and what came can be named.
+_MANIFEST_TYPES: Final = ", ".join(
+    (
+        mediatypes.OCI_MANIFEST,
+        mediatypes.OCI_INDEX,
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    )
+)
 
 
 #: Opens the content of a blob at an offset, to give so many bytes.

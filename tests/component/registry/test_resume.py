@@ -23,7 +23,8 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import appending, patience, registry, transfer
+from ovms.oci import appending, partial, patience, registry, transfer
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -258,6 +259,32 @@ def test_two_pulls_at_once_fetch_each_blob_once(tmp_path: Path, server: Server) 
     is_whole(Layout(tmp_path / "store"), server)
 
 
+def test_whoever_waits_for_another_pull_is_told_so(layout: Layout, server: Server, client: RegistryClient) -> None:
+    told: list[str] = []
+    descriptor = Descriptor(DISK, of_bytes(BIG), len(BIG))
+    go_on = threading.Event()
+
+    def other() -> None:
+        with partial.receiving(layout, descriptor, lambda: False) as receiver:
+            assert receiver is not None
+            go_on.wait(10)
+            receiver.write(BIG)
+            receiver.commit()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        go_on.set()
+
+    thread = threading.Thread(target=other)
+    with layout.using():
+        thread.start()
+        faulty.wait_until(lambda: any(layout.partial_dir.iterdir()))
+        with partial.receiving(layout, descriptor, lambda: False, tell) as receiver:
+            assert receiver is None
+    thread.join(10)
+    assert told == ["another ovm fetches it", ""]
+
+
 PULL = """
 import sys, pathlib
 from ovms.oci import transfer
@@ -334,8 +361,6 @@ def chunked(monkeypatch: pytest.MonkeyPatch, client: RegistryClient) -> Registry
 
 
 def push(layout: Layout, client: RegistryClient, data: bytes) -> Digest:
-    from ovms.oci.descriptor import Descriptor
-
     digest = layout.add_bytes(data)
     body = transfer._Body(layout.path(digest), NULL.task("x"), lambda: False)
     client.push_blob("x", Descriptor("a/b", digest, len(data)), body.open)
