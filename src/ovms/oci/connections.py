@@ -12,6 +12,7 @@ import http.client
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -33,6 +34,12 @@ _GONE: Final = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconn
 #: Gives a connection back: it can be used again, or not.
 Release = Callable[[bool], None]
 _Key = tuple[str, str, int, "ssl.SSLContext | None"]
+
+
+#: Seconds from the first byte of an answer's head to its last, and for what stands around the chunks of a body.
+LINES_TIME: Final = 30.0
+#: Lines after a chunked body.
+_TRAILERS_MAX: Final = 100
 
 
 class AddressInvalid(ValueError):
@@ -157,6 +164,7 @@ class Connections:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
         connection._create_connection = _connect  # type: ignore[attr-defined]  # noqa: SLF001
+        connection.response_class = _Response
         try:
             connection.connect()
         except BaseException:
@@ -248,3 +256,76 @@ def _send(
     except OSError as exc:
         if exc.errno not in _CUT_OFF:
             raise
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose lines have an end.
+
+    The standard library bounds each, and not all of them: any number of 100s before an answer, of trailers after it, and of bytes
+    that drip.
+    """
+
+    fp: Any
+
+    def begin(self) -> None:
+        ahead = self.fp.peek(1)
+        if b"\r\n\r\n" in ahead and not ahead.startswith(_GOES_ON):
+            super().begin()  # all of it is here, as it nearly always is
+            return
+        with self._in_time():
+            super().begin()
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        fp = self.fp
+        self.fp = lines = _Lines(fp)
+        try:
+            yield
+        finally:
+            if self.fp is lines:  # else it was closed
+                self.fp = fp
+
+    def _read_next_chunk_size(self) -> int:
+        if b"\n" in self.fp.peek(1):  # which is nearly always so
+            return int(super()._read_next_chunk_size())  # type: ignore[misc]
+        with self._in_time():
+            return int(super()._read_next_chunk_size())  # type: ignore[misc]
+
+    def _read_and_discard_trailer(self) -> None:
+        lines = _Lines(self.fp)
+        for _ in range(_TRAILERS_MAX):
+            if lines.readline(_LINE_MAX) in (b"\r\n", b"\n", b""):
+                return
+        raise http.client.HTTPException("more trailers than anybody needs")
+
+
+#: How a 100 begins, which another head follows.
+_GOES_ON: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
+#: Of one line that nobody wants.
+_LINE_MAX: Final = 64 * 1024
+
+
+class _Lines:
+    """The lines of an open file, as long as they come in :data:`LINES_TIME` from the first byte on."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._end: float | None = None
+
+    def readline(self, limit: int) -> bytes:
+        """A line, or *limit* bytes of one. Raises :class:`TimeoutError`."""
+        line = b""
+        while len(line) < limit and not line.endswith(b"\n"):
+            ahead = self._file.peek(1)  # waits for one piece at the most
+            now = time.monotonic()
+            self._end = self._end or now + LINES_TIME
+            if now > self._end:
+                raise TimeoutError("an answer's head does not come to an end")
+            if not ahead:
+                break
+            line += self._file.read(min(ahead.find(b"\n") + 1 or len(ahead), limit - len(line)))
+        return line
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

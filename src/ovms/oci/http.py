@@ -44,6 +44,7 @@ REDIRECTS_MAX: Final = 5
 #: The largest lever on speed: 256 KiB beat 1 MiB by half when measured.
 BUFFER: Final = 256 * 1024
 _SHOWN_MAX: Final = 300
+_OWN_PORTS: Final = {"http": ":80", "https": ":443"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
@@ -76,7 +77,7 @@ class Answer:
     @property
     def elsewhere(self) -> bool:
         """Whether another host answered than the registry: one that it sent us to, and that got no credentials."""
-        return urlsplit(self.url).netloc.lower() != self.home[1]
+        return origin(self.url)[1] != self.home[1]
 
     @property
     def who(self) -> str:
@@ -383,9 +384,9 @@ def _answer_through(raw: urllib3.BaseHTTPResponse, url: str) -> Answer:
 
 
 def origin(url: str) -> tuple[str, str]:
-    """Scheme and host of a URL: what credentials belong to."""
+    """Scheme and host of a URL: what credentials belong to. The port is left out where it is the scheme's own."""
     parts = urlsplit(url)
-    return parts.scheme, parts.netloc.lower()
+    return parts.scheme, parts.netloc.lower().removesuffix(_OWN_PORTS.get(parts.scheme, ""))
 
 
 def host_of(url: str) -> str:

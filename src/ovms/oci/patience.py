@@ -82,9 +82,11 @@ class Patience:
         return self._failures >= (SLOW_ATTEMPTS_MAX if elapsed >= PATIENCE else ATTEMPTS_MAX)
 
     def _pause(self, exc: RegistryError) -> float:
-        if isinstance(exc, Busy) and exc.wait is not None:
-            return min(exc.wait, WAIT_MAX)
         longer = min(2.0 ** (self._failures - 1), PAUSE_MAX)
         import random
 
-        return self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+        pause = self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+        if isinstance(exc, Busy) and exc.wait is not None:
+            # "at once" is what a date says, too, where the registry's clock is behind ours: ten tries would be gone in no time
+            return max(min(exc.wait, WAIT_MAX), pause)
+        return pause

@@ -53,7 +53,16 @@ _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _ERROR_BODY_TIME: Final = 10.0
 #: What no manifest is of, and a captive portal's answer is.
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
-_MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
+#: Docker's types are no artifact of ours, and asked for all the same: some registries answer that there is nothing, or fail, where
+#: they have nothing else, and what came can be named.
+_MANIFEST_TYPES: Final = ", ".join(
+    (
+        mediatypes.OCI_MANIFEST,
+        mediatypes.OCI_INDEX,
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    )
+)
 
 
 #: Opens the content of a blob at an offset, to give so many bytes.
@@ -64,6 +73,8 @@ CHUNKED_FROM: Final = 128 * limits.MIB
 CHUNK: Final = 64 * limits.MIB
 #: Answers to a first chunk by registries that take none, or none of that size.
 _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
+#: Answers to a later one by registries that have forgotten the upload, or are at another place of it.
+_ASTRAY: Final = frozenset({404, 416})
 
 
 #: Answers by registries without the referrers API.
@@ -338,11 +349,19 @@ class RegistryClient:
         """
         if descriptor.size > CHUNKED_FROM and self._chunk_size:
             try:
-                self._push_chunked(repository, descriptor, body, self.patience(tell))
+                self._push_chunked(repository, descriptor, body, tell)
                 return
             except _NoChunks:
                 self._chunk_size = 0
-        self.retrying(lambda: self._push_whole(repository, descriptor, body), tell=tell)
+        tries = 0
+
+        def attempt() -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1 or not self._has_blob(repository, descriptor.digest):  # else it was the answer that got lost
+                self._push_whole(repository, descriptor, body)
+
+        self.retrying(attempt, tell=tell)
 
     def _begin_upload(self, repository: str, what: str) -> str:
         with self._request("POST", f"{repository}/blobs/uploads/", repository, "pull,push", {}, lambda: b"") as answer:
@@ -356,24 +375,40 @@ class RegistryClient:
         with self._request("PUT", url, repository, "pull,push", headers, lambda: body(0, descriptor.size)) as answer:
             self._expect(answer, 201, what, repository)
 
-    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body, patience: Patience) -> None:
+    def _push_chunked(
+        self, repository: str, descriptor: Descriptor, body: Body, tell: Callable[[str], None] | None
+    ) -> None:
         # What a finished chunk has brought stays: after a failure the registry is asked how far it is.
         what = f"the blob {descriptor.digest}"
-        url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
-        while at < descriptor.size:
+        patience = self.patience(tell)
+        url, at, furthest = self._begin_patiently(repository, what, tell), 0, 0
+        while True:
             size = min(self._chunk_size, descriptor.size - at)
             try:
+                if not size:
+                    self._finish_upload(repository, url, descriptor, what)
+                    return
                 url = self._push_chunk(repository, url, at, size, body, what)
             except (Broken, Refused, Busy) as exc:
                 patience.bear(exc)
-                found = self._upload_state(repository, url)
+                if not size and self.has_blob(repository, descriptor.digest):
+                    return  # it was the answer that got lost
+                found = self.retrying(lambda: self._upload_state(repository, url), tell=tell)  # noqa: B023
                 if found is None:
-                    url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
+                    url, at = self._begin_patiently(repository, what, tell), 0
                 else:
                     url, at = found[0], min(found[1], at + size)
                 continue
             at += size
-            patience.progressed()
+            # what a registry that forgets its uploads gets once more is no progress
+            if at > furthest:
+                furthest = at
+                patience.progressed()
+
+    def _begin_patiently(self, repository: str, what: str, tell: Callable[[str], None] | None) -> str:
+        return self.retrying(lambda: self._begin_upload(repository, what), tell=tell)
+
+    def _finish_upload(self, repository: str, url: str, descriptor: Descriptor, what: str) -> None:
         final = _with_digest(url, descriptor.digest)
         with self._request("PUT", final, repository, "pull,push", {"Content-Length": "0"}, lambda: b"") as answer:
             self._expect(answer, 201, what, repository)
@@ -387,22 +422,27 @@ class RegistryClient:
         with self._request("PATCH", url, repository, "pull,push", headers, lambda: body(at, size)) as answer:
             if at == 0 and answer.status in _NO_CHUNKS:
                 raise _NoChunks
+            if answer.status in _ASTRAY:
+                raise Busy(f"{answer.who} has lost count of an upload of {what} ({answer.status})", None)
             self._expect(answer, 202, what, repository)
             return next_url(answer.url, answer.header("location"))
 
     def _upload_state(self, repository: str, url: str) -> tuple[str, int] | None:
-        """Where an upload goes on, and how many bytes have arrived; None when the registry has forgotten it."""
-        try:
-            with self._request("GET", url, repository, "pull,push") as answer:
-                match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.header("range") or "")
-                if answer.status != 204 or match is None:
-                    return None
-                location = answer.header("location")
-                # "0-0" is what some say of an upload without a byte
-                end = int(match[1])
-                return (next_url(answer.url, location) if location else url), end + 1 if end else 0
-        except (Broken, Refused, Busy):
-            return None
+        """Where an upload goes on, and how many bytes have arrived; None when the registry has forgotten it.
+
+        Raises:
+            Broken, Refused, Busy: that can't be told just now.
+        """
+        with self._request("GET", url, repository, "pull,push") as answer:
+            if answer.status in BUSY:
+                raise busy(answer, "the state of an upload")
+            match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.header("range") or "")
+            if answer.status != 204 or match is None:
+                return None
+            location = answer.header("location")
+            # "0-0" is what some say of an upload without a byte
+            end = int(match[1])
+            return (next_url(answer.url, location) if location else url), end + 1 if end else 0
 
     # --- referrers ---------------------------------------------------------------------------------------------
 

@@ -156,7 +156,8 @@ class Session:
         headers: Mapping[str, str],
         body: MakeBody | None,
     ) -> Answer:
-        ours = url.startswith(self._base)
+        # also below another path, or with the port that goes without saying: some write their addresses so
+        ours = self.owns(url)
         for last in (False, True):
             sent = dict(headers)
             authorization = authenticator.header(scope, lambda: self._credential(repository)) if ours else None

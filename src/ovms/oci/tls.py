@@ -20,6 +20,8 @@ from ovms.spec import limits
 if TYPE_CHECKING:
     import ssl
 
+#: May be left out, by the registry too where the user has written it.
+_PORT: Final = ":443"
 _PEM_MAX: Final = 4 * limits.MIB
 _CERTS_D: Final = "~/.config/containers/certs.d"
 #: Alerts of a server that wants a certificate of ours, or another one (RFC 8446 §6.2; TLS 1.2 has only the second).
@@ -66,7 +68,9 @@ class Trust:
             InputError, FileProblem: a file of ``certs.d`` cannot be used.
         """
         host = host.lower()
-        own = host == self._registry
+        own = host.removesuffix(_PORT) == self._registry.removesuffix(_PORT)
+        if own:
+            host = self._registry
         found = self._find(host)
         if not own and found == Certificates():
             found = Certificates(self._find(self._registry).ca_files)

@@ -19,6 +19,7 @@ from ovms.errors import (
     InputError,
     IntegrityError,
     OvmsError,
+    ReferenceNotFound,
     RegistryError,
     RegistryProtocol,
     StoreCorrupt,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 _PROGRESS: Final = 1 * limits.MIB
 #: Bytes of an upload after which progress is told, and it is asked whether to go on.
 _SENT_AT_ONCE: Final = 1 * limits.MIB
+#: Manifests that a message names.
+_NAMED_MAX: Final = 3
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
 #: Up to so many of them, it does not matter how.
@@ -356,7 +359,7 @@ class _Download:
         def fetch_one(stopped: Callable[[], bool]) -> None:
             with (
                 self._progress.task(label(blob), blob.size) as task,
-                partial.receiving(self._layout, blob, stopped) as receiver,
+                partial.receiving(self._layout, blob, stopped, task.waiting) as receiver,
             ):
                 if receiver is None:
                     task.note("exists already")
@@ -548,14 +551,10 @@ def push(
         manifest = layout.manifest(digest)
         upload = _Upload(layout, client, reference.repository, progress)
         if isinstance(manifest, ImageIndex):
-            for child in manifest.manifests:
-                if layout.size(child.digest) is not None:
-                    image = layout.manifest(child.digest)
-                    if isinstance(image, ImageManifest):
-                        upload.image(image, child.digest)
+            upload.index(manifest, reference)
         else:
             upload.blobs(manifest)
-        upload.manifest(manifest, reference.tag or digest)
+            upload.manifest(manifest, reference.tag or digest)
 
 
 def push_files(
@@ -613,10 +612,42 @@ class _Upload:
                 )
         workers.run_all([self._job(blob) for blob in sorted(image.blobs, key=lambda blob: -blob.size)])
 
-    def manifest(self, manifest: ImageManifest | ImageIndex, target: str) -> None:
+    def index(self, index: ImageIndex, reference: Reference) -> None:
+        """What is here of an index, then the index. The rest of it may be there already; not every registry asks for it."""
+        absent_here: list[Digest] = []
+        here: list[Digest] = []
+        for child in index.manifests:
+            if self._layout.size(child.digest) is None:
+                absent_here.append(child.digest)
+                continue
+            image = self._layout.manifest(child.digest)
+            if isinstance(image, ImageManifest):
+                self.image(image, child.digest)
+                here.append(child.digest)
+        lacking = [digest for digest in absent_here if not self._there(digest)]
+        try:
+            self.manifest(index, reference.tag or index.digest, retry=not lacking)
+        except (Busy, RegistryProtocol) as exc:
+            if not lacking:
+                raise
+            raise BlobNotFound(
+                f"the registry {self._client.host} takes no index that is not whole, and what {reference} lists for other "
+                f"platforms is neither here nor there: {', '.join(lacking[:_NAMED_MAX])}{', …' if lacking[_NAMED_MAX:] else ''}",
+                hint=f"push what is here by itself: 'ovm push {here[0]} {reference}'" if here else "pull it again",
+                missing=lacking,
+            ) from exc
+
+    def _there(self, digest: Digest) -> bool:
+        try:
+            self._client.get_manifest(Reference(self._client.host, self._repository, None, digest))
+        except ReferenceNotFound:
+            return False
+        return True
+
+    def manifest(self, manifest: ImageManifest | ImageIndex, target: str, *, retry: bool = True) -> None:
         """The manifest, and what lets it be found by its subject."""
         entry = manifest.as_referrer()
-        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
+        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type, retry=retry)
         if manifest.subject is not None and not handled:
             from ovms.oci import referrers
 

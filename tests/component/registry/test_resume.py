@@ -23,7 +23,8 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import appending, patience, registry, transfer
+from ovms.oci import appending, partial, patience, registry, transfer
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -258,6 +259,32 @@ def test_two_pulls_at_once_fetch_each_blob_once(tmp_path: Path, server: Server) 
     is_whole(Layout(tmp_path / "store"), server)
 
 
+def test_whoever_waits_for_another_pull_is_told_so(layout: Layout, server: Server, client: RegistryClient) -> None:
+    told: list[str] = []
+    descriptor = Descriptor(DISK, of_bytes(BIG), len(BIG))
+    go_on = threading.Event()
+
+    def other() -> None:
+        with partial.receiving(layout, descriptor, lambda: False) as receiver:
+            assert receiver is not None
+            go_on.wait(10)
+            receiver.write(BIG)
+            receiver.commit()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        go_on.set()
+
+    thread = threading.Thread(target=other)
+    with layout.using():
+        thread.start()
+        faulty.wait_until(lambda: any(layout.partial_dir.iterdir()))
+        with partial.receiving(layout, descriptor, lambda: False, tell) as receiver:
+            assert receiver is None
+    thread.join(10)
+    assert told == ["another ovm fetches it", ""]
+
+
 PULL = """
 import sys, pathlib
 from ovms.oci import transfer
@@ -334,12 +361,14 @@ def chunked(monkeypatch: pytest.MonkeyPatch, client: RegistryClient) -> Registry
 
 
 def push(layout: Layout, client: RegistryClient, data: bytes) -> Digest:
-    from ovms.oci.descriptor import Descriptor
-
     digest = layout.add_bytes(data)
     body = transfer._Body(layout.path(digest), NULL.task("x"), lambda: False)
     client.push_blob("x", Descriptor("a/b", digest, len(data)), body.open)
     return digest
+
+
+def pass_on(handler: faulty.Handler, body: bytes) -> bool:
+    return False
 
 
 def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: RegistryClient) -> None:
@@ -356,9 +385,6 @@ def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: Re
 def test_a_failed_chunk_is_sent_again_alone(
     layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
 ) -> None:
-    def pass_on(handler: faulty.Handler, body: bytes) -> bool:
-        return False
-
     server.blobs.clear()
     server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", fault)]
     digest = push(layout, chunked, BIG)
@@ -405,6 +431,78 @@ def test_a_chunk_that_arrived_although_its_answer_was_lost(
     digest = push(layout, chunked, BIG)
     assert server.blobs[digest] == BIG
     assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_outlasts_a_registry_that_can_t_tell_how_far_it_is(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    on, off = ("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", faulty.hang_up)
+    server.faults = [on, on, on, off, *[("GET", "/uploads/", fault)] * 2]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 6, "what had arrived is not sent again"
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_whose_end_fails_is_ended_again(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", fault)] * 2
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("size", [len(BIG), len(SMALL)], ids=["in chunks", "in one piece"])
+def test_an_upload_that_has_ended_although_the_answer_was_lost(
+    layout: Layout, server: Server, chunked: RegistryClient, size: int
+) -> None:
+    def swallow(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.partition("?")[0].rpartition("/")[2]
+        data = handler.server.uploads.pop(session) + body
+        handler.server.blobs[faulty.digest_of(data)] = data
+        return faulty.hang_up(handler, body)
+
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", swallow)]
+    digest = push(layout, chunked, BIG[:size])
+    assert server.blobs[digest] == BIG[:size]
+    assert len(server.asked("PUT", "/uploads/")) == 1
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_is_at_another_place_is_asked_for_it(
+    layout: Layout, server: Server, chunked: RegistryClient
+) -> None:
+    def half(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.rpartition("/")[2]
+        handler.server.uploads[session] += body[: len(body) // 2]
+        handler.reply(202, Location=handler.path)
+        return True
+
+    server.blobs.clear()
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", half)]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_forgets_every_upload_is_given_up(
+    layout: Layout, server: Server, chunked: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(handler: faulty.Handler, body: bytes) -> bool:
+        handler.server.uploads.clear()
+        return False
+
+    monkeypatch.setattr(chunked, "_backoff", 0.001)
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", forget)] * 20
+    with pytest.raises(RegistryError, match="has lost count"):
+        push(layout, chunked, BIG)
+    assert len(server.asked("POST", "/uploads/")) == patience.ATTEMPTS_MAX
 
 
 def test_a_chunk_goes_into_a_socket_and_not_a_byte_more(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_what_the_registry_asks_for_is_bounded(clock: Clock) -> None:
     assert seconds <= 3 * patience.WAIT_MAX
 
 
+def test_who_may_come_back_at_once_waits_all_the_same(clock: Clock) -> None:
+    tries, seconds = clock.give_up(Busy("503", 0.0), worked=True)
+    assert tries == patience.ATTEMPTS_MAX
+    assert seconds >= 30
+
+
 def test_progress_begins_anew(clock: Clock) -> None:
     found = Patience("r.example", worked=lambda: True)
     for _ in range(3 * patience.ATTEMPTS_MAX):
