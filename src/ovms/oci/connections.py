@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from ovms.lazy import regex
 from ovms.oci.appending import BUFFER
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class _Response(http.client.HTTPResponse):
 
     def begin(self) -> None:
         ahead = self.fp.peek(1)
-        if b"\r\n\r\n" in ahead and not ahead.startswith(_GOES_ON):
+        if b"\r\n\r\n" in ahead and _FINAL.match(ahead):
             super().begin()  # all of it is here, as it nearly always is
             return
         with self._in_time():
@@ -299,8 +300,8 @@ class _Response(http.client.HTTPResponse):
         raise http.client.HTTPException("more trailers than anybody needs")
 
 
-#: How a 100 begins, which another head follows.
-_GOES_ON: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
+#: The beginning of a head that no other follows, as one does after a 100.
+_FINAL: Final = regex(rb"HTTP/1\.[01] [2-5][0-9][0-9] ")
 #: Of one line that nobody wants.
 _LINE_MAX: Final = 64 * 1024
 
