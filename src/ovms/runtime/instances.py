@@ -128,11 +128,10 @@ class Instances:
 
     def _load(self, directory: Path) -> Record | None:
         try:
-            info = (directory / FILE).stat()
+            stamp = _stamp(f"{directory}/{FILE}")
         except OSError:
             self._read.pop(directory.name, None)
             return load(directory)
-        stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
         known = self._read.get(directory.name)
         if known is not None and known[0] == stamp:
             return known[1]
@@ -140,6 +139,14 @@ class Instances:
         if record is not None:  # should it have been replaced meanwhile, the stamp is of the one before: read again
             self._read[directory.name] = (stamp, record)
         return record
+
+    def known(self, text: str) -> Record | None:
+        """The instance of a whole ID whose record was read before and has not changed; None where it has to be looked for."""
+        known = self._read.get(text)
+        with contextlib.suppress(OSError):
+            if known is not None and known[0] == _stamp(f"{self.place}/{text}/{FILE}"):
+                return known[1]
+        return None
 
     def by_id(self, text: str) -> Record | None:
         """The instance of a whole ID; None where there is none, or *text* is none."""
@@ -179,13 +186,7 @@ class Instances:
                 return self.status(newer)
             return Status(record, State.STOPPED if asked else State.ERROR)
         if record.process.alive():
-            if record.stop_requested or self.stop_asked(record):
-                return Status(record, State.STOPPING)
-            # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
-            paused = record.paused or (record.pausing and not self.held(record))
-            if paused and record.pausing and (newer := self._newer(record)) is not None:
-                return self.status(newer)
-            return Status(record, State.PAUSED if paused else State.RUNNING)
+            return self.living(record)
         files = self.files(record)
         seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
         ending = self._vmms(record.vmm).ending(files)
@@ -197,6 +198,16 @@ class Instances:
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
+
+    def living(self, record: Record) -> Status:
+        """What an instance does now whose VM lives; unlike :meth:`status` it waits for nobody."""
+        if record.stop_requested or self.stop_asked(record):
+            return Status(record, State.STOPPING)
+        # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
+        paused = record.paused or (record.pausing and not self.held(record))
+        if paused and record.pausing and (newer := self._newer(record)) is not None:
+            return self.status(newer)
+        return Status(record, State.PAUSED if paused else State.RUNNING)
 
     def _newer(self, record: Record) -> Record | None:
         # Whoever had the lock may have been done between the reading of the record and the look at the lock.
@@ -383,7 +394,7 @@ class Instances:
     def stop_deadline(self, record: Record) -> float | None:
         """When an instance is to be ended at the latest; None where nobody has marked it."""
         try:
-            return self._stop_mark(record).stat().st_mtime
+            return os.stat(f"{self.place}/{record.id}/{STOP}").st_mtime
         except OSError:
             return None
 
@@ -563,6 +574,11 @@ def _directories(place: Path) -> list[Path]:
         return [path for path in place.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
         return []
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    info = os.stat(path)
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def _ended(record: Record) -> bool:

@@ -227,6 +227,14 @@ class Jobs:
         for record in await self.readers.run(marked):
             self.see_to(record)
 
+    def beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does what nobody waits for, in a thread that answers questions."""
+        self._keep(asyncio.ensure_future(self._beside(work, *arguments)))
+
+    async def _beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(OvmsError, OSError, HttpError):
+            await self.readers.run(work, *arguments)
+
     # --- what killed commands left -----------------------------------------------------------------------------
 
     def mend(self, instance_id: str) -> None:
