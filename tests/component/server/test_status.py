@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.runtime.server.app import App
 from ovms.runtime.server.gate import Gate, Peers
-from ovms.runtime.server.http import Request
+from ovms.runtime.server.http import Answer, Http, Request
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.watching import EventLog
 from ovms.spec.choices import Accel
@@ -93,6 +94,39 @@ def test_a_question_takes_no_thread_and_few_files(asked: Asked) -> None:
         assert again["metrics"].keys() == first["metrics"].keys() > {"memory_bytes", "cpu_ms"}
 
     asyncio.run(work())
+
+
+def test_many_requests_at_once_are_answered_in_turn_with_those_of_others(tmp_path: Path) -> None:
+    answered: list[str] = []
+
+    class Quick:
+        def admit(self, request: Request) -> int:
+            return 0
+
+        async def answer(self, request: Request, body: bytes) -> Answer:
+            answered.append(request.target)
+            return Answer.json({})
+
+    async def work() -> None:
+        http = Http(Quick(), refuse=lambda _: None)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await http.serve(reader, writer, remote=False)
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "sock"):
+            many, one = [await asyncio.open_unix_connection(tmp_path / "sock") for _ in range(2)]
+            many[1].write(b"GET /many HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+            one[1].write(b"GET /one HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(20):
+                assert (await one[0].readline()).startswith(b"HTTP/1.1 200")
+                while answered.count("/many") < 300:
+                    await many[0].readline()
+            for _, writer in (many, one):
+                writer.close()
+            await http.stop(1.0)
+
+    asyncio.run(work())
+    assert answered.index("/one") < 250
 
 
 def test_who_asks_all_the_time_never_waits_for_the_vmm(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:

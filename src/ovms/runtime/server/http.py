@@ -206,6 +206,9 @@ class _Connection:
             if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
                 return
             self._h11.start_next_cycle()
+            if self._h11.trailing_data[0]:
+                # who sends many requests at once must not have all of them answered before anybody else's turn
+                await asyncio.sleep(0)
 
     async def say_no(self, error: HttpError) -> None:
         """Answers whatever may come."""
