@@ -76,6 +76,11 @@ _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
 _ASTRAY: Final = frozenset({404, 416})
 
 
+#: What can be done about some statuses.
+_HINTS: Final = {
+    413: "that is too large for it, or for what lies before it: raise its limit (nginx: client_max_body_size)",
+    507: "it has no room left: ask its owner",
+}
 #: Answers by registries without the referrers API.
 _NO_REFERRERS: Final = frozenset({400, 404, 405, 501})
 #: ``Link: <url>; rel="next"``: which parameters stand before ``rel`` does not matter.
@@ -513,7 +518,8 @@ class RegistryClient:
                 raise refused_elsewhere(answer, what, said)
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
+            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else ""),
+            hint=_HINTS.get(answer.status),
         )
 
 
