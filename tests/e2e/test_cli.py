@@ -130,7 +130,9 @@ def test_run_ps_logs_stop_rm(ovm: Ovm, built: str) -> None:
 def test_an_instance_is_found_by_the_first_digits_of_its_id(ovm: Ovm, built: str) -> None:
     start(ovm, "--name", "web")
     (instance,) = ovm.ok("ps", "--json").json
-    assert ovm.ok("inspect", instance["instance_id"][:6]).json["name"] == "web"
+    shown = ovm.ok("inspect", instance["instance_id"][:6]).json
+    assert shown["name"] == "web"
+    assert set(shown["metrics"]) >= {"memory_bytes", "cpu_ms", "disk_read_bytes", "disk_written_bytes"}
     assert (instance["state"], instance["accel"], instance["memory"]) == ("running", "tcg", 32 << 20)
 
 
@@ -357,6 +359,21 @@ def test_an_answer_that_nobody_reads_is_no_error(ovm: Ovm, built: str) -> None:
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_what_was_started_with_a_stream_closed(ovm: Ovm, built: str, closed: str) -> None:
+    def run(*words: object) -> int:
+        script = " ".join(map(str, (OVM, *words, closed)))
+        return subprocess.run(["/bin/sh", "-c", script], env=ovm.env(), timeout=60, check=False).returncode
+
+    for name in ("one", "two"):
+        assert run("run", "-d", "-m", "32M", "--accel", "tcg", "--name", name, "echo:1") == 0
+    assert run("stop", "-t", "0", "one", "two") == 0
+    assert [instance["state"] for instance in ovm.ok("ps", "-a", "--json").json] == ["stopped"] * 2
+    for name in ("one", "two"):
+        for file in (ovm.root / "instances" / ovm.ok("inspect", name).json["instance_id"]).glob("*.json"):
+            assert file.read_bytes().startswith(b"{"), "nothing was printed into a file of ours"
 
 
 @pytest.mark.spec("GEN-1")

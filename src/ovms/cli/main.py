@@ -112,6 +112,10 @@ class Parser(argparse.ArgumentParser):
         """Raises :class:`UsageError`."""
         raise UsageError(message, hint=f"'{self.prog} --help' shows how it is used")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # of --help and --version: argparse hides that it could not be written, until Python's end
+        print(message, end="", file=file or sys.stderr, flush=True)
+
 
 def build_parser() -> Parser:
     """The parser of what stands before the command."""
@@ -160,6 +164,7 @@ def command_parser(name: str) -> tuple[Parser, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``ovm`` and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
@@ -202,7 +207,9 @@ def _run(arguments: list[str]) -> int:
         options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
     )
     try:
-        return int(module.run(args, context))
+        code = int(module.run(args, context))
+        sys.stdout.flush()
+        return code
     except OSError as exc:
         # of a write; what was named by its path is told with that
         if exc.filename or exc.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -210,6 +217,17 @@ def _run(arguments: list[str]) -> int:
         from ovms import fsutil
 
         raise (_stdout_error() or fsutil.disk_full(exc, f"ovm {name}", context.root.path) or exc) from exc
+
+
+def _open_streams() -> None:
+    # Where we were started with one of them closed, the next file of ours would be it, and get what is printed.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _say_no_more() -> None:

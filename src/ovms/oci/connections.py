@@ -6,6 +6,7 @@ again. Several threads may ask at once. Errors leave as Python has them; :mod:`o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import select
@@ -13,10 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from ovms.lazy import regex
 from ovms.oci.appending import BUFFER
 
 if TYPE_CHECKING:
@@ -44,6 +45,20 @@ _TRAILERS_MAX: Final = 100
 
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class Sent(NamedTuple):
+    """A request whose answer is still to come.
+
+    Attributes:
+        fileno: the descriptor that can be read when the answer comes.
+        read: the answer up to its body, waited for; to be called once.
+        close: what to call instead where nobody wants it any more.
+    """
+
+    fileno: int
+    read: Callable[[], tuple[http.client.HTTPResponse, Release]]
+    close: Callable[[], None]
 
 
 class Connections:
@@ -97,7 +112,26 @@ class Connections:
                     raise
                 connection = self._open(key)
                 response = self._ask(connection, method, target, headers, body)
+        return response, self._release(key, connection, response)
 
+    def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
+        """Sends a GET, and does not wait for the answer. Raises as :meth:`request`, and tries nothing twice."""
+        key, target = _parse(url, context)
+        connection = self._idle_one(key) or self._open(key)
+        with _closed_on_error(connection):
+            connection.sock.settimeout(self._read_timeout)
+            _send(connection, "GET", target, headers, None)
+
+        def read() -> tuple[http.client.HTTPResponse, Release]:
+            with _closed_on_error(connection):
+                response = connection.getresponse()
+            return response, self._release(key, connection, response)
+
+        return Sent(connection.sock.fileno(), read, connection.close)
+
+    def _release(
+        self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> Release:
         def release(again: bool) -> None:
             # a server that does not keep it open has it closed by now
             if again and response.isclosed() and connection.sock is not None:
@@ -106,7 +140,7 @@ class Connections:
                 response.close()
                 connection.close()
 
-        return response, release
+        return release
 
     def _ask(
         self,
@@ -116,13 +150,10 @@ class Connections:
         headers: Mapping[str, str],
         body: bytes | IO[bytes] | None,
     ) -> http.client.HTTPResponse:
-        try:
+        with _closed_on_error(connection):
             connection.sock.settimeout(self._read_timeout)
             _send(connection, method, target, headers, body)
             return connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
 
     def _open(self, key: _Key) -> http.client.HTTPConnection:
         scheme, host, port, context = key
@@ -160,6 +191,15 @@ class Connections:
                 idle.append(connection)
                 return
         connection.close()
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _connect(address: tuple[str, int], *rest: Any) -> socket.socket:
@@ -229,10 +269,14 @@ class _Response(http.client.HTTPResponse):
     fp: Any
 
     def begin(self) -> None:
+        ahead = self.fp.peek(1)
+        if b"\r\n\r\n" in ahead and _FINAL.match(ahead):
+            super().begin()  # all of it is here, as it nearly always is
+            return
         with self._in_time():
             super().begin()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
         fp = self.fp
         self.fp = lines = _Lines(fp)
@@ -256,6 +300,8 @@ class _Response(http.client.HTTPResponse):
         raise http.client.HTTPException("more trailers than anybody needs")
 
 
+#: The beginning of a head that no other follows, as one does after a 100.
+_FINAL: Final = regex(rb"HTTP/1\.[01] [2-5][0-9][0-9] ")
 #: Of one line that nobody wants.
 _LINE_MAX: Final = 64 * 1024
 

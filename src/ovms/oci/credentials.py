@@ -14,7 +14,6 @@ import base64
 import binascii
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -175,6 +174,8 @@ class Credentials:
 
     def _find(self, program: str) -> Path:
         # on the PATH of the environment that the files come from
+        import shutil
+
         found = shutil.which(program, path=self._environ.get("PATH"))
         return Path(found) if found else process.find_tool(program)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Final, NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
@@ -188,6 +188,20 @@ class Answer:
         return bytes(body)
 
 
+class Asked(NamedTuple):
+    """A request whose answer is still to come.
+
+    Attributes:
+        fileno: the descriptor that can be read when the answer comes.
+        answer: waits for it; to be called once. Raises as :meth:`Transport.request`; a redirect is an answer.
+        close: what to call instead where nobody wants it any more.
+    """
+
+    fileno: int
+    answer: Callable[[], Answer]
+    close: Callable[[], None]
+
+
 class _Pace:
     """Watches how fast a body comes. Used as a context manager around each wait for bytes: no other time counts."""
 
@@ -316,6 +330,21 @@ class Transport:
                 sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
             url = target
         raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
+
+    def send(self, url: str, headers: Mapping[str, str]) -> Asked | None:
+        """Sends a GET, and does not wait for the answer; None where a proxy is in between. Raises as :meth:`request`."""
+        self._check_plain(url, self._registry)
+        with _translated(url):
+            if self._proxies is not None and self._proxies.find(url) is not None:
+                return None
+            sent = self._connections.send(url, headers, self._context(url))
+
+        def answer() -> Answer:
+            with _translated(url):
+                response, release = sent.read()
+            return Answer(response, url, release)
+
+        return Asked(sent.fileno, answer, sent.close)
 
     def _check_plain(self, url: str, sender: str) -> None:
         try:

@@ -6,7 +6,6 @@ or port, and the user wants to hear of that soon.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from typing import Final
@@ -86,6 +85,8 @@ class Patience:
 
     def _pause(self, exc: RegistryError) -> float:
         longer = min(2.0 ** (self._failures - 1), PAUSE_MAX)
+        import random
+
         pause = self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
         if isinstance(exc, Busy) and exc.wait is not None:
             # "at once" is what a date says, too, where the registry's clock is behind ours: ten tries would be gone in no time

@@ -29,6 +29,7 @@ from ovms.oci.http import (
     CONNECT_TIMEOUT,
     READ_TIMEOUT,
     Answer,
+    Asked,
     Broken,
     Refused,
     host_of,
@@ -275,6 +276,27 @@ class RegistryClient:
                 got=got,
             )
         return data
+
+    def send_blob(self, repository: str, descriptor: Descriptor) -> Asked | None:
+        """Asks for a small blob, and does not wait for the answer, which :meth:`receive_blob` reads.
+
+        None where :meth:`read_blob` has to ask for it. Raises as that.
+        """
+        return self._route.send(f"{repository}/blobs/{descriptor.digest}", repository)
+
+    def receive_blob(self, asked: Asked, descriptor: Descriptor) -> bytes | None:
+        """All of the blob that was asked for, not yet checked; None for any other answer than a blob of this size.
+
+        Raises:
+            Broken: the connection broke, or brings nothing.
+            Busy: the registry is.
+        """
+        with asked.answer() as answer:
+            if answer.status in BUSY:
+                raise busy(answer, f"the blob {descriptor.digest}")
+            if answer.status != 200 or answer.length() != descriptor.size:
+                return None
+            return b"".join(bytes(piece) for piece in answer.chunks())
 
     def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.

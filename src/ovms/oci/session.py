@@ -16,7 +16,7 @@ from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, Registr
 from ovms.lazy import dataclass, field
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
-from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
+from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Asked, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
 from ovms.oci.realm import TokenServices, is_loopback, same_host
 from ovms.oci.registries import Endpoint
@@ -122,6 +122,26 @@ class Session:
             with answer:
                 self._use("https")
 
+    def send(self, path: str, repository: str, scope: str) -> Asked | None:
+        """Sends a GET, and does not wait for the answer, which may be a challenge; *path* is below ``/v2/``.
+
+        None where it is not known yet how the host is spoken to, or a proxy is in between. Raises as :meth:`request`.
+        """
+        with self._lock:
+            base, authenticator = self._base, self._auth
+        if authenticator is None or self._guessed:
+            return None
+        authorization = authenticator.header(scope, lambda: self._credential(repository))
+        asked = self._transport.send(base + path, {} if authorization is None else {"Authorization": authorization})
+        if asked is None:
+            return None
+        return asked._replace(answer=lambda: self._noted(asked.answer(), repository))
+
+    def _noted(self, answer: Answer, repository: str) -> Answer:
+        answer.asked, answer.home = self.host, origin(self._base)
+        answer.authorized = self._known.get(repository) is not None
+        return answer
+
     def owns(self, url: str) -> bool:
         """Whether a URL that an answer gave leads to this host."""
         return origin(url) == origin(self._base)
@@ -153,8 +173,7 @@ class Session:
             finally:
                 if content is not None and not isinstance(content, bytes):
                     content.close()
-            answer.asked, answer.home = self.host, origin(self._base)
-            answer.authorized = self._known.get(repository) is not None
+            self._noted(answer, repository)
             # nobody else's challenge is answered
             if answer.status != 401 or last or not ours or answer.elsewhere:
                 return answer

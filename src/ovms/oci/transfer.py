@@ -26,7 +26,7 @@ from ovms.errors import (
     Unsupported,
 )
 from ovms.lazy import dataclass
-from ovms.oci import absent, partial, ranges, workers
+from ovms.oci import absent, partial, ranges, small, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import REPAIR, BlobWriter, Layout
@@ -51,6 +51,8 @@ _SENT_AT_ONCE: Final = 1 * limits.MIB
 _NAMED_MAX: Final = 3
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
+#: Up to so many of them, it does not matter how.
+_FEW: Final = 2
 
 
 class _Stopped(OvmsError):
@@ -124,7 +126,8 @@ def pull(
             left_out = [blob for blob in missing if blob.digest in leaving]
             missing = [blob for blob in missing if blob.digest not in leaving]
             _require_space(layout, missing, reference)
-        download.blobs([blob for blob in manifest.blobs if blob not in [*documents, *left_out]], missing)
+        others = {blob.digest for blob in [*documents, *left_out]}
+        download.blobs([blob for blob in manifest.blobs if blob.digest not in others], missing)
         download.note_absent(left_out)
         layout.sync()
         absent.forget(layout, missing)
@@ -294,11 +297,12 @@ class _Download:
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
         """Fetches those of *blobs* that are *missing*, several at once: the small ones, then the others, largest first."""
+        lacking = {blob.digest for blob in missing}
         for blob in blobs:
-            if blob not in missing:
+            if blob.digest not in lacking:
                 with self._progress.task(label(blob), blob.size) as task:
                     task.note("exists already")
-        wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
+        wanted = sorted((blob for blob in blobs if blob.digest in lacking), key=lambda blob: -blob.size)
         self._fetch_all_small([blob for blob in wanted if blob.size <= _SMALL])
         large = [blob for blob in wanted if blob.size > _SMALL]
         self._unfinished = len(large)
@@ -309,26 +313,34 @@ class _Download:
         with contextlib.ExitStack() as held:
             writers: list[BlobWriter] = []
 
+            def keep(blob: Descriptor, data: bytes, stopped: Callable[[], bool] = lambda: False) -> None:
+                with self._lock:
+                    if stopped():
+                        return
+                    writer = held.enter_context(self._layout.loose(blob.digest))
+                writer.write(data)
+                writer.finish(blob)
+                writers.append(writer)
+                self._count(len(data))
+
             def job(blob: Descriptor) -> workers.Job:
                 def fetch(stopped: Callable[[], bool]) -> None:
                     with self._progress.task(label(blob), blob.size) as task:
                         data = self._read_small(blob, task)
-                        with self._lock:
-                            if stopped():
-                                return
-                            writer = held.enter_context(self._layout.loose(blob.digest))
-                        writer.write(data)
-                        writer.check(blob)
-                        writer.flush()
-                        writers.append(writer)
+                        keep(blob, data, stopped)
                         task.advance(len(data))
-                    self._count(len(data))
 
                 return fetch
 
-            workers.run_all([job(blob) for blob in blobs])
-            for writer in writers:
-                writer.commit(durable=False)
+            left = {blob.digest: blob for blob in blobs}
+            at_once = blobs if len(blobs) > _FEW else []
+            for blob, data in small.fetch(self._client, self._repository, at_once, workers.PARALLEL):
+                with self._progress.task(label(blob), blob.size) as task:
+                    keep(blob, data)
+                    task.advance(len(data))
+                left.pop(blob.digest, None)
+            workers.run_all([job(blob) for blob in left.values()])
+            self._layout.commit_all(writers)
 
     def _spare(self) -> int:
         # connections that no blob is waiting for, shared out among those at work

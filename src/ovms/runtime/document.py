@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from ovms.errors import Interrupted, OvmsError, VmmError
 from ovms.process import describe_exit
@@ -17,6 +18,8 @@ from ovms.spec.states import State
 from ovms.vmm.model import Ending, PortForward, VmFiles
 
 _PAIR: Final = struct.Struct("<QQ")
+#: Milliseconds by which the times of records are rounded.
+_CLOCK_STEP: Final = 1.0
 _WITH_VM: Final = frozenset({State.RUNNING, State.PAUSED, State.STOPPING})
 
 
@@ -94,11 +97,32 @@ def _timings(record: Record, files: VmFiles | None) -> dict[str, float]:
     spawned = datetime.fromisoformat(record.started).timestamp() * 1000 - record.start_ms
     for path in (files.old(files.console_index), files.console_index):
         with contextlib.suppress(OSError, struct.error), path.open("rb") as index:
-            number, time_ns = _PAIR.unpack(index.read(_PAIR.size))
-            if number == 0:  # the log was not begun anew more than once
+            found = _first_since(index, spawned)
+            if found is None:
+                continue
+            at, number, time_ns = found
+            if at or number == 0 or path != files.old(files.console_index):  # what came before it is there, too
                 timings["first_output"] = max(0.0, round(time_ns / 1e6 - spawned, 1))
             break
     return timings
+
+
+def _first_since(index: BinaryIO, moment_ms: float) -> tuple[int, int, int] | None:
+    # of the entries, which are in the order of time: the place of the first that is not before *moment_ms*, and what it says
+    low, high = 0, os.fstat(index.fileno()).st_size // _PAIR.size
+
+    def entry(place: int) -> tuple[int, int]:
+        number, time_ns = _PAIR.unpack(os.pread(index.fileno(), _PAIR.size, place * _PAIR.size))
+        return number, time_ns
+
+    end = high
+    while low < high:
+        middle = (low + high) // 2
+        if entry(middle)[1] / 1e6 < moment_ms - _CLOCK_STEP:
+            low = middle + 1
+        else:
+            high = middle
+    return None if low == end else (low, *entry(low))
 
 
 def _exit(status: Status) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ovms.errors import OvmsError
+from ovms.runtime import network
 from ovms.runtime.instances import Instances
 from ovms.runtime.record import Record
 
@@ -35,7 +36,8 @@ class Usage:
         if process is None or not process.alive():
             self.forget(record.id)
             return {}
-        return {**_of_process(process.pid), **self._of_vmm(record)}
+        moved = network.figures(record.network, self._instances.directory(record.id))
+        return {**_of_process(process.pid), **moved, **self._of_vmm(record)}
 
     def forget(self, instance_id: str) -> None:
         """An instance is no more."""

@@ -73,7 +73,7 @@ class _Stream:
         self._pending = b""
         self._pending_time = 0
         self._index: tuple[list[int], list[int]] = ([], [])
-        self._index_of: tuple[Path, int] | None = None
+        self._index_of: tuple[Path, int, int] | None = None
 
     def read(self) -> Iterator[tuple[int, str]]:
         if self._at_old and self._old is not None:
@@ -125,13 +125,18 @@ class _Stream:
             return path.stat().st_mtime_ns
         files = self._files
         index = files.console_index if path == files.console_log else files.old(files.console_index)
-        size = index.stat().st_size if index.exists() else 0
-        if self._index_of != (index, size):
-            self._index_of = (index, size)
+        try:
+            info = index.stat()
+        except FileNotFoundError:
+            return path.stat().st_mtime_ns
+        if self._index_of != (index, info.st_size, info.st_mtime_ns):
+            self._index_of = (index, info.st_size, info.st_mtime_ns)
             with contextlib.suppress(OSError), index.open("rb") as file:
                 data = file.read(_INDEX_MAX * _PAIR.size)
                 pairs = list(_PAIR.iter_unpack(data[: len(data) // _PAIR.size * _PAIR.size]))
-                self._index = ([number for number, _ in pairs], [time_ns for _, time_ns in pairs])
+                # bytes keep their numbers when the log begins anew: of this file the first has that of the first entry
+                first = pairs[0][0] if pairs else 0
+                self._index = ([number - first for number, _ in pairs], [time_ns for _, time_ns in pairs])
         numbers, times = self._index
         found = bisect.bisect_right(numbers, offset) - 1
         return times[found] if 0 <= found < len(times) else path.stat().st_mtime_ns

@@ -5,6 +5,7 @@
     instances/<uuid>/
     ├── network.json            what runs or stands outside the VMM for this VM's network: passt and its fence (processes,
     │                           and the ports that they forward), or a redirect in a network namespace
+    ├── network.count           what has passed the fence since the VM started: two 64-bit numbers
     └── resolv.conf             what passt is shown, where the host's would not do
 
 The file is written before the VMM runs, so whoever is killed, the next command finds what is left. Which network fits
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ovms.runtime.passt import Passt
 
 FILE: Final = "network.json"
+_COUNT: Final = "network.count"
 _NOBODY: Final = 65534
 _INTERFACE: Final = regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _HINT: Final = "write none, user, user:passt, user:slirp, tap, tap:NAME, bridge:NAME or netns:PATH[,redirect=NAME]"
@@ -214,6 +216,7 @@ def connected(
     *,
     mac: str,
     user: User | None,
+    anew: bool = True,
 ) -> Iterator[Link]:
     """Makes the outside of a VM's network. What the VMM inherits is closed at the end; on an error all is taken back.
 
@@ -223,12 +226,15 @@ def connected(
         directory: the instance's.
         mac: the guest's.
         user: whom the VM runs as.
+        anew: for a VM that starts: what was counted is of another one.
 
     Raises:
         HostError, InUse: the host does not have it, or does not let us.
     """
     with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         undo.callback(sweep, directory)
+        if anew:
+            (directory / _COUNT).unlink(missing_ok=True)
         link = _make(attachment, ports, directory, mac, user, held)
         yield link
         undo.pop_all()
@@ -261,10 +267,20 @@ def _start_passt(
     from ovms.vmm import watch
 
     theirs, ours = watch.socket_pair(held)
-    running = passt.start(ours, ports, directory, mac=mac, user=user or _somebody())
+    count = _count_to(directory, held)
+    running = passt.start(ours, ports, directory, mac=mac, user=user or _somebody(), count=count)
     held.callback(running.forget)
     _note(directory, Outside(running.processes, ports))
     return running, theirs
+
+
+def _count_to(directory: Path, held: contextlib.ExitStack) -> int | None:
+    # a VM is none the worse for it that nobody counts
+    with contextlib.suppress(OSError):
+        fd = os.open(directory / _COUNT, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        held.callback(os.close, fd)
+        return fd
+    return None
 
 
 def _somebody() -> User:
@@ -377,7 +393,35 @@ def rewire(control: Control, ports: tuple[PortForward, ...], directory: Path, *,
         PortInUse, HostError, VmmError: it failed; the VM has no network then.
     """
     sweep(directory)
-    with connected(Attachment(Kind.PASST), ports, directory, mac=mac, user=user) as link:
+    with connected(Attachment(Kind.PASST), ports, directory, mac=mac, user=user, anew=False) as link:
         assert link.network.fd is not None
         control.replace_stream(link.network.fd)
         link.settle()
+
+
+def figures(attachment: Attachment, directory: Path) -> dict[str, int]:
+    """What the guest has sent and received, as far as somebody counts it: in a network inside QEMU, nobody does."""
+    match attachment.kind:
+        case Kind.NONE:
+            sent = received = 0
+        case Kind.PASST:
+            from ovms.runtime import passt
+
+            try:
+                with (directory / _COUNT).open("rb") as file:
+                    data = file.read(passt.COUNTS.size)
+            except OSError:
+                return {}
+            # until something has passed, nothing is written
+            sent, received = passt.COUNTS.unpack(data) if len(data) == passt.COUNTS.size else (0, 0)
+        case Kind.SLIRP:
+            return {}
+        case _:
+            from ovms.runtime import taps
+
+            tap = attachment.name if attachment.kind is Kind.TAP else None
+            try:
+                sent, received = taps.counts(tap or taps.name_of(directory.name), attachment.path)
+            except (OvmsError, OSError, ValueError):  # the namespace is gone, or another one is ours
+                return {}
+    return {"net_rx_bytes": received, "net_tx_bytes": sent}

@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ _RESOLVER_6: Final = "fec0::3"
 _RESOLVER: Final = "10.0.2.3"
 _ROUTER: Final = "52:55:0a:00:02:02"
 _MTU: Final = 1500
+#: Bytes of frames from the guest, and to it.
+COUNTS: Final = struct.Struct("<QQ")
 _FILTERS: Final = regex(r"^Seccomp_filters:\s+([0-9]+)$", re.MULTILINE)
 _PORT: Final = regex(r"'-([tu]) ([0-9a-f.:]+)/([0-9]+):")
 
@@ -137,8 +140,12 @@ def _resolv_conf(directory: Path) -> list[str]:
     return [f"resolv={path}"]
 
 
-def start(fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, user: User) -> Passt:
+def start(
+    fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, user: User, count: int | None = None
+) -> Passt:
     """Starts passt for a VM at the other end of *fd*. It ends when that does. *directory* is the instance's.
+
+    *count*: a file into which the fence writes what has passed (:data:`COUNTS`).
 
     Raises:
         ToolMissing, HostError: it can't be started, or not with these ports.
@@ -154,6 +161,7 @@ def start(fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, u
         f"user={user.uid}:{user.gid}",
         f"mac={mac.replace(':', '')}",
         *_resolv_conf(directory),
+        *([] if count is None else [f"count={count}"]),
         "--",
     ]
     try:
@@ -162,7 +170,7 @@ def start(fd: int, ports: Sequence[PortForward], directory: Path, *, mac: str, u
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[fd],
+            pass_fds=[fd] if count is None else [fd, count],
             start_new_session=True,
             # SIGPIPE stays ignored: nobody reads what passt says later
             restore_signals=False,

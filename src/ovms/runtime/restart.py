@@ -31,7 +31,7 @@ _WELL: Final = 10.0
 COMMAND: Final = "ended"
 _START: Final = (
     "import os, sys; os.environ['PATH'] = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
-    "from ovms.cli.main import main; sys.exit(main())"
+    "from ovms.cli.entry import entry; entry()"
 )
 
 
@@ -79,6 +79,8 @@ def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] 
             runtime.instances.recover()
             return None
         sleep(_pause(policy, status.ran_s))
+        if runtime.instances.stop_asked(record):
+            return None  # its user has stopped it meanwhile
         try:
             return runtime.start_again(record)
         except OvmsError:

@@ -376,11 +376,14 @@ class Runtime:
 
         Raises:
             StateConflict: its VM lives.
+            Interrupted: somebody wants it stopped.
             PortInUse, VmmError, …: as for :meth:`start`; the instance stays as it is.
         """
         with self.layout.using(), self.instances.locked(record) as newest:
             if self.instances.status(newest).state.alive:
                 raise StateConflict(f"the instance {newest.name} runs already", instance=newest.name)
+            if self.instances.stop_asked(newest):
+                raise Interrupted(f"{newest.name} was to be stopped")
             artifact = self.artifact(newest)
             self.guard.allow(artifact.digest, newest.reference)
             layers = [(self.layout.path(Digest(d.ref)), d.format) for d in artifact.manifest.disk_layers]
@@ -389,7 +392,6 @@ class Runtime:
             disks = open_chain([*layers, *written])
             port_forwards.settle(newest.ports)
             count = None if newest.restart is None else replace(newest.restart, count=newest.restart.count + 1)
-            self.instances.forget_stop(newest)
             # noted first: an attempt that kills us counts
             again = self.instances.save(
                 replace(
@@ -457,12 +459,18 @@ class Runtime:
             return self.instances.find(record.id)
         with self.instances.locked(record) as newest:
             if not self.instances.status(newest).state.alive:
+                self.leave_ended(newest)
                 return newest
             stopping = self._note_stop(newest)
             with contextlib.suppress(VmmError, StateConflict), self.instances.control(stopping) as control:
                 control.resume()  # a paused guest sees no button
                 control.power_down()
             return stopping
+
+    def leave_ended(self, record: Record) -> None:
+        """Sees to it that an instance whose VM is no more is not started again: its policy may be waiting to do that."""
+        if record.restart is not None:
+            self.instances.ask_to_stop(record, time.time())
 
     def break_off(self, record: Record) -> bool:
         """Asks whoever is starting an instance to break that off. False where nobody is."""
@@ -477,6 +485,7 @@ class Runtime:
         with contextlib.suppress(GuestError, StateConflict, Unsupported):
             with self.instances.locked(record) as newest:
                 if not self.instances.status(newest).state.alive:
+                    self.leave_ended(newest)
                     return True
                 self._note_stop(newest)
                 with contextlib.suppress(VmmError, StateConflict), self.instances.control(newest) as control:
@@ -505,6 +514,8 @@ class Runtime:
         """Ends the VM of an instance at once (under its lock); *going*: the instance is removed then."""
         running = record.process
         if running is None or not running.alive():
+            if not going:
+                self.leave_ended(record)
             return
         self._note_stop(record, going=going)
         with contextlib.suppress(VmmError, StateConflict), self.instances.control(record) as control:
@@ -556,7 +567,7 @@ class Runtime:
             VmmError: the VMM refused.
         """
         after(self.instances.status(record).state, Call.PAUSE, record.name)
-        with self.instances.locked(record) as newest:
+        with self.instances.locked(record, finish=True) as newest:
             after(self.instances.status(newest).state, Call.PAUSE, newest.name)
             # Noted first, and asked of the VMM also where it is noted: should we be killed between, 'resume' sets it right.
             paused = self.instances.save(replace(newest, paused=True)) if not newest.paused else newest
@@ -575,7 +586,8 @@ class Runtime:
             after(self.instances.status(newest).state, Call.RESUME, newest.name)
             with self.instances.control(newest) as control:
                 control.resume()
-            return self.instances.save(replace(newest, paused=False)) if newest.paused else newest
+            resumed = self.instances.save(replace(newest, paused=False)) if newest.paused else newest
+            return self.instances.finish(resumed)
 
     def artifact(self, record: Record) -> Artifact:
         """The artifact that an instance was started from."""

@@ -100,6 +100,26 @@ def make_in(path: Path, name: str, redirect: str | None) -> int:
     return inside(path, work)
 
 
+def counts(name: str, path: Path | None) -> tuple[int, int]:
+    """The bytes that came out of a tap device (a VM has sent them), and that went into it; *path*: the namespace that it is in.
+
+    Raises:
+        HostError: we may not look into the namespace, or it is gone.
+        OSError, ValueError: the device is gone.
+    """
+
+    def work() -> tuple[int, int]:
+        # of the thread, which may be in another namespace than the process
+        for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+            device, colon, figures = line.partition(":")
+            if colon and device.strip() == name:
+                words = figures.split()
+                return int(words[0]), int(words[8])
+        raise ValueError(f"there is no device {name}")
+
+    return work() if path is None else inside(path, work)
+
+
 def _open(name: str, flags: int) -> int:
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)

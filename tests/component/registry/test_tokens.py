@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from support.artifacts import small
+from support.artifacts import of_layers, small
 from support.registry import Registry
 from support.tls import Authority
 from support.tokens import TokenService
@@ -114,6 +114,18 @@ def test_push_and_pull(secure: Secure, layout: Layout, other: Layout) -> None:
     # several blobs at once, and one token for each scope
     assert secure.scopes() == [("repository:t/first:pull,push",), ("repository:t/first:pull",)]
     assert {asked.user for asked in secure.tokens.asked} == {"ovms"}
+
+
+def test_many_small_blobs_take_one_token(secure: Secure, layout: Layout, other: Layout) -> None:
+    name = secure.name("t/many")
+    artifact = of_layers(layout, str(name), [b"layer %d" % i * 500 for i in range(12)])
+    with secure.connect() as client:
+        transfer.push(layout, client, name, artifact.digest)
+    secure.tokens.asked.clear()
+    with secure.connect() as client:
+        transfer.pull(other, client, name)
+    assert all(other.has(blob) for blob in artifact.image.blobs)
+    assert secure.scopes() == [("repository:t/many:pull",)]
 
 
 @pytest.mark.parametrize("pair", ["ovms:wrong", "nobody:secret", None])

@@ -14,7 +14,7 @@ from support.guests import MEMORY, Console
 
 from ovms.artifact.resolve import Found, find
 from ovms.cli import view
-from ovms.errors import InstanceNotFound, StateConflict, UsageError
+from ovms.errors import InstanceNotFound, Interrupted, StateConflict, UsageError
 from ovms.oci.reference import Reference
 from ovms.runtime import cgroups, document, restart, security, snapshots
 from ovms.runtime.jail import SecurityOptions
@@ -187,7 +187,10 @@ def test_a_vm_that_fails_is_booted_again_on_its_disk(runtime: Runtime, echo: Fou
     kill(record)
     again = until(runtime, record, State.RUNNING, pid=record.process.pid)
     assert again.restart == Restart(2, 1)
-    console(runtime, again).wait_for("READY")
+    console(runtime, again).wait_for("READY", count=2)  # what it said before is still in its log
+    told = document.instance(runtime.instances.status(again), files=runtime.instances.files(again))
+    assert again.start_ms is not None
+    assert again.start_ms / 2 < told["timings_ms"]["first_output"] < 30_000, "of this boot, not of the one before"
     assert console(runtime, again).ping() == 1, "its memory is new"
     assert again.overlays == record.overlays
     # stopped by its user: that is no failure
@@ -206,6 +209,20 @@ def test_it_is_given_up_after_so_many_times(runtime: Runtime, echo: Found) -> No
     status = runtime.instances.status(runtime.instances.find(record.id))
     assert status.state is State.ERROR
     assert status.record.restart == Restart(1, 1)
+
+
+def test_one_that_is_stopped_while_it_waits_is_not_booted_again(runtime: Runtime, echo: Found) -> None:
+    for number, grace in enumerate((0.0, 5.0)):
+        record = runtime.start(echo, replace(TCG, restart=Restart(None, 3))).record
+        kill(record)  # the next try is 0.8 s from here
+        assert runtime.stop(record, grace=grace).state is State.ERROR, "how it ended is not forgotten"
+        assert restart.ended(runtime, record.id, sleep=lambda _: None) is None
+        with pytest.raises(Interrupted):
+            runtime.start_again(record)
+        if number == 0:
+            time.sleep(1.5)  # its watcher's own try
+            assert runtime.instances.status(runtime.instances.find(record.id)).state is State.ERROR
+        runtime.remove(record)
 
 
 def test_the_wait_grows_and_begins_anew(runtime: Runtime, echo: Found) -> None:

@@ -11,8 +11,10 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -86,14 +88,16 @@ def with_length(frame: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def fenced(*program: str) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
-    """The guest's end of a fence's connection; the program's end is on its descriptor 3."""
+def fenced(*program: str, count: BinaryIO | None = None) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    """The guest's end of a fence's connection; the program's end is on its descriptor 3. *count*: where it counts."""
     ours, theirs = socket.socketpair()
     user = "12345:12345" if os.geteuid() == 0 else f"{os.geteuid()}:{os.getegid()}"
     with ours, theirs:
+        counting = () if count is None else (count.fileno(),)
+        words = [f"guest={theirs.fileno()}", f"user={user}", f"mac={MAC.hex()}", *(f"count={fd}" for fd in counting)]
         fence = subprocess.Popen(
-            [passt.FENCE, f"guest={theirs.fileno()}", f"user={user}", f"mac={MAC.hex()}", "--", *program],
-            pass_fds=[theirs.fileno()],
+            [passt.FENCE, *words, "--", *program],
+            pass_fds=[theirs.fileno(), *counting],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
@@ -255,6 +259,46 @@ def test_the_program_ends_and_is_reaped_when_the_guest_does() -> None:
         sock.close()
         assert fence.wait(10) == 0
         assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_what_passes_is_counted(tmp_path: Path) -> None:
+    path, size = tmp_path / "count", len(PASSING["ipv4"])
+    path.touch()
+
+    def counts() -> tuple[int, ...]:
+        return passt.COUNTS.unpack(data) if (data := path.read_bytes()) else (0, 0)
+
+    def soon(expected: tuple[int, int]) -> bool:
+        deadline = time.monotonic() + 10
+        while counts() != expected:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    # its own two, which are none of the guest's, come back from the echo
+    announced = 60 + 62
+    for boot in range(2):
+        with path.open("r+b") as file, fenced(*ECHO, count=file) as (sock, _):
+            frames(sock, ANNOUNCED)
+            before = (boot * 3 * size, boot * 3 * size + (boot + 1) * announced)
+            assert soon(before), "it goes on from what is there"
+            sock.sendall(with_length(PASSING["ipv4"]) + with_length(STOPPED["to loopback"]))
+            frames(sock, 1)
+            assert soon((before[0] + size, before[1] + size)), "and what is stopped has not passed"
+            for _ in range(2):
+                sock.sendall(with_length(PASSING["ipv4"]))
+                frames(sock, 1)
+        assert counts() == (before[0] + 3 * size, before[1] + 3 * size), "to the last one"
+    assert path.stat().st_size == passt.COUNTS.size
+
+
+def test_a_disk_without_room_for_the_count_stops_nothing() -> None:
+    with Path("/dev/full").open("r+b", buffering=0) as file, fenced(*ECHO, count=file) as (sock, _):
+        frames(sock, ANNOUNCED)
+        for _ in range(40):
+            sock.sendall(with_length(PASSING["ipv4"]))
+            assert frames(sock, 1) == [PASSING["ipv4"]]
 
 
 def test_it_has_no_rights_and_few_descriptors() -> None:

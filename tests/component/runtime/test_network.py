@@ -30,6 +30,7 @@ from ovms.errors import (
 )
 from ovms.oci.reference import Reference
 from ovms.runtime import forwards, network, passt, ports, snapshots, taps
+from ovms.runtime.figures import Usage
 from ovms.runtime.network import Kind, Wanted
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -347,6 +348,57 @@ def test_a_snapshot_with_qemus_own_network_goes_on_that_alone(runtime: Runtime, 
     started = runtime.start(warm, replace(OPTIONS, network=Wanted.parse("none")))
     assert not started.record.restored
     assert "user:slirp" in (started.not_restored or "")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def moved(runtime: Runtime, record: Record) -> dict[str, int]:
+    found = Usage(runtime.instances).of(runtime.instances.find(record.id))
+    return {name: value for name, value in found.items() if name.startswith("net_")}
+
+
+@needs_passt
+def test_what_has_passed_is_counted_also_when_the_ports_change(runtime: Runtime, echo: Found) -> None:
+    record = start(runtime, echo, "user:passt", "80")
+    connects(record.ports[0])  # the guest is asked for its hardware address, at the least
+    assert soon(lambda: moved(runtime, record)["net_rx_bytes"] > 0)
+    before = moved(runtime, record)["net_rx_bytes"]
+    forwards.change(runtime, record, [ports.parse("81")], [])
+    assert moved(runtime, record)["net_rx_bytes"] >= before
+
+
+def test_networks_in_which_nobody_counts(runtime: Runtime, echo: Found) -> None:
+    assert moved(runtime, start(runtime, echo, "none")) == {"net_rx_bytes": 0, "net_tx_bytes": 0}
+    assert moved(runtime, start(runtime, echo, "user:slirp")) == {}
+
+
+@needs_root
+def test_a_tap_device_is_counted_by_the_kernel(runtime: Runtime, echo: Found, namespace: str) -> None:
+    for wanted in ("tap", f"netns:{netns.path_of(namespace)}"):
+        record = start(runtime, echo, wanted)
+        assert set(moved(runtime, record)) == {"net_rx_bytes", "net_tx_bytes"}
+        runtime.kill(record)
+        assert soon(lambda: network.figures(record.network, directory(runtime, record)) == {})  # noqa: B023
+    # the bare guest has no driver for its card, so we stand for the VMM
+    place = netns.path_of(namespace)
+    fd = taps.make_in(place, "ovm-counted", None)
+    try:
+        sent, received = taps.counts("ovm-counted", place)
+        os.write(fd, b"\xff" * 6 + bytes.fromhex("525400010203") + b"\x88\xb5" + bytes(986))
+        assert taps.counts("ovm-counted", place)[0] == sent + 1000
+        assert soon(lambda: _took(fd) and taps.counts("ovm-counted", place)[1] > received), (
+            "what the kernel says to all"
+        )
+    finally:
+        os.close(fd)
+
+
+def _took(fd: int) -> bool:
+    try:
+        return len(os.read(fd, 65536)) > 0
+    except BlockingIOError:
+        return False
 
 
 # --- tap devices -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,13 @@ class Guest:
 @pytest.fixture
 def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
     monkeypatch.setattr(watch, "LOG_MAX", LOG_MAX)
-    files = VmFiles(tmp_path)
+    with booted(VmFiles(tmp_path)) as guest:
+        yield guest
+
+
+@contextlib.contextmanager
+def booted(files: VmFiles, printed: int = 0) -> Iterator[Guest]:
+    files.console.unlink(missing_ok=True)
     with contextlib.ExitStack() as held:
         listen = held.enter_context(fsutil.listen_unix(files.console))
         theirs, ours = (held.enter_context(end) for end in socket.socketpair())
@@ -63,7 +69,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
         ours.close()
         events.close()
         theirs.settimeout(20)
-        guest = Guest(watched, files, theirs, vmm_events)
+        guest = Guest(watched, files, theirs, vmm_events, printed)
         yield guest
         guest.end()
 
@@ -263,3 +269,45 @@ def test_an_instance_that_never_printed(tmp_path: Path) -> None:
         assert list(logs.records(console, since=0, tail=5)) == []
         assert (console.first(), console.end(), console.tail(3)) == (0, 0, 0)
     assert list(logs.said_by_vmm(VmFiles(tmp_path))) == []
+
+
+def test_another_boot_goes_on_with_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOG_MAX", LOG_MAX)
+    files, printed, moments = VmFiles(tmp_path), 0, []
+    # the third fills the log, so that the fourth begins with one that has just moved; a read is up to 64 KiB
+    for boot, more in enumerate((b"", b"", b"x" * (LOG_MAX + (1 << 16)) + b"\n", b"")):
+        moments.append(time.time_ns() // 1000)
+        with booted(files, printed) as guest:
+            guest.print(b"boot %d\n" % boot + more)
+            printed = guest.printed
+            if boot < 3:
+                assert texts(guest)[: boot + 1] == [f"boot {n}" for n in range(boot + 1)]
+    with logs.Console(files) as console:
+        assert console.end() == printed
+        found = [record for record in logs.records(console) if record.text.startswith("boot")]
+    assert [record.text for record in found][-1] == "boot 3"
+    for record in found:
+        assert 0 <= record.time - moments[int(record.text[-1])] < 5_000_000
+
+
+@pytest.mark.parametrize("left", ["log without index", "index without log", "a torn index"])
+def test_what_a_killed_copier_left_is_gone_on_with(tmp_path: Path, left: str) -> None:
+    files = VmFiles(tmp_path)
+    with booted(files) as guest:
+        guest.print(b"before\n")
+        printed = guest.printed
+    match left:
+        case "log without index":
+            os.truncate(files.console_index, 0)
+            printed = 0
+        case "index without log":  # the log has moved, its index has not
+            files.console_log.rename(files.old(files.console_log))
+        case _:
+            with files.console_index.open("ab") as index:
+                index.write(b"torn")
+    with booted(files, printed) as guest:
+        time.sleep(0.01)
+        guest.print(b"after\n")
+        found = texts(guest)
+    assert found[-1] == "after"
+    assert files.console_index.stat().st_size % 16 == 0

@@ -43,8 +43,12 @@ def run(args: argparse.Namespace, context: Context) -> int:
         except InstanceNotFound:
             raise no_artifact from None
     from ovms.runtime.document import instance
+    from ovms.runtime.figures import Usage
 
-    _print(args, instance(context.runtime.instances.status(record), details=True))
+    instances = context.runtime.instances
+    status = instances.status(record)
+    metrics = Usage(instances).of(record) if status.state.alive else None
+    _print(args, instance(status, files=instances.files(record), metrics=metrics, details=True))
     return Exit.OK
 
 

@@ -1,6 +1,6 @@
 /* Starts passt for one VM, and stands between the two: what a guest sends to the host's own loopback goes no further.
  *
- *     fence guest=FD user=UID:GID mac=AABBCCDDEEFF [resolv=PATH] -- PROGRAM ARGUMENT...
+ *     fence guest=FD user=UID:GID mac=AABBCCDDEEFF [resolv=PATH] [count=FD] -- PROGRAM ARGUMENT...
  *
  * passt takes the destination of a frame for that of a connection of the host's. A guest that is its own root can send
  * frames to 127.0.0.1, and passt (all versions up to 2024 at the least) then connects to services that listen there
@@ -25,6 +25,8 @@
  *     mac=AABBCCDDEEFF       the guest's: passt is told of it before the guest says anything (it would not ask a restored one
  *                            that is silent)
  *     resolv=PATH            PROGRAM finds this file at /etc/resolv.conf, where the host lets us do that
+ *     count=FD               a file of two 64-bit numbers: the bytes of frames that passed from the guest, and to it. They go on
+ *                            from what is there, and are a second or two late at most
  *
  * Without a C library, as watch.c is; scripts/build-native.sh builds it.
  */
@@ -36,7 +38,8 @@ typedef unsigned long u64;
 typedef long i64;
 
 enum {
-    SYS_read = 0, SYS_write = 1, SYS_poll = 7, SYS_rt_sigaction = 13, SYS_sendto = 44, SYS_recvfrom = 45,
+    SYS_read = 0, SYS_write = 1, SYS_poll = 7, SYS_rt_sigaction = 13, SYS_pread64 = 17, SYS_pwrite64 = 18,
+    SYS_sendto = 44, SYS_recvfrom = 45, SYS_setrlimit = 160,
     SYS_socketpair = 53, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_fcntl = 72, SYS_setgroups = 116,
     SYS_setresuid = 117, SYS_setresgid = 119, SYS_capset = 126, SYS_prctl = 157, SYS_getuid = 102, SYS_getgid = 104, SYS_mount = 165, SYS_exit_group = 231,
     SYS_dup3 = 292, SYS_close_range = 436, SYS_close = 3, SYS_restart_syscall = 219, SYS_openat = 257,
@@ -74,6 +77,7 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define MSG_DONTWAIT 0x40
 #define MSG_NOSIGNAL 0x4000
 #define SIGPIPE 13
+#define RLIMIT_FSIZE 1
 #define PR_SET_DUMPABLE 4
 #define PR_SET_SECCOMP 22
 #define PR_SET_NO_NEW_PRIVS 38
@@ -177,9 +181,25 @@ struct way {
 
 static struct way out, in;
 
+/* Noted when so many milliseconds are quiet, or has been looked at so often: each note is a system call. */
+#define QUIET 100
+#define LOOKS 16
+
+static int count_to = -1;
+static u64 counted[2];
+static int moved, looks;
+
+static void note(void)
+{
+    moved = looks = 0;
+    if (count_to >= 0) /* what a full disk does not take, it may take the next time */
+        sys(SYS_pwrite64, count_to, counted, sizeof counted, 0);
+}
+
 /* Lets both sides know, and waits for passt's end, so that nobody else has to. */
 static _Noreturn void finish(int code)
 {
+    note();
     sys(SYS_close, out.from, 0, 0, 0);
     sys(SYS_close, in.from, 0, 0, 0);
     while (sys(SYS_wait4, -1, 0, 0, 0) == -EINTR)
@@ -321,6 +341,8 @@ static void look(struct way *way, int (*may_pass)(const u8 *, u64))
             if (at != way->ready)
                 memmove(way->bytes + way->ready, b, 4 + size);
             way->ready += 4 + size;
+            counted[way == &in] += size;
+            moved = 1;
         }
         at += 4 + size;
     }
@@ -339,7 +361,11 @@ static void relay(void)
             {out.from, (short)((full(&out) ? 0 : POLLIN) | (in.start != in.ready ? POLLOUT : 0)), 0},
             {in.from, (short)((full(&in) ? 0 : POLLIN) | (out.start != out.ready ? POLLOUT : 0)), 0},
         };
-        if (sys(SYS_poll, wait, 2, -1, 0) < 0)
+        i64 ready = sys(SYS_poll, wait, 2, moved ? QUIET : -1, 0);
+        looks += moved;
+        if (ready == 0 || looks == LOOKS)
+            note();
+        if (ready <= 0)
             continue;
         if (wait[0].revents & ~POLLOUT) {
             take(&out);
@@ -440,11 +466,13 @@ static void confine(i64 uid, i64 gid)
     must(sys(SYS_capset, header, none, 0, 0), "capset");
     must(sys(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0), "prctl");
     must(sys(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0), "no-new-privs");
+    u64 room[2] = {sizeof counted, sizeof counted}; /* all that we may write to any file */
+    must(sys(SYS_setrlimit, RLIMIT_FSIZE, room, 0, 0), "setrlimit");
     static struct filter filters[] = {
         LOAD(4), JEQ(0xc000003eu, 1, 0), RET(KILL),
         LOAD(0),
-        JEQ(SYS_poll, 7, 0), JEQ(SYS_recvfrom, 6, 0), JEQ(SYS_sendto, 5, 0), JEQ(SYS_close, 4, 0),
-        JEQ(SYS_wait4, 3, 0), JEQ(SYS_exit_group, 2, 0),
+        JEQ(SYS_poll, 8, 0), JEQ(SYS_recvfrom, 7, 0), JEQ(SYS_sendto, 6, 0), JEQ(SYS_close, 5, 0),
+        JEQ(SYS_wait4, 4, 0), JEQ(SYS_pwrite64, 3, 0), JEQ(SYS_exit_group, 2, 0),
         JEQ(SYS_restart_syscall, 1, 0), /* a poll that was stopped, and goes on */
         RET(KILL),
         RET(ALLOW),
@@ -508,6 +536,8 @@ __attribute__((used)) void begin(i64 *stack)
             mac = v;
         else if ((v = value_of(*words, "resolv")))
             resolv = v;
+        else if ((v = value_of(*words, "count")))
+            count_to = (int)number(&v);
     }
     u64 digits = 0;
     while (mac && mac[digits])
@@ -543,6 +573,8 @@ __attribute__((used)) void begin(i64 *stack)
     out.from = in.to = guest;
     in.from = out.to = pair[0];
     announce(mac);
+    if (count_to >= 0)
+        sys(SYS_pread64, count_to, counted, sizeof counted, 0);
     confine(uid, gid);
     relay();
 }

@@ -216,6 +216,7 @@ class App:
             state = self._instances.status(record).state
             after(state, Call.STOP, record.name)
             if not state.alive:
+                self._runtime.leave_ended(record)
                 return None
             if state is not State.STOPPING or grace == 0:
                 self._instances.ask_to_stop(record, time.time() + grace)
@@ -366,13 +367,9 @@ class App:
         with self._log.listening(lambda: loop.call_soon_threadsafe(more.set)):
             while True:
                 more.clear()
-                events = self._log.after(since)
-                for at in range(0, len(events), 64):
-                    yield _lines(events[at : at + 64])
-                if events:
-                    since = events[-1]["seq"]
-                elif since is None:
-                    since = self._log.last
+                text, since = self._log.text_after(since)
+                for at in range(0, len(text), _CHUNK):
+                    yield text[at : at + _CHUNK]
                 if not follow or self.ending.is_set():
                     return
                 news, end = asyncio.ensure_future(more.wait()), asyncio.ensure_future(self.ending.wait())

@@ -6,7 +6,7 @@
     ├── vmm.pid                 "VMM-PID WATCHER-PID", written before the VMM runs
     ├── start.lock              locked until that is written, also when whoever starts the VM is killed
     ├── exit                    how the VMM ended: wait status, time (ns), CPU times (µs), most memory (bytes)
-    ├── console.log(.1)         what the serial console printed; at LOG_MAX the one becomes the other
+    ├── console.log(.1)         what the serial console printed, all boots of it; at LOG_MAX the one becomes the other
     ├── console.idx(.1)         pairs of 64-bit numbers: the console's byte of that number came at that time (ns)
     ├── events.out              the VMM's events, as they came (at most 4 MiB)
     └── vmm.log                 the VMM's stderr (at most 1 MiB)
@@ -181,15 +181,16 @@ def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStac
         inherited.append(fd)
         return fd
 
-    for name, path in (
-        ("log", files.console_log),
-        ("old", files.old(files.console_log)),
-        ("index", files.console_index),
-        ("old-index", files.old(files.console_index)),
-        ("said", files.vmm_log),
-        ("event-log", files.events),
+    # the console's log goes on when an instance is started again; the rest tells of this VMM alone
+    for name, path, anew in (
+        ("log", files.console_log, 0),
+        ("old", files.old(files.console_log), 0),
+        ("index", files.console_index, 0),
+        ("old-index", files.old(files.console_index), 0),
+        ("said", files.vmm_log, os.O_TRUNC),
+        ("event-log", files.events, os.O_TRUNC),
     ):
-        words.append(f"{name}={inherit(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)}")
+        words.append(f"{name}={inherit(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | anew)}")
     for stale in (files.exit, files.pid):
         stale.unlink(missing_ok=True)
     words.append(f"dir={inherit(files.directory, os.O_PATH | os.O_DIRECTORY)}")

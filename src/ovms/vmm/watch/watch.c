@@ -23,7 +23,7 @@
  *     dir=FD                 the instance's directory; vmm.pid and exit are written there
  *     console=FD listen=FD   our end of the serial console; the socket on which others ask for it
  *     events=FD              our end of a QMP channel; it is negotiated, and what comes is written down
- *     log=FD old=FD index=FD old-index=FD   console.log, console.log.1 and their time indexes
+ *     log=FD old=FD index=FD old-index=FD   console.log, console.log.1 and their time indexes: what comes is added
  *     said=FD event-log=FD   files for the VMM's stderr and its events
  *     log-max=BYTES          when console.log is this large, it becomes console.log.1
  *     keep=FD                inherited by the VMM (repeated)
@@ -629,6 +629,29 @@ static void log_console(const u8 *data, u64 count)
     total += count;
 }
 
+static i64 first_of(int index, u64 *number)
+{
+    return sys(SYS_read, index, number, sizeof *number, 0, 0) == sizeof *number;
+}
+
+/* The log of an instance that is started again goes on where it was: bytes keep their numbers. */
+static void go_on(void)
+{
+    u64 first = 0;
+    i64 size = sys(SYS_lseek, o.log, 0, SEEK_END, 0, 0);
+    if (size > 0 && first_of(o.index, &first)) {
+        in_log = (u64)size, total = first + in_log;
+        /* an entry of which a full disk took a part is written over */
+        sys(SYS_lseek, o.index, sys(SYS_lseek, o.index, 0, SEEK_END, 0, 0) & ~15L, SEEK_SET, 0, 0);
+        return;
+    }
+    /* nothing but what has moved, or was just moving when all of us were killed */
+    if (size == 0 && (first_of(o.index, &first) || first_of(o.old_index, &first)))
+        total = first + (u64)sys(SYS_lseek, o.old, 0, SEEK_END, 0, 0);
+    empty(o.log);
+    empty(o.index);
+}
+
 static void lose(int i)
 {
     sys(SYS_close, client[i], 0, 0, 0, 0);
@@ -735,6 +758,7 @@ static void copy(int said)
     limit_capabilities();
     drop_capabilities();
     filter_copier();
+    go_on();
     if (o.events >= 0)
         write_all(o.events, (const u8 *)negotiate, sizeof negotiate - 1);
     while (o.console >= 0 || o.events >= 0 || said >= 0) {
