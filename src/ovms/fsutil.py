@@ -194,11 +194,15 @@ def read_input(path: Path, what: str, *, max_size: int) -> bytes:
         return bytes(data)
 
 
+def free_space(path: Path) -> int:
+    """Bytes that we may still write to *path*'s file system."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
 def require_space(directory: Path, needed: int, what: str) -> None:
     """Raises :class:`DiskFull` unless *directory*'s file system has room for *needed* bytes more (and a reserve)."""
-    import shutil
-
-    free = shutil.disk_usage(directory).free
+    free = free_space(directory)
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
             f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",

@@ -105,6 +105,10 @@ def _columns() -> int:
         return 80
 
 
+# argparse has each of its words translated; the first time, that takes as long as all the rest of a parser, and finds nothing.
+argparse._ = str  # type: ignore[attr-defined]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of exiting."""
 

@@ -16,12 +16,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ovms import fsutil, process
+from ovms import fsutil
 from ovms.errors import InputError, JsonInvalid, OvmsError, ToolMissing
 from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, strictjson
+
+if TYPE_CHECKING:
+    from ovms import process
 
 _FILE_MAX: Final = 1 * limits.MIB
 _HELPER: Final = regex(r"[A-Za-z0-9_.-]{1,64}")
@@ -152,6 +155,8 @@ class Credentials:
         """
         if not isinstance(name, str) or not _HELPER.fullmatch(name):
             raise InputError(f"{path}: {str(name)[:80]!a} is no name of a credential helper", path=str(path))
+        from ovms import process
+
         program = f"docker-credential-{name}"
         try:
             done = process.run(
@@ -176,11 +181,15 @@ class Credentials:
         # on the PATH of the environment that the files come from
         import shutil
 
+        from ovms import process
+
         found = shutil.which(program, path=self._environ.get("PATH"))
         return Path(found) if found else process.find_tool(program)
 
 
 def _complaint(done: process.Completed) -> str:
+    from ovms import process
+
     # Errors come by the way that answers come, and a helper may have got as far as that, or repeat what it was given.
     said = process.tail(done.stderr or done.stdout)
     return "what it said may hold a secret, and is not shown" if "{" in said else said

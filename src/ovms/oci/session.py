@@ -144,7 +144,10 @@ class Session:
 
     def owns(self, url: str) -> bool:
         """Whether a URL that an answer gave leads to this host."""
-        return origin(url) == origin(self._base)
+        try:
+            return origin(url) == origin(self._base)
+        except ValueError:
+            return False  # what is no address is said where it is connected to
 
     def _exchange(
         self,
