@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import socket
@@ -217,6 +218,7 @@ def test_a_page_is_no_manifest(server: Server, layout: Layout) -> None:
         (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "answers with what is not HTTP"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "answers with what is not HTTP"),
         (OK + b"Content-Length: 1000\r\n\r\nshort", "does not get to the end"),
+        (with_body(gzip.compress(MANIFEST), b"Content-Encoding: gzip"), "answers with compressed bytes"),
         (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "has no Location"),
         (b"HTTP/1.1 413 Large\r\nContent-Length: 0\r\n\r\n", "answers with 413"),
         (OK + b"Content-Length: 5000000\r\n\r\n" + bytes(5_000_000), "4194304 bytes to a request for the manifest of"),
