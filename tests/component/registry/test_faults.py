@@ -364,7 +364,12 @@ def test_how_long_the_registry_asks_to_wait_is_said(
     with pytest.raises(RegistryError, match=f"asks to wait {seconds} s") as caught:
         pull(server.host, layout)
     assert caught.value.to_json()["retry_after_s"] == seconds
-    assert str(seconds) in str(caught.value.hint)
+    login = f"; a login may raise the limit: ovm login {server.host}"
+    assert caught.value.hint == f"try again in {seconds} s{login}"
+    server.answers["/v2/x/manifests/1"].insert(0, (401, {"WWW-Authenticate": 'Basic realm="x"'}, b""))
+    with pytest.raises(RegistryError) as caught:
+        pull(server.host, layout, Credential("me", "secret"))
+    assert caught.value.hint == f"try again in {seconds} s"
 
 
 def test_credentials_follow_a_redirect_at_home(server: Server, layout: Layout) -> None:
