@@ -180,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated as exc:
         return 128 + exc.number
     except KeyboardInterrupt:
-        print("ovm: interrupted", file=sys.stderr)
+        from ovms.cli import output
+
+        output.say("interrupted")
         return Exit.INTERRUPTED
     except BrokenPipeError:
         _say_no_more()  # whoever read our answer has gone

@@ -406,10 +406,15 @@ def next_url(url: str, location: str | None) -> str:
     try:
         target = urljoin(url, location or "")
         parts = urlsplit(target)
-        bad = not location or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc
         bad = bad or any(c <= " " or c == "\x7f" for c in target)
     except ValueError:
         target, parts, bad = location or "", urlsplit(""), True
+    if not location:
+        raise RegistryProtocol(
+            f"{host_of(url)} does not say where to go on: its answer has no Location",
+            hint="it may be no registry, or what lies between (a proxy, a firewall) changes what it says",
+        )
     if bad:
         raise RegistryProtocol(f"{host_of(url)} sends us to {shown(str(location))!a}, which is no address")
     if urlsplit(url).scheme == "https" and parts.scheme == "http":

@@ -51,6 +51,7 @@ T = TypeVar("T")
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _ERROR_BODY_TIME: Final = 10.0
+_GZIP: Final = b"\x1f\x8b"
 #: What no manifest is of, and a captive portal's answer is.
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 #: Docker's types are no artifact of ours, and asked for all the same: some registries answer that there is nothing, or fail, where
@@ -77,6 +78,11 @@ _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
 _ASTRAY: Final = frozenset({404, 416})
 
 
+#: What can be done about some statuses.
+_HINTS: Final = {
+    413: "that is too large for it, or for what lies before it: raise its limit (nginx: client_max_body_size)",
+    507: "it has no room left: ask its owner",
+}
 #: Answers by registries without the referrers API.
 _NO_REFERRERS: Final = frozenset({400, 404, 405, 501})
 #: ``Link: <url>; rel="next"``: which parameters stand before ``rel`` does not matter.
@@ -162,6 +168,7 @@ class RegistryClient:
             raw = answer.read(limits.OCI_MANIFEST_MAX, what=what)
             media_type = (answer.header("content-type") or mediatypes.OCI_MANIFEST).partition(";")[0].strip()
             _refuse_page(answer, media_type, what)
+            _refuse_compressed(answer, raw, what)
             promised = reference.digest or answer.header("docker-content-digest")
         digest = of_bytes(raw)
         # a digest of another algorithm in the header is none of our business
@@ -535,7 +542,8 @@ class RegistryClient:
                 raise refused_elsewhere(answer, what, said)
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
+            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else ""),
+            hint=_HINTS.get(answer.status),
         )
 
 
@@ -545,6 +553,16 @@ def _refuse_page(answer: Answer, media_type: str, what: str) -> None:
             f"{answer.who} answers with an HTML page to a request for {what}",
             hint="it may be no registry, or what lies between (a proxy, a network that asks for a login) answers for it: "
             "look at the host in a browser",
+            rule="OCI-1",
+        )
+
+
+def _refuse_compressed(answer: Answer, raw: bytes, what: str) -> None:
+    # nobody asked for that, and nothing is unpacked whose size nobody knows
+    if raw.startswith(_GZIP):
+        raise RegistryProtocol(
+            f"{answer.who} answers with compressed bytes to a request for {what}",
+            hint="what lies between (a proxy) may compress what nobody asked it to: have it leave the registry's answers alone",
             rule="OCI-1",
         )
 

@@ -35,9 +35,10 @@ MakeBody = Callable[[], "bytes | IO[bytes]"]
 class Busy(RegistryError):
     """429 or 5xx: another try may go better, after *wait* seconds where the registry says so."""
 
-    def __init__(self, message: str, wait: float | None) -> None:
+    def __init__(self, message: str, wait: float | None, *, more: str = "") -> None:
+        """*more*: what else can be done."""
         seconds = None if not wait else round(wait)
-        hint = "try again later" if seconds is None else f"try again in {seconds} s"
+        hint = ("try again later" if seconds is None else f"try again in {seconds} s") + more
         super().__init__(message, hint=hint, retry_after_s=seconds)
         self.wait = wait
 
@@ -270,6 +271,8 @@ class Session:
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int
     ) -> tuple[int, bytes]:
         with self._transport.request(method, url, headers, body) as answer:
+            answer.asked, answer.home = self.host, origin(self._base)
+            answer.authorized = "Authorization" in headers or body is not None
             if answer.status in BUSY:
                 raise busy(answer, "a token")
             return answer.status, answer.read(limit, what="a token")
@@ -287,7 +290,10 @@ def busy(answer: Answer, what: str) -> Busy:
     """The error for one of the statuses :data:`BUSY`."""
     wait = _seconds(answer.header("retry-after") or "")
     asks = "" if not wait else f", and asks to wait {wait:.0f} s"
-    return Busy(f"{answer.who} answers with {answer.status} to a request for {what}{asks}", wait)
+    # those who say who they are may often ask for more
+    nobody = answer.status == 429 and not answer.authorized and not answer.elsewhere
+    more = f"; a login may raise the limit: ovm login {answer.asked}" if nobody else ""
+    return Busy(f"{answer.who} answers with {answer.status} to a request for {what}{asks}", wait, more=more)
 
 
 def refused_elsewhere(answer: Answer, what: str, said: str = "") -> RegistryDenied:

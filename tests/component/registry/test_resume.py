@@ -324,17 +324,21 @@ def test_a_killed_pull_is_gone_on_with(layout: Layout, server: Server, client: R
     is_whole(layout, server)
 
 
-@pytest.mark.long
-def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout: Layout, tmp_path: Path) -> None:
-    ref = f"sha256:{hashlib.sha256(BIG).hexdigest()}"
+def serve_disk(server: Server) -> str:
+    """Lets the server have an artifact that a command takes. Returns its digest."""
     document = {
         "schemaVersion": 1,
         "mediaType": mediatypes.MANIFEST,
         "name": "x",
         "version": "1",
-        "diskLayers": [{"ref": ref, "format": "raw"}],
+        "diskLayers": [{"ref": of_bytes(BIG), "format": "raw"}],
     }
-    server.serve_artifact({"disk": (DISK, BIG)}, (mediatypes.MANIFEST, json.dumps(document).encode()))
+    return server.serve_artifact({"disk": (DISK, BIG)}, (mediatypes.MANIFEST, json.dumps(document).encode()))
+
+
+@pytest.mark.long
+def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, tmp_path: Path) -> None:
+    serve_disk(server)
     server.faults = [("GET", blob(BIG), faulty.stall(20))]
     ovm = Ovm(tmp_path / "root", tmp_path)
     pull = ovm.popen("--progress", "bar", "pull", f"{server.host}/x:1", stderr=subprocess.PIPE)
@@ -348,6 +352,26 @@ def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout
     assert ovm("pull", "no-such.invalid/x:1").err.count("goes on from there") == 0
     ovm.ok("pull", f"{server.host}/x:1")
     assert str(server.asked("GET", blob(BIG))[-1]).startswith("bytes=2")
+
+
+@pytest.mark.parametrize("progress", ["json", "bar"])
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_pull_does_not_need_whoever_reads_of_its_progress(
+    server: Server, tmp_path: Path, reader: str, progress: str
+) -> None:
+    manifest = serve_disk(server)
+    ovm = Ovm(tmp_path / "root", tmp_path)
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    stderr = ours if reader == "gone" else os.open("/dev/full", os.O_WRONLY)
+    process = ovm.popen(
+        f"--progress={progress}", "pull", "--json", f"{server.host}/x:1", stdout=subprocess.PIPE, stderr=stderr
+    )
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(out)["digest"]) == (0, manifest)
+    process = ovm.popen("pull", f"{server.host}/x:no", stderr=stderr)
+    assert process.wait(30) == Exit.NOT_FOUND
+    os.close(stderr)
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------
