@@ -199,6 +199,11 @@ class ProcessId:
         started = start_time(pid)
         return None if started is None else cls(pid, started, boot_id())
 
+    def began(self) -> float:
+        """When it was started, in seconds since the epoch, by the clock as it goes now. Of a process of this boot."""
+        up = time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_time / os.sysconf("SC_CLK_TCK")
+        return time.time() - up
+
     def alive(self) -> bool:
         """Whether this very process still runs."""
         return self.boot_id == boot_id() and start_time(self.pid) == self.start_time

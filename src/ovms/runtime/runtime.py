@@ -470,13 +470,13 @@ class Runtime:
     def leave_ended(self, record: Record) -> None:
         """Sees to it that an instance whose VM is no more is not started again: its policy may be waiting to do that."""
         if record.restart is not None:
-            self.instances.ask_to_stop(record, time.time())
+            self.instances.ask_to_stop(record)
 
     def break_off(self, record: Record) -> bool:
         """Asks whoever is starting an instance to break that off. False where nobody is."""
         if self.instances.status(record).state is not State.STARTING:
             return False
-        self.instances.ask_to_stop(record, time.time())
+        self.instances.ask_to_stop(record)
         return True
 
     def _ask_agent(self, record: Record) -> bool:
