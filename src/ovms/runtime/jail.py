@@ -118,6 +118,11 @@ def plan(
             missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
     if not is_root and Namespace.USER not in namespaces:
         user = None  # it is whom it runs as anyway
+    # what goes with a part that is left out, or that the host does not give, is missing, too
+    if not own_root:
+        missing.setdefault(str(Part.ROOT), "a root of its own needs namespaces")
+    if own_network and Namespace.NETWORK not in namespaces:
+        missing.setdefault(str(Part.NETWORK), "a network of its own needs namespaces")
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
         groups = cgroups.make(instance_id, _bounds(machine))
