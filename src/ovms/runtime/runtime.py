@@ -526,13 +526,14 @@ class Runtime:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
         network.sweep(self.instances.directory(record.id))
 
-    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False) -> Status:
+    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False, asked: bool = False) -> Status:
         """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.
 
-        Stopping what is stopped is no error.
+        *asked*: somebody has done so just now. Stopping what is stopped is no error.
         """
         if grace > 0:
-            record = self.power_down(record, agent=agent)
+            if not asked:
+                record = self.power_down(record, agent=agent)
             if record.process is not None and record.process.wait(grace):
                 self.instances.sweep_network(record)
                 return self.instances.status(record)

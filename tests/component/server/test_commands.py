@@ -59,6 +59,23 @@ def test_a_life(ovm: Ovm, server: Server) -> None:
     assert ovm("inspect", "life").code == 4
 
 
+def test_guests_that_do_not_listen_are_waited_for_together(ovm: Ovm, server: Server) -> None:
+    names = ("deaf-1", "deaf-2", "deaf-3", "listens")
+    for name in names:
+        instance_id = ovm.ok("run", "-d", *MEMORY, "--name", name, "echo:1").out.strip()
+        console = Console(server.root / "instances" / instance_id)
+        console.wait_for("READY")
+        if name != "listens":
+            console.send("i")
+    began = time.monotonic()
+    stopped = ovm.ok("stop", "-t", "4", "--json", *names).json
+    assert time.monotonic() - began < 9, "one after the other they take 12 s"
+    assert [one["name"] for one in stopped] == list(names)
+    assert [one["state"] for one in stopped] == ["stopped"] * 4
+    assert [one["ending"] == "powered-off" for one in stopped] == [False, False, False, True]
+    ovm.ok("rm", *names)
+
+
 def test_errors_have_the_same_exit_codes(ovm: Ovm) -> None:
     assert ovm("run", "-d", "nowhere:1").code == 4
     assert ovm("run", "-d", "Not A Name").code == 3
