@@ -157,6 +157,17 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def is_root(proc: Path = Path("/proc/self")) -> bool:
+    """Whether we can become any user: root, and not that of a user namespace which knows a few users (a rootless container's)."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        lines = (proc / "uid_map").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:  # a kernel that has none
+        return True
+    return any(int(line.split()[2]) > 0x7FFF_FFFF for line in lines)
+
+
 def start_time(pid: int) -> int | None:
     """When *pid* started, in clock ticks since the host's boot (field 22 of ``/proc/PID/stat``).
 
