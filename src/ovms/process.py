@@ -163,6 +163,17 @@ def boot_id() -> str:
     return _boot_id[0]
 
 
+def is_root(proc: Path = Path("/proc/self")) -> bool:
+    """Whether we can become any user: root, and not that of a user namespace which knows a few users (a rootless container's)."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        lines = (proc / "uid_map").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:  # a kernel that has none
+        return True
+    return any(int(line.split()[2]) > 0x7FFF_FFFF for line in lines)
+
+
 def start_time(pid: int) -> int | None:
     """When *pid* started, in clock ticks since the host's boot (field 22 of ``/proc/PID/stat``).
 
@@ -215,6 +226,11 @@ class ProcessId:
         """The identity of a living process, or None when there is none of that number."""
         started = start_time(pid)
         return None if started is None else cls(pid, started, boot_id())
+
+    def began(self) -> float:
+        """When it was started, in seconds since the epoch, by the clock as it goes now. Of a process of this boot."""
+        up = time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_time / os.sysconf("SC_CLK_TCK")
+        return time.time() - up
 
     def alive(self) -> bool:
         """Whether this very process still runs."""

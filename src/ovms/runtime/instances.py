@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -379,28 +380,30 @@ class Instances:
         """What the record of an instance says now (under its lock); None when it was removed."""
         return load(self.directory(record.id))
 
-    def ask_to_stop(self, record: Record, deadline: float) -> None:
-        """Marks an instance as one to be ended, at *deadline* (seconds since the epoch) at the latest. Needs no lock.
+    def ask_to_stop(self, record: Record, grace: float = 0.0) -> None:
+        """Marks an instance as one to be ended, *grace* seconds from now at the latest. Needs no lock.
 
         Whoever starts it breaks that off; a server sees to the end of a VM that runs. It is never started again.
         """
         mark = self._stop_mark(record)
+        # by a clock that nobody sets; after the next boot, there is nothing to be ended
+        deadline = time.monotonic() + grace
         temporary = mark.with_name(f".{mark.name}.{fsutil.unique(8)}.tmp")
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             temporary.touch(mode=0o600)
             os.utime(temporary, (deadline, deadline))
             temporary.replace(mark)
 
-    def stop_deadline(self, record: Record) -> float | None:
-        """When an instance is to be ended at the latest; None where nobody has marked it."""
+    def stop_left(self, record: Record) -> float | None:
+        """How many seconds an instance still has until it is to be ended; None where nobody has marked it."""
         try:
-            return os.stat(f"{self.place}/{record.id}/{STOP}").st_mtime
+            return os.stat(f"{self.place}/{record.id}/{STOP}").st_mtime - time.monotonic()
         except OSError:
             return None
 
     def stop_asked(self, record: Record) -> bool:
         """Whether an instance is marked as one to be ended."""
-        return self.stop_deadline(record) is not None
+        return self.stop_left(record) is not None
 
     def _stop_mark(self, record: Record) -> Path:
         return self.directory(record.id) / STOP
@@ -558,7 +561,10 @@ class Instances:
     def _adopt(self, record: Record) -> Record:
         found = watch.find(self.files(record))
         if found is not None:
-            return self.save(replace(record, process=found.vmm, watcher=found.watcher))
+            began = datetime.fromtimestamp(found.vmm.began(), UTC).isoformat(timespec="milliseconds")
+            return self.save(
+                replace(record, process=found.vmm, watcher=found.watcher, started=began.replace("+00:00", "Z"))
+            )
         if record.problem is not None or record.stop_requested:
             return record
         # noted, so that it is no start again when its lock is held for something else

@@ -219,7 +219,7 @@ class App:
                 self._runtime.leave_ended(record)
                 return None
             if state is not State.STOPPING or grace == 0:
-                self._instances.ask_to_stop(record, time.time() + grace)
+                self._instances.ask_to_stop(record, grace)
             return record
 
         # a mark needs no lock: a snapshot that goes on does not hold the answer up

@@ -259,9 +259,13 @@ class _Connection:
                         event = self._next()
         except TimeoutError:
             raise HttpError(InputError(f"the request's head did not come within {HEAD_TIMEOUT:g} s"), 408) from None
-        if isinstance(event, h11.Request):
-            return event
-        return None
+        if not isinstance(event, h11.Request):
+            return None
+        # h11 counts only as long as the head is not whole: one that comes in a single piece it takes
+        size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
+        if size > HEAD_MAX:
+            raise HttpError(InputError(f"the request's head has more than {HEAD_MAX} bytes"))
+        return event
 
     async def _body(self, request: Request, most: int) -> bytearray:
         body = bytearray()
