@@ -55,7 +55,7 @@ def count() -> dict[str, int]:
         "blocks": blocks,
         "entries": sum(len(one) for one in objects if isinstance(one, containers) and one is not objects),
         "events": len(log._lengths),
-        "event_bytes": len(log._text),
+        "event_bytes": log._size,
         "tasks": sum(isinstance(one, asyncio.Task) for one in objects),
         "threads": threading.active_count(),
         "fds": len(os.listdir("/proc/self/fd")),

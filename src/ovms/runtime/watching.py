@@ -32,6 +32,7 @@ from ovms.vmm.model import VmFiles
 #: Events that are remembered, and the bytes of their JSON: an error may be long.
 EVENTS_MAX: Final = 4096
 EVENTS_BYTES_MAX: Final = 1 * limits.MIB
+_BLOCK: Final = 16 * limits.KIB
 #: Seconds between two looks at everything, with and without inotify.
 _LOOK: Final = 5.0
 _LOOK_BLIND: Final = 0.5
@@ -62,8 +63,10 @@ class EventLog:
     def __init__(self, *, first: int | None = None) -> None:
         self._lock = threading.Lock()
         self._next = int(time.time() * 1000) if first is None else first
-        # in one piece: lines of their own would lie scattered among all that comes and goes
-        self._text = bytearray()
+        # some hundred lines a block: lines of their own would lie scattered among all that comes and goes, and one of all
+        # would be made anew again and again
+        self._blocks: deque[bytearray] = deque()
+        self._size = 0
         self._lengths: deque[int] = deque()
         self._listeners: dict[object, Callable[[], object]] = {}
 
@@ -72,12 +75,22 @@ class EventLog:
         with self._lock:
             line = _line(self._next, kind, {key: value for key, value in fields.items() if value is not None})
             self._next += 1
-            self._text += line
+            if not self._blocks or len(self._blocks[-1]) >= _BLOCK:
+                self._blocks.append(bytearray())
+            self._blocks[-1] += line
             self._lengths.append(len(line))
-            while len(self._lengths) > EVENTS_MAX or len(self._text) > EVENTS_BYTES_MAX:
-                del self._text[: self._lengths.popleft()]
+            self._size += len(line)
+            while len(self._lengths) > EVENTS_MAX or self._size > EVENTS_BYTES_MAX:
+                self._forget()
         for listener in list(self._listeners.values()):
             listener()
+
+    def _forget(self) -> None:
+        length = self._lengths.popleft()
+        self._size -= length
+        del self._blocks[0][:length]
+        if not self._blocks[0]:
+            self._blocks.popleft()
 
     def after(self, seq: int | None) -> list[Event]:
         """What came after the event *seq* (None: all that is remembered), with ``lost`` first where some is forgotten."""
@@ -89,11 +102,19 @@ class EventLog:
             last = self._next - 1
             first = self._next - len(self._lengths)
             if seq is None:
-                return bytes(self._text), last
+                return b"".join(self._blocks), last
             if first - 1 <= seq <= last:
-                size = sum(itertools.islice(reversed(self._lengths), last - seq))
-                return bytes(self._text[len(self._text) - size :]), last
-            return _line(first - 1, "lost", {}) + self._text, last
+                return self._newest(sum(itertools.islice(reversed(self._lengths), last - seq))), last
+            return b"".join((_line(first - 1, "lost", {}), *self._blocks)), last
+
+    def _newest(self, size: int) -> bytes:
+        blocks: list[bytearray] = []
+        for block in reversed(self._blocks):
+            if size <= 0:
+                break
+            blocks.append(block[max(0, len(block) - size) :])
+            size -= len(block)
+        return b"".join(reversed(blocks))
 
     @property
     def last(self) -> int:

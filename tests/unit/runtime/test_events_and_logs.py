@@ -84,6 +84,23 @@ def test_what_is_remembered_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.spec("RUN-17")
+def test_every_place_to_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where blocks of remembered events end."""
+    monkeypatch.setattr(watching, "_BLOCK", 300)
+    monkeypatch.setattr(watching, "EVENTS_MAX", 30)
+    log = EventLog(first=1)
+    for number in range(50):
+        log.add("state", state="x" * (number * 7 % 40))
+        for since in range(-1, log.last + 2):
+            first = max(1, log.last - 29)
+            expected = list(range(max(since + 1, first), log.last + 1))
+            if since < first - 1 or since > log.last:
+                expected = [first - 1, *range(first, log.last + 1)]
+            assert [event["seq"] for event in log.after(since)] == expected
+        assert log._size == sum(map(len, log._blocks)) == len(log.text_after(None)[0]) == sum(log._lengths)
+
+
+@pytest.mark.spec("RUN-17")
 def test_numbers_never_fall() -> None:
     first = EventLog()
     first.add("state")
