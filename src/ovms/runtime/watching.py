@@ -268,15 +268,15 @@ class Watcher:
     def _look_at(self, instance_id: str, *, tell: bool = True) -> None:
         directory = self._instances.directory(instance_id)
         seen = self._seen.get(instance_id)
+        if seen is None:
+            # before the record is read: what changes from here on is told
+            self._inotify.add(str(directory), instance_id)
         try:
             record = self._instances.by_id(instance_id)
             if record is None:
-                if seen is not None:
+                if seen is not None:  # else it is just being made: its record comes
                     self._forget(instance_id)
                     self._log.add("removed", instance_id=instance_id)
-                else:
-                    # just being made: its record comes
-                    self._inotify.add(str(directory), instance_id)
                 return
             status = self._instances.status(record)
         except (OvmsError, OSError):
@@ -285,7 +285,6 @@ class Watcher:
             self._half_done.add(instance_id)
         if seen is None:
             seen = self._seen[instance_id] = _Seen(status.state)
-            self._inotify.add(str(directory), instance_id)
             if tell:
                 self._log.add("created", instance_id=instance_id, state=str(status.state))
                 self._tell(instance_id, status.state, instance(status)["error"])

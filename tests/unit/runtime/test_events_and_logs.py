@@ -161,6 +161,33 @@ def test_who_changed_an_instance_says_so_and_is_heard(watched: tuple[Instances, 
     until(log, "error")
 
 
+def test_what_changes_while_an_instance_is_first_looked_at_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_LOOK", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    log = EventLog()
+    by_id, failed = instances.by_id, replace(RECORD, problem={"code": "x"}, process=None)
+
+    def changed_meanwhile(text: str) -> Record | None:
+        record = by_id(text)
+        if record is not None and record.problem is None:
+            instances.save(replace(failed, id=record.id, name=record.name))
+        return record
+
+    monkeypatch.setattr(instances, "by_id", changed_meanwhile)
+    watcher = Watcher(instances, log)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    try:
+        _, lock = added(instances)
+        until(log, "error")
+        lock.close()
+    finally:
+        watcher.stop()
+        thread.join(10)
+
+
 def test_who_left_a_guest_paused_or_frozen_is_missed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_LOOK", 60.0)
     instances = Runtime(Root(tmp_path / "root")).instances
