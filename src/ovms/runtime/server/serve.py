@@ -156,6 +156,10 @@ def _listen_tcp(host: str, port: int, held: ExitStack) -> socket.socket:
     return sock
 
 
+#: As Python has it: what a short command saves (``ovms.cli.entry``) would be memory that a server does not give back.
+_GARBAGE_AFTER: Final = (700, 10, 10)
+
+
 class _Server:
     def __init__(self, runtime: Runtime, options: Options, sockets: _Sockets) -> None:
         self._runtime = runtime
@@ -194,6 +198,7 @@ class _Server:
             # what is there now stays for good: a collection that looks through all of it holds everybody up
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*_GARBAGE_AFTER)
             ready(self._sockets.places)
             _notify("READY=1", "STATUS=listening")
             await self._end.wait()
