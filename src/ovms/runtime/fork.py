@@ -36,14 +36,16 @@ def fork(
         [options.name] if count == 1 else [options.name and f"{options.name}-{i}" for i in range(1, count + 1)]
     )
     with ThreadPoolExecutor(min(WORKERS, count), thread_name_prefix="ovms-fork") as pool:
-        starts = [pool.submit(client.start, reference, replace(options, name=name)) for name in names]
+        starts: list[Future[Document]] = []
         try:
+            for name in names:
+                starts.append(pool.submit(client.start, reference, replace(options, name=name)))  # noqa: PERF401 - see below
             with progress.task("clones", count) as task:
                 for start in starts:
                     start.add_done_callback(lambda _: task.advance(1))
                 wait(starts, return_when=FIRST_EXCEPTION)
                 return [start.result() for start in starts if not start.cancelled()]
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, when some are on their way and others are not
             _undo(client, starts)
             raise
 

@@ -47,6 +47,9 @@ LOCK: Final = "lock"
 #: Seconds that a watcher gets to write down how its VMM ended.
 _LAST_WORDS: Final = 1.0
 
+#: Seconds that a watcher gets to end after its VMM.
+_WATCHER_END: Final = 5.0
+
 #: Marks an instance as one to be ended.
 STOP: Final = "stop"
 _ID: Final = regex(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -314,8 +317,16 @@ class Instances:
             try:
                 yield record
             except BaseException:
+                # Ctrl-C comes at any moment, also twice: what is removed has no VM any more. Should one come here, it has.
+                self.end_unnoted(record)
                 self.remove(record)
                 raise
+
+    def end_unnoted(self, record: Record) -> None:
+        """Ends the VM of a start that failed, or was interrupted, before anybody noted it (under its lock)."""
+        if (left := watch.find(self.files(record))) is not None:
+            left.vmm.kill()
+            left.watcher.wait(_WATCHER_END)
 
     def add(
         self,

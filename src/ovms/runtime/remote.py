@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 #: Seconds for an answer that takes no long work, and for one that does.
 _TIMEOUT: Final = 60.0
 _LONG: Final = 24 * 3600.0
+#: Seconds in which what an interrupted start has begun is looked for.
+_GIVE_UP: Final = 5.0
 _ANSWER_MAX: Final = 64 * limits.MIB
 _LINE_MAX: Final = 1 * limits.MIB
 #: Seconds beyond its deadline that an instance may take to end.
@@ -121,7 +124,18 @@ class Remote:
 
     def ask_to_start(self, reference: str, overrides: Document, progress: Progress = NULL) -> Document:
         """:meth:`start`, with the overrides as the contract has them."""
-        started = self.call("POST", "/start", {"manifest": reference, "overrides": overrides})
+        body = {"manifest": reference, "overrides": overrides}
+        # by the key, what was begun is found again when we are interrupted before its ID is here
+        key = {"Idempotency-Key": fsutil.unique(32)}
+        try:
+            started = self.call("POST", "/start", body, headers=key)
+        except OvmsError:
+            raise
+        except BaseException:
+            with contextlib.suppress(OvmsError):
+                begun = self.call("POST", "/start", body, headers=key, timeout=_GIVE_UP)
+                self.remove(str(begun["instance_id"]), force=True)
+            raise
         if started["state"] == "running":  # of a warm pool: there is nothing to wait for
             return dict(started)
         instance_id = str(started["instance_id"])

@@ -259,9 +259,7 @@ class Runtime:
             return record if become is None else self._become(record, become)
         except BaseException:
             # An interrupt may come between the VMM's start and our note of it.
-            if (left := watch.find(files)) is not None:
-                left.vmm.kill()
-                left.watcher.wait(5.0)
+            self.instances.end_unnoted(record)
             raise
 
     def become(self, record: Record) -> Record:

@@ -164,6 +164,7 @@ class Start:
         newest = instances.newest(self.record)
         if newest is None:
             return
+        instances.end_unnoted(newest)
         if self._settle("failed"):
             instances.remove(newest)
             return

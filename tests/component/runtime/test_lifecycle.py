@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from support.guests import MEMORY, Console, qemu_children
@@ -36,7 +37,8 @@ from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel, RestorePolicy
 from ovms.spec.manifest import Device, Metadata, Platform, RamSnapshot
 from ovms.spec.states import State
-from ovms.vmm.model import Ending
+from ovms.vmm import watch
+from ovms.vmm.model import Ending, VmFiles
 from ovms.vmm.qemu.binary import BINARY
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
@@ -245,6 +247,58 @@ def test_what_has_nothing_to_boot_from_is_refused(
         runtime.start(found, replace(TCG, restore=policy))
     assert (info.value.code, info.value.context["rule"]) == ("invalid-input", "BIN-3")
     assert runtime.instances.records() == []
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The VMMs of instances that were started."""
+    found: list[int] = []
+    real = watch._read
+
+    def read(answer: bytes, files: VmFiles) -> watch.Watched:
+        if "instances" in files.directory.parts:  # else it is to see which jail this host gives
+            found.append(int(answer.split()[1]))
+        return real(answer, files)
+
+    monkeypatch.setattr(watch, "_read", read)
+    return found
+
+
+def interrupt(*_: object, **__: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.spec("RUN-19")
+@pytest.mark.parametrize("where", ["while it is executed", "while it comes up", "when it runs", "at the very end"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_no_vm(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch, executed: list[int], where: str, times: int
+) -> None:
+    if where == "while it is executed":
+        read = watch._read
+        monkeypatch.setattr(watch, "_read", lambda *words: [read(*words), executed and interrupt()][0])
+    elif where == "while it comes up":
+        monkeypatch.setattr("ovms.vmm.qemu.vmm._wait_until_running", interrupt)
+    elif where == "when it runs":
+        monkeypatch.setattr("ovms.runtime.network.Link.settle", interrupt)
+    else:
+        launch = Runtime._launch
+        monkeypatch.setattr(Runtime, "_launch", lambda *arguments: interrupt(launch(*arguments)))
+    if times == 2:
+        looks: Iterator[Callable[[VmFiles], object]] = iter([interrupt, *[watch.find] * 4])
+        monkeypatch.setattr(watch, "find", lambda files: next(looks)(files))
+    with pytest.raises(KeyboardInterrupt):
+        runtime.start(echo, TCG)
+    monkeypatch.undo()
+    (pid,) = executed
+    if where == "at the very end" and times == 2:
+        # it came while that VM was looked for which is to be ended: the next command has all of it
+        runtime.instances.recover()
+        (left,) = runtime.instances.records()
+        assert runtime.instances.status(left).state is State.RUNNING
+        runtime.remove(left, force=True)
+    assert runtime.instances.records() == []
+    assert process.ProcessId.of(pid) is None, "nobody knows of it any more, so it must not be there"
 
 
 @pytest.mark.spec("RUN-19")

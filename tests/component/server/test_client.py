@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,28 @@ def vm(client: Client, server: Server) -> Iterator[str]:
         client.remove(instance["instance_id"], force=True)
     except InstanceNotFound:
         pass
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["the server has begun", "the server has not heard of it"])
+def test_one_that_is_interrupted_before_it_knows_what_it_began(
+    server: Server, monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    real, calls = http.client.HTTPConnection.getresponse, []
+
+    def getresponse(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        calls.append(connection)
+        if len(calls) > 1:
+            return real(connection)
+        if heard:
+            real(connection).read()
+        raise KeyboardInterrupt
+
+    before = {one["instance_id"] for one in Remote(server.socket).instances()}
+    monkeypatch.setattr(http.client.HTTPConnection, "getresponse", getresponse)
+    with pytest.raises(KeyboardInterrupt):
+        Remote(server.socket).start("echo:1", OPTIONS)
+    monkeypatch.undo()
+    assert {one["instance_id"] for one in Remote(server.socket).instances()} == before
 
 
 def test_a_life(client: Client, vm: str) -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cli import Ovm
 from support.guests import Console
 from support.server import Server
+
+from ovms.oci.registry import RegistryClient
+from ovms.runtime.client import Client
+from ovms.runtime.fork import fork
+from ovms.runtime.local import Local
+from ovms.runtime.remote import Remote
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import RunOptions, Runtime
 
 MEMORY = ("-m", "32m", "--accel", "tcg")
 
@@ -63,6 +73,25 @@ def test_all_or_none(ovm: Ovm, server: Server, parent: str) -> None:
     while {one["name"] for one in ovm.ok("ps", "-a", "--json").json} != {"parent", "kid-3"}:
         assert time.monotonic() < deadline
     assert pings(server, [parent]) == [4]
+
+
+def test_one_that_is_interrupted_while_it_begins(
+    ovm: Ovm, server: Server, parent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, calls = ThreadPoolExecutor.submit, iter(range(4))
+
+    def interrupted(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return submit(pool, *work)
+
+    client: Client = Remote(server.root / "ovms.sock")
+    if ovm.extra:
+        client = Local(Runtime(Root(server.root)), RegistryClient)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fork(client, parent, 4, RunOptions())
+    assert [one["name"] for one in ovm.ok("ps", "-a", "--json").json] == ["parent"]
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,8 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
 
 
 def _remove_channels(files: VmFiles) -> None:
-    for path in (files.control, files.console, files.agent, files.pid):
+    # not what tells who it is: should we be interrupted before we know, it is found by that, and ended
+    for path in (files.control, files.console, files.agent):
         path.unlink(missing_ok=True)
 
 
