@@ -205,7 +205,8 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     free = free_space(directory)
     if needed > 0 and free < needed + SPACE_RESERVE:
         raise DiskFull(
-            f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free",
+            f"{what} needs {needed} bytes on the file system of {directory}, which has {free} free"
+            + (f" ({SPACE_RESERVE} of them are to stay free)" if free >= needed else ""),
             hint="free some space ('ovm df' shows what takes it), or set OVMS_ROOT to a larger file system",
             needed=needed,
             available=free,

@@ -216,6 +216,7 @@ def test_require_space_keeps_a_reserve(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DiskFull, match="the copy needs 101 bytes") as info:
         fsutil.require_space(tmp_path, 101, "the copy")
     assert info.value.context["needed"] == 101
+    assert f"({fsutil.SPACE_RESERVE} of them are to stay free)" in info.value.message, "else it seems to be enough"
     monkeypatch.setattr(fsutil, "free_space", lambda path: 0)
     fsutil.require_space(tmp_path, 0, "nothing")
 

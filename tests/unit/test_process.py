@@ -279,3 +279,22 @@ def test_terminate_asks_first_and_then_insists(tmp_path: Path) -> None:
     until(ready.exists)
     assert process.terminate(deaf, grace=0.1) == -signal.SIGKILL
     assert process.terminate(deaf) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("uid", "known", "root"),
+    [
+        (0, "         0          0 4294967295\n", True),
+        (0, None, True),
+        (0, "         0       1000          1\n", False),
+        (0, "         0       1000          1\n         1     100000      65536\n", False),
+        (1000, "         0          0 4294967295\n", False),
+    ],
+)
+def test_root_is_who_can_become_anybody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uid: int, known: str | None, root: bool
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    if known is not None:
+        (tmp_path / "uid_map").write_text(known)
+    assert process.is_root(tmp_path) is root

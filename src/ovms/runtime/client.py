@@ -35,8 +35,11 @@ class Client(Protocol):
     def instance(self, text: str) -> Document:
         """What is known of an instance."""
 
-    def stop(self, text: str, grace: float) -> Document:
-        """Asks the guest to power down, and ends it after *grace* seconds. Returns how it ended."""
+    def ask_to_stop(self, text: str, grace: float) -> None:
+        """Asks the guest to power down. It gets *grace* seconds for that, of whoever calls :meth:`stop` then."""
+
+    def stop(self, text: str, grace: float, *, asked: bool = False) -> Document:
+        """Asks the guest to power down (unless it is *asked* already), and ends it after *grace* seconds. Returns how it ended."""
 
     def remove(self, text: str, *, force: bool = False) -> None:
         """Removes an instance."""

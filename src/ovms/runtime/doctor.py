@@ -154,7 +154,7 @@ def _accel(vmm: QemuVmm) -> Finding:
 
 
 def _jail(host: Host) -> list[Finding]:
-    jail, missing = jails.able(host.cache, os.geteuid() == 0)
+    jail, missing = jails.able(host.cache, process.is_root())
     if not missing:
         kinds = ", ".join(sorted(namespace.name.lower() for namespace in jail.namespaces))
         return [Finding("jail", Verdict.OK, f"whole: a user and a root of its own, namespaces ({kinds})")]
@@ -195,7 +195,7 @@ def _cgroups(host: Host) -> list[Finding]:
 
 
 def _memory_access(host: Host) -> list[Finding]:
-    jail, _ = jails.able(host.cache, os.geteuid() == 0)
+    jail, _ = jails.able(host.cache, process.is_root())
     reason = _why_unreadable(jail)
     if reason is None:
         return [Finding("ptrace", Verdict.OK, "the memory of VMs can be read")]
@@ -224,7 +224,7 @@ def _why_unreadable(jail: Jail) -> str | None:
 
 def _memlock() -> list[Finding]:
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)  # who needs more than the soft limit raises it
-    if os.geteuid() == 0 or hard == resource.RLIM_INFINITY:
+    if process.is_root() or hard == resource.RLIM_INFINITY:
         return [Finding("memlock", Verdict.OK, "no limit")]
     lost = "snapshots whose memory must be locked (mlock_required)"
     remedy = "a line 'USER - memlock unlimited' in /etc/security/limits.d/ovms.conf, and log in anew"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -128,11 +129,10 @@ class Instances:
 
     def _load(self, directory: Path) -> Record | None:
         try:
-            info = (directory / FILE).stat()
+            stamp = _stamp(f"{directory}/{FILE}")
         except OSError:
             self._read.pop(directory.name, None)
             return load(directory)
-        stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
         known = self._read.get(directory.name)
         if known is not None and known[0] == stamp:
             return known[1]
@@ -140,6 +140,14 @@ class Instances:
         if record is not None:  # should it have been replaced meanwhile, the stamp is of the one before: read again
             self._read[directory.name] = (stamp, record)
         return record
+
+    def known(self, text: str) -> Record | None:
+        """The instance of a whole ID whose record was read before and has not changed; None where it has to be looked for."""
+        known = self._read.get(text)
+        with contextlib.suppress(OSError):
+            if known is not None and known[0] == _stamp(f"{self.place}/{text}/{FILE}"):
+                return known[1]
+        return None
 
     def by_id(self, text: str) -> Record | None:
         """The instance of a whole ID; None where there is none, or *text* is none."""
@@ -179,13 +187,7 @@ class Instances:
                 return self.status(newer)
             return Status(record, State.STOPPED if asked else State.ERROR)
         if record.process.alive():
-            if record.stop_requested or self.stop_asked(record):
-                return Status(record, State.STOPPING)
-            # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
-            paused = record.paused or (record.pausing and not self.held(record))
-            if paused and record.pausing and (newer := self._newer(record)) is not None:
-                return self.status(newer)
-            return Status(record, State.PAUSED if paused else State.RUNNING)
+            return self.living(record)
         files = self.files(record)
         seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
         ending = self._vmms(record.vmm).ending(files)
@@ -197,6 +199,16 @@ class Instances:
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
+
+    def living(self, record: Record) -> Status:
+        """What an instance does now whose VM lives; unlike :meth:`status` it waits for nobody."""
+        if record.stop_requested or self.stop_asked(record):
+            return Status(record, State.STOPPING)
+        # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
+        paused = record.paused or (record.pausing and not self.held(record))
+        if paused and record.pausing and (newer := self._newer(record)) is not None:
+            return self.status(newer)
+        return Status(record, State.PAUSED if paused else State.RUNNING)
 
     def _newer(self, record: Record) -> Record | None:
         # Whoever had the lock may have been done between the reading of the record and the look at the lock.
@@ -368,28 +380,30 @@ class Instances:
         """What the record of an instance says now (under its lock); None when it was removed."""
         return load(self.directory(record.id))
 
-    def ask_to_stop(self, record: Record, deadline: float) -> None:
-        """Marks an instance as one to be ended, at *deadline* (seconds since the epoch) at the latest. Needs no lock.
+    def ask_to_stop(self, record: Record, grace: float = 0.0) -> None:
+        """Marks an instance as one to be ended, *grace* seconds from now at the latest. Needs no lock.
 
         Whoever starts it breaks that off; a server sees to the end of a VM that runs. It is never started again.
         """
         mark = self._stop_mark(record)
+        # by a clock that nobody sets; after the next boot, there is nothing to be ended
+        deadline = time.monotonic() + grace
         temporary = mark.with_name(f".{mark.name}.{fsutil.unique(8)}.tmp")
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             temporary.touch(mode=0o600)
             os.utime(temporary, (deadline, deadline))
             temporary.replace(mark)
 
-    def stop_deadline(self, record: Record) -> float | None:
-        """When an instance is to be ended at the latest; None where nobody has marked it."""
+    def stop_left(self, record: Record) -> float | None:
+        """How many seconds an instance still has until it is to be ended; None where nobody has marked it."""
         try:
-            return self._stop_mark(record).stat().st_mtime
+            return os.stat(f"{self.place}/{record.id}/{STOP}").st_mtime - time.monotonic()
         except OSError:
             return None
 
     def stop_asked(self, record: Record) -> bool:
         """Whether an instance is marked as one to be ended."""
-        return self.stop_deadline(record) is not None
+        return self.stop_left(record) is not None
 
     def _stop_mark(self, record: Record) -> Path:
         return self.directory(record.id) / STOP
@@ -547,7 +561,10 @@ class Instances:
     def _adopt(self, record: Record) -> Record:
         found = watch.find(self.files(record))
         if found is not None:
-            return self.save(replace(record, process=found.vmm, watcher=found.watcher))
+            began = datetime.fromtimestamp(found.vmm.began(), UTC).isoformat(timespec="milliseconds")
+            return self.save(
+                replace(record, process=found.vmm, watcher=found.watcher, started=began.replace("+00:00", "Z"))
+            )
         if record.problem is not None or record.stop_requested:
             return record
         # noted, so that it is no start again when its lock is held for something else
@@ -563,6 +580,11 @@ def _directories(place: Path) -> list[Path]:
         return [path for path in place.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
         return []
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    info = os.stat(path)
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def _ended(record: Record) -> bool:

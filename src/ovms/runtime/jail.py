@@ -1,7 +1,7 @@
 """Which jail a VM gets on this host: all of it where the host allows that, and what is missing is known and said.
 
-As root each VM has a user of its own, of a range that nothing else uses; otherwise it runs as the user that started it, in a
-user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0011.
+As root each VM has a user of its own, of a range that nothing else uses; otherwise, and as root of a container that knows no such
+users, it runs as the user that started it, in a user namespace that knows nobody else. What the parts are for, and what they cost: ADR 0011.
 """
 
 from __future__ import annotations
@@ -91,11 +91,13 @@ def plan(
     """The jail for a new VM; its cgroups exist then.
 
     *own_network*: whether the VM's network comes from outside its process, so that this can do without the host's.
-    *taken*: users that other VMs have. *root*: whether we are (None: find out).
+    *taken*: users that other VMs have. *root*: whether we can become any user (None: find out).
     """
-    is_root = os.geteuid() == 0 if root is None else root
+    is_root = process.is_root() if root is None else root
     can, why_not = able(cache, is_root)
     missing: dict[str, str] = dict(why_not)
+    if not is_root and os.geteuid() == 0:
+        missing[str(Part.USER)] = "this user namespace has too few users to give each VM one of its own"
     for part in options.off:
         missing[str(part)] = "left out by --security-opt"
     namespaces, own_root = can.namespaces, can.own_root
@@ -118,6 +120,11 @@ def plan(
             missing[str(Part.NAMESPACES)] = "without a user namespace only root can make others"
     if not is_root and Namespace.USER not in namespaces:
         user = None  # it is whom it runs as anyway
+    # what goes with a part that is left out, or that the host does not give, is missing, too
+    if not own_root:
+        missing.setdefault(str(Part.ROOT), "a root of its own needs namespaces")
+    if own_network and Namespace.NETWORK not in namespaces:
+        missing.setdefault(str(Part.NETWORK), "a network of its own needs namespaces")
     groups = cgroups.Groups((), {})
     if Part.CGROUPS not in options.off:
         groups = cgroups.make(instance_id, _bounds(machine))
@@ -170,7 +177,7 @@ def _user(machine: Machine, is_root: bool, taken: Container[int]) -> User:
 
 def able(cache: Cache, is_root: bool) -> tuple[Jail, Mapping[str, str]]:
     """The namespaces and the root that this host lets us make, tried for real once each boot."""
-    stamp = f"{process.boot_id()}:{os.geteuid()}:{stamp_of(watch.PROGRAM)}"
+    stamp = f"{process.boot_id()}:{os.geteuid()}:{int(is_root)}:{stamp_of(watch.PROGRAM)}"
     known = cache.get("jail", stamp)
     for level, jail in enumerate(_levels(is_root)):
         if isinstance(known, dict) and known.get("level") == level:

@@ -51,9 +51,13 @@ class Local:
         record = instances.find(text)
         return instance(instances.status(record), files=instances.files(record))
 
-    def stop(self, text: str, grace: float) -> Document:
+    def ask_to_stop(self, text: str, grace: float) -> None:
         """See :class:`~ovms.runtime.client.Client`."""
-        return instance(self._runtime.stop(self._runtime.instances.find(text), grace=grace))
+        self._runtime.power_down(self._runtime.instances.find(text))
+
+    def stop(self, text: str, grace: float, *, asked: bool = False) -> Document:
+        """See :class:`~ovms.runtime.client.Client`."""
+        return instance(self._runtime.stop(self._runtime.instances.find(text), grace=grace, asked=asked))
 
     def remove(self, text: str, *, force: bool = False) -> None:
         """See :class:`~ovms.runtime.client.Client`."""

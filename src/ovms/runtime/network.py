@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ovms import fsutil
 from ovms.errors import JsonInvalid, OvmsError, SnapshotIncompatible, Unsupported, UsageError
 from ovms.lazy import asdict, dataclass, regex
-from ovms.process import ProcessId
+from ovms.process import ProcessId, is_root
 from ovms.spec import limits, strictjson
 from ovms.vmm.jail import User
 from ovms.vmm.model import Network, PortForward, Uplink
@@ -285,7 +285,7 @@ def _count_to(directory: Path, held: contextlib.ExitStack) -> int | None:
 
 def _somebody() -> User:
     # a VM that is left the user that started it: for root, passt takes nobody
-    return User(_NOBODY, _NOBODY) if os.geteuid() == 0 else User(os.geteuid(), os.getegid())
+    return User(_NOBODY, _NOBODY) if is_root() else User(os.geteuid(), os.getegid())
 
 
 def _open_tap(attachment: Attachment, directory: Path, held: contextlib.ExitStack) -> int:
@@ -408,7 +408,7 @@ def figures(attachment: Attachment, directory: Path) -> dict[str, int]:
             from ovms.runtime import passt
 
             try:
-                with (directory / _COUNT).open("rb") as file:
+                with open(f"{directory}/{_COUNT}", "rb", buffering=0) as file:  # noqa: PTH123 - with every status
                     data = file.read(passt.COUNTS.size)
             except OSError:
                 return {}

@@ -155,7 +155,7 @@ def start(
         raise HostError(
             "ports of IPv6 addresses cannot be forwarded: this host has no route for IPv6", hint="use an IPv4 address"
         )
-    argv = command(find(), ports, user if os.geteuid() == 0 else None, host, mac)
+    argv = command(find(), ports, user if process.is_root() else None, host, mac)
     words = [
         f"guest={fd}",
         f"user={user.uid}:{user.gid}",

@@ -170,11 +170,17 @@ class Remote:
         """See :class:`~ovms.runtime.client.Client`."""
         return dict(self.call("GET", f"/status/{_quoted(text)}"))
 
-    def stop(self, text: str, grace: float) -> Document:
+    def ask_to_stop(self, text: str, grace: float) -> None:
+        """See :class:`~ovms.runtime.client.Client`. The server ends it itself, *grace* seconds from here."""
+        timeout = math.ceil(grace)
+        self.call("POST", "/stop", {"instance_id": text, "timeout_s": timeout, "force": timeout == 0})
+
+    def stop(self, text: str, grace: float, *, asked: bool = False) -> Document:
         """See :class:`~ovms.runtime.client.Client`."""
         instance_id = self.instance(text)["instance_id"]
-        timeout = math.ceil(grace)
-        self.call("POST", "/stop", {"instance_id": instance_id, "timeout_s": timeout, "force": timeout == 0})
+        timeout = max(0, math.ceil(grace))
+        if not asked:
+            self.ask_to_stop(instance_id, timeout)
         deadline = time.monotonic() + timeout + _END
         pause = 0.005
         while (document := self.instance(instance_id))["state"] not in ("stopped", "error"):

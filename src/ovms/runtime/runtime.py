@@ -470,13 +470,13 @@ class Runtime:
     def leave_ended(self, record: Record) -> None:
         """Sees to it that an instance whose VM is no more is not started again: its policy may be waiting to do that."""
         if record.restart is not None:
-            self.instances.ask_to_stop(record, time.time())
+            self.instances.ask_to_stop(record)
 
     def break_off(self, record: Record) -> bool:
         """Asks whoever is starting an instance to break that off. False where nobody is."""
         if self.instances.status(record).state is not State.STARTING:
             return False
-        self.instances.ask_to_stop(record, time.time())
+        self.instances.ask_to_stop(record)
         return True
 
     def _ask_agent(self, record: Record) -> bool:
@@ -526,13 +526,14 @@ class Runtime:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
         network.sweep(self.instances.directory(record.id))
 
-    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False) -> Status:
+    def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False, asked: bool = False) -> Status:
         """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.
 
-        Stopping what is stopped is no error.
+        *asked*: somebody has done so just now. Stopping what is stopped is no error.
         """
         if grace > 0:
-            record = self.power_down(record, agent=agent)
+            if not asked:
+                record = self.power_down(record, agent=agent)
             if record.process is not None and record.process.wait(grace):
                 self.instances.sweep_network(record)
                 return self.instances.status(record)

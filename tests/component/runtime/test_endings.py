@@ -281,6 +281,9 @@ def test_one_part_is_left_out_at_a_time(runtime: Runtime, echo: Found, part: str
     record = runtime.start(echo, options).record
     found = security.in_force(record)
     assert "left out" in found["missing"][part]
+    if part == "namespaces":
+        assert "namespaces" in found["missing"]["root"], "what goes with it is told, too"
+    assert found["own_root"] or "root" in found["missing"]
     assert (found["cgroups"] == []) == (part == "cgroups" or not record.jail.cgroups)
     if part == "seccomp":
         assert found["seccomp"]["filters"] <= 1, "QEMU's own"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,10 @@ def test_an_instance_whose_starter_was_killed_is_found_again(runtime: Runtime, e
     found = runtime.instances.find(record.id)
     assert found.process == record.process
     assert runtime.instances.status(found).state is State.RUNNING
+    assert found.started is not None
+    assert record.started is not None
+    late = datetime.fromisoformat(found.started) - datetime.fromisoformat(record.started)
+    assert abs(late.total_seconds()) < 30, "and when it began is known, by its process"
 
 
 def test_a_start_that_ends_while_it_is_looked_at_has_not_failed(runtime: Runtime, echo: Found) -> None:

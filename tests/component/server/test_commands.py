@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from support.cli import Ovm
 from support.guests import Console
 from support.server import Server
+
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import Runtime
 
 MEMORY = ("-m", "32m", "--accel", "tcg")
 
@@ -55,9 +59,27 @@ def test_a_life(ovm: Ovm, server: Server) -> None:
     assert ovm("inspect", "life").code == 4
 
 
+def test_guests_that_do_not_listen_are_waited_for_together(ovm: Ovm, server: Server) -> None:
+    names = ("deaf-1", "deaf-2", "deaf-3", "listens")
+    for name in names:
+        instance_id = ovm.ok("run", "-d", *MEMORY, "--name", name, "echo:1").out.strip()
+        console = Console(server.root / "instances" / instance_id)
+        console.wait_for("READY")
+        if name != "listens":
+            console.send("i")
+    began = time.monotonic()
+    stopped = ovm.ok("stop", "-t", "4", "--json", *names).json
+    assert time.monotonic() - began < 9, "one after the other they take 12 s"
+    assert [one["name"] for one in stopped] == list(names)
+    assert [one["state"] for one in stopped] == ["stopped"] * 4
+    assert [one["ending"] == "powered-off" for one in stopped] == [False, False, False, True]
+    ovm.ok("rm", *names)
+
+
 def test_errors_have_the_same_exit_codes(ovm: Ovm) -> None:
     assert ovm("run", "-d", "nowhere:1").code == 4
     assert ovm("run", "-d", "Not A Name").code == 3
+    assert ovm("run", "-d", "--name", "a b", "echo:1").code == 2
     assert ovm("stop", "nobody").code == 4
     assert ovm("logs", "nobody").code == 4
     assert ovm("run", "-d", *MEMORY, "--restore", "require", "echo:1").code == 11
@@ -71,6 +93,22 @@ def test_what_the_contract_cannot_say_is_done_beside_the_server(server: Server, 
     assert calls(server, "start") == before
     assert server.state(instance_id) == "running"
     ovm.ok("rm", "-f", instance_id)
+
+
+def test_a_stop_ends_the_wait_for_the_next_start(server: Server, tmp_path: Path) -> None:
+    ovm = Ovm(server.root, tmp_path)
+    instance_id = ovm.ok("run", "-d", *MEMORY, "--restart", "on-failure", "echo:1").out.strip()
+    mark = server.root / "instances" / instance_id / "stop"
+    process = Runtime(Root(server.root)).instances.find(instance_id).process
+    assert process is not None
+    process.signal(signal.SIGKILL)
+    assert process.wait(20)
+    # before its watcher has come so far, or after: whichever VM there is goes, and none comes
+    assert server.post("/stop", {"instance_id": instance_id, "timeout_s": 0}) == {"status": "stopping"}
+    assert mark.exists()
+    time.sleep(1.5)
+    assert server.state(instance_id) in ("stopped", "error")
+    ovm.ok("rm", instance_id)
 
 
 def test_events(ovm: Ovm, server: Server) -> None:

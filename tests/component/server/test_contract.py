@@ -183,7 +183,7 @@ def test_every_call_in_every_state(server: Server, state: str) -> None:
         from ovms.runtime.runtime import Runtime
 
         runtime = Runtime(Root(server.root))
-        runtime.instances.ask_to_stop(runtime.instances.find(instance_id), 4e9)
+        runtime.instances.ask_to_stop(runtime.instances.find(instance_id), 1e6)
     elif state == "stopped":
         server.post("/stop", {"instance_id": instance_id, "timeout_s": 0})
         server.wait(instance_id, "stopped")

@@ -115,6 +115,7 @@ def test_large_and_deep_bodies(server: Server) -> None:
         b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
         b"GET /" + b"a" * 100_000,
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 20_000 + b"\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 5_000 + b"\r\n",
         POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"\0" * 100_000,
     ],

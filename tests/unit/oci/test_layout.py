@@ -222,7 +222,7 @@ def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
     assert len(staged(layout)) == 1
-    with pytest.raises(Locked, match="another ovm process adds or uses blobs"):
+    with pytest.raises(Locked, match=rf"another ovm process \(PID {child.pid}\) adds or uses blobs"):
         collect(layout, Needs, wait=0)
     child.send_signal(signal.SIGKILL)
     child.communicate()

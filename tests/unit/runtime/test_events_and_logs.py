@@ -205,6 +205,18 @@ def test_and_is_heard_while_other_news_are_gathered(
     until(log, "error")
 
 
+def test_how_long_an_instance_has_is_not_moved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instances = Runtime(Root(tmp_path / "root")).instances
+    record, lock = added(instances)
+    with lock:
+        assert instances.stop_left(record) is None
+        instances.ask_to_stop(record, 30)
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        left = instances.stop_left(record)
+        assert left is not None
+        assert 0 < left <= 30
+
+
 def test_a_look_after_the_end_goes_nowhere(tmp_path: Path) -> None:
     watcher = Watcher(Runtime(Root(tmp_path / "root")).instances, EventLog())
     watcher.close()

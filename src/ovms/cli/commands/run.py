@@ -169,8 +169,11 @@ def _detached(args: argparse.Namespace, context: Context) -> dict[str, Any]:
 
 
 def _ask_server(args: argparse.Namespace, context: Context) -> dict[str, Any]:
+    from ovms.runtime import names
     from ovms.runtime.remote import Remote
 
+    if args.name is not None:
+        names.check(args.name)  # as without a server
     client = context.client
     assert isinstance(client, Remote)
     reference = args.reference

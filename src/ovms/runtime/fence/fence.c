@@ -457,7 +457,7 @@ static void show(const char *path)
 
 static void confine(i64 uid, i64 gid)
 {
-    if (sys(SYS_getuid, 0, 0, 0, 0) == 0) {
+    if (sys(SYS_getuid, 0, 0, 0, 0) == 0 && uid != 0) { /* who stays root has nobody to become: a container has no others */
         must(sys(SYS_setgroups, 0, 0, 0, 0), "setgroups");
         must(sys(SYS_setresgid, gid, gid, gid, 0), "setresgid");
         must(sys(SYS_setresuid, uid, uid, uid, 0), "setresuid");

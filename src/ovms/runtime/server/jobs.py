@@ -197,8 +197,7 @@ class Jobs:
 
     async def _end(self, record: Record) -> None:
         asked = False
-        while (deadline := await self.readers.run(self._deadline, record)) is not None:
-            left = deadline - time.time()
+        while (left := await self.readers.run(self._left, record)) is not None:
             with contextlib.suppress(OvmsError, OSError, HttpError):
                 if left <= 0:
                     await self.changers.run(self._runtime.kill, record)
@@ -207,7 +206,7 @@ class Jobs:
                     asked = True
             await asyncio.sleep(min(max(left, 0.05), 1.0))
 
-    def _deadline(self, record: Record) -> float | None:
+    def _left(self, record: Record) -> float | None:
         # None when there is nothing to be ended any more
         try:
             newest = self._runtime.instances.by_id(record.id)
@@ -215,7 +214,7 @@ class Jobs:
             return None
         if newest is None or self._runtime.instances.status(newest).state is not State.STOPPING:
             return None
-        return self._runtime.instances.stop_deadline(newest)
+        return self._runtime.instances.stop_left(newest)
 
     async def see_to_all(self) -> None:
         """The same for what other servers have not come to the end of."""
@@ -226,6 +225,14 @@ class Jobs:
 
         for record in await self.readers.run(marked):
             self.see_to(record)
+
+    def beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does what nobody waits for, in a thread that answers questions."""
+        self._keep(asyncio.ensure_future(self._beside(work, *arguments)))
+
+    async def _beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(OvmsError, OSError, HttpError):
+            await self.readers.run(work, *arguments)
 
     # --- what killed commands left -----------------------------------------------------------------------------
 
