@@ -165,7 +165,7 @@ class Connections:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
         connection._create_connection = _connect  # type: ignore[attr-defined]  # noqa: SLF001
-        connection.response_class = _Response
+        connection.response_class = Response
         try:
             connection.connect()
         except BaseException:
@@ -259,7 +259,7 @@ def _send(
             raise
 
 
-class _Response(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
     """An answer whose lines have an end.
 
     The standard library bounds each, and not all of them: any number of 100s before an answer, of trailers after it, and of bytes
@@ -269,6 +269,7 @@ class _Response(http.client.HTTPResponse):
     fp: Any
 
     def begin(self) -> None:
+        """Reads the head. Raises :class:`TimeoutError` where it does not come to an end."""
         ahead = self.fp.peek(1)
         if b"\r\n\r\n" in ahead and _FINAL.match(ahead):
             super().begin()  # all of it is here, as it nearly always is

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Final, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
-from ovms.oci.connections import AddressInvalid, Connections, Release
+from ovms.oci.connections import AddressInvalid, Connections, Release, Response
 from ovms.oci.realm import is_loopback
 from ovms.text import printable
 
@@ -297,7 +297,7 @@ class Transport:
                 # Where no certificate is checked, the user has said so: urllib3 need not warn of every request.
                 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
                 credentials = proxy.credentials
-                self._proxied[context, proxy] = urllib3.ProxyManager(
+                manager = self._proxied[context, proxy] = urllib3.ProxyManager(
                     proxy.url,
                     proxy_headers=None if credentials is None else urllib3.make_headers(proxy_basic_auth=credentials),
                     retries=False,
@@ -306,6 +306,7 @@ class Transport:
                     blocksize=BUFFER,
                     ssl_context=context,
                 )
+                manager.pool_classes_by_scheme = _pools()
             return self._proxied[context, proxy]
 
     def request(
@@ -370,6 +371,17 @@ class Transport:
                 method, url, headers=dict(headers), body=body, preload_content=False, redirect=False
             )
             return _answer_through(raw, url)
+
+
+def _pools() -> dict[str, Any]:
+    # urllib3's, whose answers have an end
+    from urllib3 import connectionpool
+
+    answer = {}
+    for scheme, pool in (("http", connectionpool.HTTPConnectionPool), ("https", connectionpool.HTTPSConnectionPool)):
+        connection = type("Connection", (pool.ConnectionCls,), {"response_class": Response})
+        answer[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+    return answer
 
 
 def _answer_through(raw: urllib3.BaseHTTPResponse, url: str) -> Answer:

@@ -30,6 +30,8 @@ _CLIENT_ALERTS: Final = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 #: X509_V_ERR_*: self-signed, no issuer known.
 _UNKNOWN_CA: Final = frozenset({2, 18, 19, 20, 21})
+#: Not yet valid, or no longer.
+_NOT_NOW: Final = frozenset({9, 10})
 
 #: Finds the files for a ``host[:port]``.
 Find = Callable[[str], Certificates]
@@ -133,6 +135,10 @@ def explain(exc: BaseException, host: str) -> tuple[str, str] | None:
                 "its certificate is signed by an authority that is not trusted here",
                 f"put the authority's certificate into {place} (or /etc/containers/certs.d), or among the system's",
             )
+        if exc.verify_code in _NOT_NOW:
+            return exc.verify_message or str(
+                exc
+            ), "check this machine's clock; if it is right, the registry's owner has to renew it"
         return exc.verify_message or str(exc), "ask the registry's owner for a certificate that is good for this name"
     if not isinstance(exc, ssl.SSLError) or isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return None

@@ -278,7 +278,7 @@ def test_whoever_waits_for_another_pull_is_told_so(layout: Layout, server: Serve
     thread = threading.Thread(target=other)
     with layout.using():
         thread.start()
-        faulty.wait_until(lambda: any(layout.partial_dir.iterdir()))
+        faulty.wait_until((layout.partial_dir / hex_of(descriptor.digest)).exists)  # which is made under the lock
         with partial.receiving(layout, descriptor, lambda: False, tell) as receiver:
             assert receiver is None
     thread.join(10)

@@ -260,6 +260,19 @@ def test_a_certificate_of_another_name(authority: Authority, tmp_path: Path) -> 
         registry.close()
 
 
+def test_a_certificate_that_has_ended(authority: Authority, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r", tls=authority.issue("old", days=-1))
+    authority.trust(tmp_path / "home", registry.host)
+    try:
+        connector = Connector.from_environment({"HOME": str(tmp_path / "home")})
+        with connector(registry.host) as client, pytest.raises(RegistryUnreachable) as caught:
+            client.get_manifest(Reference(registry.host, "x", "1"))
+    finally:
+        registry.close()
+    assert "expired" in caught.value.message
+    assert "clock" in str(caught.value.hint)
+
+
 def test_a_client_certificate(authority: Authority, tmp_path: Path, layout: Layout) -> None:
     registry = Registry(tmp_path / "r", tls=authority.issue("mutual"), client_ca=authority.ca.cert)
     try:

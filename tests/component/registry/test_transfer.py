@@ -16,6 +16,7 @@ from support.cli import Ovm
 from support.registry import Registry
 from support.stores import damage
 
+from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.resolve import find
 from ovms.errors import (
@@ -227,8 +228,7 @@ def test_too_little_disk_is_said_before_the_first_blob(
     layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer.push(layout, client, ref, make(layout, str(ref)).digest)
-    usage = type("Usage", (), {"total": 1, "used": 0, "free": 1 << 20})()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(fsutil, "free_space", lambda path: 1 << 20)
     monkeypatch.setattr(client, "read_blob", None)
     with pytest.raises(DiskFull):
         transfer.pull(other, client, ref)

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.proxy import Proxy
 
 from ovms.oci import connections as _connections
 from ovms.oci.connections import AddressInvalid, Connections, _alive
+from ovms.oci.http import Broken, Transport
+from ovms.oci.proxies import Proxies
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -322,6 +325,20 @@ def test_lines_without_end(
             ended.callback(release, False)
             response.read()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 100 Continue\r\n\r\n" * 50, b"A: b\r\n"], ids=["100s", "headers"])
+def test_lines_without_end_through_a_proxy(monkeypatch: pytest.MonkeyPatch, piece: bytes) -> None:
+    monkeypatch.setattr(_connections, "LINES_TIME", 0.3)
+    for url in drip(b"" if piece.startswith(b"HTTP") else OK.partition(b"\r\n")[0] + b"\r\n", piece, 0.02):
+        with Proxy() as proxy:
+            transport = Transport(proxies=Proxies({"http_proxy": proxy.url}), plain=lambda _host: True)
+            began = time.monotonic()
+            with pytest.raises(Broken):
+                transport.request("GET", url.replace("127.0.0.1", "registry.example"), {})
+            assert time.monotonic() - began < 5
+            assert proxy.heads
+            transport.close()
 
 
 def test_what_comes_in_small_pieces_is_read(connections: Connections) -> None:
