@@ -77,10 +77,11 @@ def require_snapshot(record: Record) -> None:
 
 
 @contextlib.contextmanager
-def opened(volumes: Sequence[Volume], root: Path) -> Iterator[tuple[ExtraDisk, ...]]:
-    """The disks among *volumes*, open and locked: once the VMM has them, the lock is its own. Raises like :mod:`.volumes`."""
+def opened(volumes: Sequence[Volume], root: Path) -> Iterator[Extras]:
+    """The *volumes*, open, and disks locked: once the VMM has them, the lock is its own. Raises like :mod:`.volumes`."""
     with contextlib.ExitStack() as held:
-        yield files.open_disks(volumes, root, held) if volumes else ()
+        shares = files.open_directories(volumes, root, held)
+        yield Extras(None, files.open_disks(volumes, root, held), shares)
 
 
 @contextlib.contextmanager
@@ -113,17 +114,24 @@ def seeded(directory: Path, record: Record, told: Seed | None) -> Iterator[tuple
         os.close(fd)
 
 
-def extras(record: Record, seed: ExtraDisk | None, disks: tuple[ExtraDisk, ...]) -> Extras:
-    """All of it, for the VMM.
+def extras(record: Record, seed: ExtraDisk | None, volumes: Extras) -> Extras:
+    """All of it, for the VMM: the seed disk beside what is :func:`opened`.
 
     Raises:
-        Unsupported: a directory is to be shared, and this host lets no VM have a root of its own.
+        Unsupported: a directory is to be shared, and the jail lacks what keeps a guest inside it.
     """
-    shares = files.shares(record.volumes)
-    if shares and not record.jail.own_root:
+    if volumes.shares and not record.jail.own_root:
         why = record.jail.missing.get("root") or record.jail.missing.get("namespaces") or "it is left out"
         raise Unsupported(
             f"{record.name}: a directory is shared only with a VM that sees nothing else of the host, and this one would: {why}",
             hint="'ovm doctor' tells what is missing",
         )
-    return Extras(seed, disks, shares)
+    written = next((share for share in volumes.shares if not share.read_only), None)
+    if written is not None and not record.jail.seccomp:
+        raise Unsupported(
+            f"{record.name}: {written.path} is shared with a guest that writes to it only where seccomp keeps it from making"
+            " files of set-user-ID and devices there, and seccomp is left out",
+            hint="add ',ro', or leave out --security-opt seccomp=off",
+            path=str(written.path),
+        )
+    return replace(volumes, seed=seed)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ovms.errors import HostError, StateConflict
 from ovms.runtime.record import Record
+from ovms.vmm.extras import share_name
 from ovms.vmm.jail import Namespace
 
 _SECCOMP: Final = {"0": "off", "1": "strict", "2": "filter"}
@@ -50,6 +51,7 @@ def in_force(record: Record) -> dict[str, Any]:
             },
             "namespaces": namespaces,
             "own_root": namespaces[Namespace.MOUNT.proc_name] and record.jail.own_root,
+            "directories": _directories(directory, record),
             "limits": _limits(directory),
             "cgroups": _cgroups(record),
             "memory": {"required": record.memory_locked, "locked_bytes": _locked(record)},
@@ -81,6 +83,21 @@ def _limits(directory: Path) -> dict[str, int | None]:
             if line.startswith(name):
                 soft = line[len(name) :].split()[0]
                 answer[key] = None if soft == "unlimited" else int(soft)
+    return answer
+
+
+def _directories(directory: Path, record: Record) -> list[dict[str, Any]]:
+    # of each that is shared how it is mounted for the VMM; what is mounted in it is not listed
+    mounts = dict[str, list[str]]()
+    for line in (directory / "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split()
+        mounts[fields[4]] = fields[5].split(",")
+    answer = []
+    for i, volume in enumerate(volume for volume in record.volumes if volume.format is None):
+        options = mounts.get(f"/{share_name(i)}", [])
+        answer.append(
+            {"name": volume.name, "path": str(volume.path), "writable": "rw" in options, "mount": sorted(options)}
+        )
     return answer
 
 

@@ -30,10 +30,12 @@ _NAME: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
 LOCK_WAIT: Final = 0.5
 #: Where no files of the host are, but what the kernel makes up.
 _NO_FILES: Final = ("/proc", "/sys", "/dev")
-_FORMATS: Final = (DiskFormat.RAW, DiskFormat.QCOW2)
-_FORM: Final = (
-    "write FILE[,format=raw|qcow2][,ro][,serial=NAME], or DIRECTORY[,ro][,tag=NAME]; a comma in a path is written twice"
+#: What a host runs, or believes, whoever wrote it: no guest writes to it, or to anything in it.
+_TRAPS: Final = tuple(
+    Path(path) for path in ("/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/run", "/sbin", "/usr")
 )
+_FORMATS: Final = (DiskFormat.RAW, DiskFormat.QCOW2)
+_FORM: Final = "write FILE[,format=raw|qcow2][,ro][,serial=NAME], or DIRECTORY[,ro|rw][,tag=NAME]; a comma in a path is written twice"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,6 @@ def parse(texts: Sequence[str]) -> tuple[Volume, ...]:
     Raises:
         UsageError: not of the form, too many, or two of one name.
         FileProblem: nothing is there.
-        Unsupported: a directory that the guest is to write to.
     """
     volumes = tuple(_parse(text, f"vol{i}") for i, text in enumerate(texts))
     for kind, most, count in (
@@ -115,10 +116,14 @@ def _parse(text: str, default: str) -> Volume:
             f"--volume {text[:80]!a}: {name[:40]!a} is no name",
             hint="up to 20 letters, digits, '.', '_' and '-', the first a letter or digit",
         )
+    if {"ro", "rw"} <= options.keys():
+        raise UsageError(f"--volume {text[:80]!a}: 'ro' is not beside 'rw'", hint=_FORM)
     if directory:
-        return _parse_directory(text, path, name, options)
-    if "tag" in options or {"ro", "rw"} <= options.keys():
-        raise UsageError(f"--volume {text[:80]!a}: 'tag' is for directories, and 'ro' not beside 'rw'", hint=_FORM)
+        if options.keys() & {"format", "serial"}:
+            raise UsageError(f"--volume {text[:80]!a}: a directory has no format and no serial number", hint=_FORM)
+        return Volume(path, None, "rw" not in options, name)
+    if "tag" in options:
+        raise UsageError(f"--volume {text[:80]!a}: 'tag' is for directories", hint=_FORM)
     format = options.get("format", DiskFormat.RAW)
     if format not in _FORMATS:
         raise UsageError(f"--volume {text[:80]!a}: there is no format {format[:40]!a}", hint="raw (default) or qcow2")
@@ -136,17 +141,6 @@ def _is_directory(path: Path, text: str) -> bool:
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or "no file has such a name"
         raise FileProblem(f"volume: cannot read {str(path)!a}: {reason}", path=str(path)) from exc
-
-
-def _parse_directory(text: str, path: Path, name: str, options: Mapping[str, str]) -> Volume:
-    if "rw" in options:
-        raise Unsupported(
-            f"{path} cannot be shared with a guest that writes to it",
-            hint="a VM has a user of its own, whose files nobody else could use: leave out 'rw', or make a disk of it",
-        )
-    if not options.keys() <= {"ro", "tag"}:
-        raise UsageError(f"--volume {text[:80]!a}: a directory has no format and no serial number", hint=_FORM)
-    return Volume(path, None, True, name)
 
 
 def open_disks(volumes: Sequence[Volume], root: Path, held: contextlib.ExitStack) -> tuple[ExtraDisk, ...]:
@@ -230,24 +224,56 @@ def _lock(fd: int, volume: Volume, what: str) -> None:
             time.sleep(0.01)
 
 
-def shares(volumes: Sequence[Volume]) -> tuple[Share, ...]:
-    """The directories among *volumes*.
+def open_directories(volumes: Sequence[Volume], root: Path, held: contextlib.ExitStack) -> tuple[Share, ...]:
+    """Opens and checks the directories among *volumes*, until *held* is closed. It is these that the VM gets, whatever their
+    names lead to later.
+
+    *root*: as of :func:`open_disks`.
 
     Raises:
-        FileProblem: it is gone.
-        Unsupported: the root directory, in which are also things that are no files.
+        FileProblem: it can't be used.
+        InputError: the guest would write to what is ours.
+        Unsupported: what a host has there is not shared, or not to be written to.
     """
     found = []
     for volume in volumes:
         if volume.format is not None:
             continue
+        what = f"volume {volume.name}"
         try:
-            path = volume.path.resolve(strict=True)
-        except (OSError, RuntimeError) as exc:
-            raise FileProblem(f"volume {volume.name}: cannot use {volume.path}", path=str(volume.path)) from exc
+            fd = os.open(volume.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as exc:
+            reason = exc.strerror
+            raise FileProblem(f"{what}: cannot use {volume.path}: {reason}", path=str(volume.path)) from exc
+        held.callback(os.close, fd)
+        path = Path(f"/proc/self/fd/{fd}").readlink()
         if path == Path("/") or any(path.is_relative_to(top) for top in _NO_FILES):
-            raise Unsupported(
-                f"volume {volume.name}: {path} is not shared with a guest", hint="name a directory of files"
-            )
-        found.append(Share(path, volume.name))
+            raise Unsupported(f"{what}: {path} is not shared with a guest", hint="name a directory of files")
+        if not volume.read_only:
+            _check_writable(fd, path, root, what)
+        found.append(Share(fd, path, volume.read_only, volume.name))
     return tuple(found)
+
+
+def _check_writable(fd: int, path: Path, root: Path, what: str) -> None:
+    trap = next((top for top in _TRAPS if path.is_relative_to(top.resolve())), None)
+    if trap is not None:
+        raise Unsupported(
+            f"{what}: {path} is not shared with a guest that writes to it: this host runs, or believes, what is in {trap}",
+            hint="add ',ro', or name another directory",
+            path=str(path),
+        )
+    ours = root.resolve()
+    directory = os.fstat(fd)
+    # by what they are, too: a bind mount has other names
+    above = any(os.path.samestat(directory, one.stat()) for one in (ours, *ours.parents) if one.exists())
+    if above or path.is_relative_to(ours) or ours.is_relative_to(path):
+        raise InputError(
+            f"{what}: {path} has files of ovms in it, and no guest writes to them",
+            hint="add ',ro', or name a directory without them",
+            path=str(root),
+        )
+    if not os.access(f"/proc/self/fd/{fd}", os.W_OK):
+        raise FileProblem(
+            f"{what}: cannot write to {path}", hint="add ',ro' if the guest shall only read it", path=str(path)
+        )

@@ -13,6 +13,12 @@ VOLUMES_MAX: Final = 8
 SHARES_MAX: Final = 4
 #: How a directory is shared, as :mod:`~ovms.vmm.capabilities` names it.
 SHARED_BY: Final = "9p"
+_SHARES: Final = "shared"
+
+
+def share_name(number: int) -> str:
+    """Where a VMM has a directory of the host in its own root (without the slash before it)."""
+    return f"{_SHARES}/{number}"
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,11 @@ class ExtraDisk:
 
 @dataclass(frozen=True)
 class Share:
-    """A directory that the guest may read; ``name`` is the tag that it mounts."""
+    """A directory of the host, by an open descriptor of it; ``name`` is the tag that the guest mounts."""
 
+    fd: int
     path: Path
+    read_only: bool
     name: str
 
 

@@ -18,7 +18,8 @@ from ovms.disk import qcow2, seed
 from ovms.errors import FileProblem, Locked, SnapshotIncompatible, Unsupported
 from ovms.memory import snapshot
 from ovms.oci.reference import Reference
-from ovms.runtime import attachments, snapshots, volumes
+from ovms.runtime import attachments, security, snapshots, volumes
+from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.runtime.seeds import Seed
@@ -139,7 +140,81 @@ def test_a_shared_directory_is_all_that_qemu_sees_and_it_cannot_write(
     mounts = Path(f"/proc/{record.process.pid}/mountinfo").read_text()
     (line,) = [line for line in mounts.splitlines() if " /shared/0 " in line]
     assert {"ro", "nosuid", "nodev"} <= set(line.split()[5].split(","))
+    (shown,) = security.in_force(record)["directories"]
+    assert (shown["name"], shown["path"], shown["writable"]) == ("src", f"{tmp_path}/dir,a", False)
     assert 'mount_tag = "src"' in hmp(runtime, record, "info qtree")
+
+
+def test_directories_that_a_guest_writes_to(runtime: Runtime, echo: Found, tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    share.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(share, 4321, 4322)
+        tmp_path.chmod(0o700)  # nobody but root gets there
+    first = runtime.start(echo, options(f"{share},rw,tag=work")).record
+    second = runtime.start(echo, options(f"{share},rw")).record  # as many as like may write
+    for record in (first, runtime.start_again(_killed(runtime, second))):
+        (written,) = security.in_force(record)["directories"]
+        assert (written["path"], written["writable"]) == (str(share), True)
+        idmapped = {"idmapped"} if os.geteuid() == 0 else set[str]()
+        assert set(written["mount"]) >= {"rw", "nosuid", "nodev", "noexec", "nosymfollow"} | idmapped
+        assert record.process is not None
+        (share / "mark").touch()
+        inside = Path(f"/proc/{record.process.pid}") / "root" / "shared" / "0"
+        assert [path.name for path in inside.iterdir()] == ["mark"]
+    assert runtime.instances.find(first.id).volumes == first.volumes
+    assert [volume.read_only for volume in first.volumes] == [False]
+
+
+@pytest.mark.parametrize("part", ["seccomp", "root", "namespaces"])
+def test_a_directory_is_not_written_to_with_half_a_jail(
+    runtime: Runtime, echo: Found, tmp_path: Path, part: str
+) -> None:
+    (tmp_path / "share").mkdir()
+    loose = SecurityOptions.parse([f"{part}=off"])
+    with pytest.raises(Unsupported, match=r"seccomp is left out|sees nothing else"):
+        runtime.start(echo, replace(options(f"{tmp_path}/share,rw"), security=loose))
+    assert runtime.instances.records() == []
+
+
+def test_a_directory_is_written_to_by_root_where_it_is_who_the_vm_runs_as(
+    runtime: Runtime, echo: Found, tmp_path: Path
+) -> None:
+    (tmp_path / "share").mkdir()
+    loose = SecurityOptions.parse(["user=off"])
+    try:
+        record = runtime.start(echo, replace(options(f"{tmp_path}/share,rw"), security=loose)).record
+    except Unsupported:
+        assert os.geteuid() != 0, "a user has no other namespaces without that of users"
+        return
+    assert [one["writable"] for one in security.in_force(record)["directories"]] == [True]
+
+
+def _killed(runtime: Runtime, record: Record) -> Record:
+    runtime.kill(record)
+    return runtime.instances.find(record.id)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_file_system_without_idmapped_mounts_is_told(
+    runtime: Runtime, echo: Found, tmp_path: Path, inside: bool
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root has a VM with another user")
+    share = tmp_path / "share"
+    place = share / "deeper" if inside else share
+    place.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "ramfs", "ramfs", place], capture_output=True, timeout=20, check=False)
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with pytest.raises(Unsupported, match="idmapped mount: Invalid argument") as caught:
+            runtime.start(echo, options(f"{share},rw"))
+        assert "',ro'" in str(caught.value.hint)
+        assert runtime.instances.records() == []
+    finally:
+        subprocess.run(["umount", place], timeout=20, check=True)
+    runtime.start(echo, options(f"{share},rw"))
 
 
 @pytest.mark.spec("BOOT-33", "BOOT-52")

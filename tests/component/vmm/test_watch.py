@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import shares
 
 from ovms import fsutil
 from ovms.errors import VmmError
@@ -84,6 +85,8 @@ def started(
     hold: Sequence[int] = (),
     at_end: Sequence[str] = (),
     read_only: Mapping[int, Path] | None = None,
+    share: Path | None = None,
+    shares: Mapping[str, tuple[int, Path]] | None = None,
 ) -> Iterator[Vm]:
     directory.mkdir(exist_ok=True)
     files = VmFiles(directory)
@@ -92,7 +95,11 @@ def started(
         vmm_console, console = socket.socketpair()
         vmm_events, events = socket.socketpair()
         fds = (console.fileno(), listen.fileno(), events.fileno())
-        launch = watch.Launch(argv, keep, *fds, hold, at_end=at_end, read_only=read_only or {})
+        if share is not None:
+            opened = os.open(share, os.O_PATH)
+            held.callback(os.close, opened)
+            shares = {"shared/0": (opened, share)}
+        launch = watch.Launch(argv, keep, *fds, hold, at_end=at_end, read_only=read_only or {}, shares=shares or {})
         try:
             watched = watch.start(launch, jail, files)
         except BaseException:
@@ -461,6 +468,106 @@ def test_without_a_jail_the_same_attempts_succeed(tmp_path: Path) -> None:
     assert answer[f"open {secret}"] == answer["open /etc/passwd"] == answer["kill host"] == "done"
     assert len(answer["processes"]) > 1
     assert (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("owner", [(0, 0), (4321, 4322), (4321, 0)])
+@pytest.mark.parametrize("without", [None, Namespace.USER])
+def test_a_directory_to_write_to_is_no_way_out(
+    tmp_path: Path, jail: Jail, owner: tuple[int, int], without: Namespace | None
+) -> None:
+    share = shares.prepare(tmp_path / "share")
+    if os.geteuid() == 0:
+        for path in (share, *share.iterdir()):
+            os.chown(path, *owner, follow_symlinks=False)
+        tmp_path.chmod(0o700)  # of the way there the VM sees nothing
+    elif owner != (0, 0) or without is not None:
+        pytest.skip("only root has directories of others, and jails without a user namespace")
+    else:
+        owner = (os.geteuid(), os.getegid())
+    confined = replace(jail, namespaces=jail.namespaces - {without})
+    answer = in_jail(tmp_path / "vm", confined, shares.attempts("/shared/0"), share=share)
+    shares.check(share, answer, owner)
+
+
+def test_without_a_jail_the_same_writes_succeed(tmp_path: Path) -> None:
+    """The test above can fail."""
+    share = shares.prepare(tmp_path / "share")
+    answer = in_jail(tmp_path / "vm", replace(PLAIN, seccomp=False), shares.attempts_within(str(share)))
+    for name in ("chmod 4755", "openat 4755", "fifo", "socket"):
+        assert answer[name] == "done" or isinstance(answer[name], int), answer[name]
+    with pytest.raises(AssertionError):
+        shares.check(share, answer, (os.geteuid(), os.getegid()))
+
+
+def test_what_belongs_to_others_is_left_to_them(tmp_path: Path, jail: Jail) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root has files of others")
+    share = tmp_path / "share"
+    share.mkdir()
+    for name, uid, gid, mode in (
+        ("secret", 4321, 4322, 0o600),
+        ("group", 4321, 5001, 0o660),
+        ("open", 4321, 4322, 0o666),
+        ("shown", 4321, 4322, 0o644),
+        ("root", 0, 0, 0o600),
+        ("own", 5000, 5001, 0o600),
+    ):
+        (share / name).write_text("of another")
+        os.chown(share / name, uid, gid)
+        (share / name).chmod(mode)
+    os.chown(share, 5000, 5001)
+    answer = in_jail(
+        tmp_path / "vm",
+        jail,
+        """
+        import errno, json, os, sys
+        answer = {}
+
+        def attempt(name, action):
+            try:
+                answer[name] = action() or "done"
+            except OSError as exc:
+                answer[name] = errno.errorcode[exc.errno]
+
+        for name in os.listdir("/shared/0"):
+            path = f"/shared/0/{name}"
+            attempt(f"{name} read", lambda: open(path).read())
+            attempt(f"{name} write", lambda: os.close(os.open(path, os.O_WRONLY)))
+            attempt(f"{name} chmod", lambda: os.chmod(path, 0o777))
+            attempt(f"{name} chown", lambda: os.chown(path, 1000, 1000))
+            attempt(f"{name} remove", lambda: os.unlink(path))
+        sys.stderr.write(json.dumps(answer))
+        """,
+        share=share,
+    )
+    done = {name for name, result in answer.items() if result in ("done", "of another")}
+    own = {f"own {what}" for what in ("read", "write", "chmod", "chown", "remove")}
+    assert done == own | {"open read", "shown read", "group read"}, answer
+    assert sorted(path.name for path in share.iterdir()) == ["group", "open", "root", "secret", "shown"]
+    assert {path.read_text() for path in share.iterdir()} == {"of another"}
+
+
+def test_the_directory_is_the_one_that_was_opened(tmp_path: Path, jail: Jail) -> None:
+    share = tmp_path / "share"
+    share.mkdir()
+    (share / "mark").touch()
+    fd = os.open(share, os.O_PATH)
+    try:
+        share.rename(tmp_path / "moved")
+        share.symlink_to("/etc")
+        seen: list[str] = []
+        with contextlib.suppress(watch.JailRefused):
+            launched = {"shared/0": (fd, share)}
+            seen = in_jail(
+                tmp_path / "vm",
+                jail,
+                "import json, os, sys; sys.stderr.write(json.dumps(os.listdir('/shared/0')))",
+                shares=launched,
+            )
+    finally:
+        os.close(fd)
+    # root has it by the descriptor; a user is refused, whose jail can only go by the name
+    assert seen == (["mark"] if os.geteuid() == 0 else [])
 
 
 def test_another_file_under_a_sealed_one_s_path_is_refused(tmp_path: Path, jail: Jail) -> None:

@@ -14,6 +14,7 @@ from ovms.errors import DiskInvalid, FileProblem, InputError, Locked, OvmsError,
 from ovms.runtime import volumes
 from ovms.runtime.volumes import Volume
 from ovms.spec.manifest import DiskFormat
+from ovms.vmm.extras import Share
 
 
 @pytest.fixture(autouse=True)
@@ -81,17 +82,69 @@ def test_what_is_no_volume(raw: Path, options: str, error: type[OvmsError]) -> N
         volumes.parse([f"{raw}{options}"])
 
 
-def test_directories_are_for_reading(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="writes to it"):
-        volumes.parse([f"{tmp_path},rw"])
-    with pytest.raises(UsageError, match="no format"):
-        volumes.parse([f"{tmp_path},format=raw"])
-    for place in ("/", "/proc", "/sys/kernel"):
-        with pytest.raises(Unsupported, match="not shared"):
-            volumes.shares(volumes.parse([place]))
+@contextlib.contextmanager
+def directories(*texts: object, root: Path = Path("/nowhere")) -> Iterator[tuple[Share, ...]]:
+    with contextlib.ExitStack() as held:
+        yield volumes.open_directories(volumes.parse([str(t) for t in texts]), root, held)
+
+
+def test_directories_are_for_reading_unless_it_is_said(tmp_path: Path) -> None:
+    texts = (tmp_path, f"{tmp_path},ro", f"{tmp_path},rw,tag=work")
+    assert [volume.read_only for volume in volumes.parse([str(text) for text in texts])] == [True, True, False]
+    with directories(*texts) as found:
+        assert [(share.path, share.read_only, share.name) for share in found] == [
+            (tmp_path, True, "vol0"),
+            (tmp_path, True, "vol1"),
+            (tmp_path, False, "work"),
+        ]
+        assert all(os.path.samestat(os.fstat(share.fd), tmp_path.stat()) for share in found)
+    for option in ("format=raw", "serial=x"):
+        with pytest.raises(UsageError, match="no format"):
+            volumes.parse([f"{tmp_path},{option}"])
+    with pytest.raises(UsageError, match="not beside"):
+        volumes.parse([f"{tmp_path},ro,rw"])
+
+
+def test_what_is_no_directory_of_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/proc")
-    with pytest.raises(Unsupported, match="not shared"):
-        volumes.shares(volumes.parse([f"{tmp_path}/link"]))
+    for place in ("/", "/proc", "/sys/kernel", f"{tmp_path}/link"):
+        for option in ("", ",rw"):
+            with pytest.raises(Unsupported, match="not shared"), directories(f"{place}{option}"):
+                pass
+
+
+@pytest.mark.parametrize("place", ["/etc", "/usr", "/usr/share", "/bin", "/run"])
+def test_what_a_host_believes_is_not_written_to(place: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(place)
+    for path in (place, tmp_path / "link"):
+        with pytest.raises(Unsupported, match="runs, or believes"), directories(f"{path},rw"):
+            pass
+        with directories(f"{path},ro"):
+            pass
+
+
+def test_no_directory_with_our_own_files_is_written_to(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "root"
+    (root / "store").mkdir(parents=True)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "a" / "root2").mkdir()
+    (tmp_path / "link").symlink_to(root / "store")
+    for path in (root, root / "store", tmp_path / "a", tmp_path, tmp_path / "link"):
+        with pytest.raises(InputError, match="files of ovms"), directories(f"{path},rw", root=root):
+            pass
+        with directories(path, root=root):
+            pass
+    with directories(f"{tmp_path}/beside,rw", f"{tmp_path}/a/root2,rw", root=root):
+        pass
+
+
+def test_a_directory_that_went(tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    parsed = volumes.parse([f"{tmp_path}/dir,rw"])
+    (tmp_path / "dir").rmdir()
+    (tmp_path / "dir").touch()
+    with pytest.raises(FileProblem, match="Not a directory"), contextlib.ExitStack() as held:
+        volumes.open_directories(parsed, tmp_path, held)
 
 
 def test_too_many_and_two_of_one_name(raw: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ EXTRAS = Extras(
         ExtraDisk(15, Path("/files/raw"), DiskFormat.RAW, False, "vol0"),
         ExtraDisk(16, Path("/files/data"), DiskFormat.QCOW2, True, "data"),
     ),
-    shares=(Share(Path("/files/user,x=y"), "src"),),
+    shares=(Share(40, Path("/files/user,x=y"), True, "src"), Share(41, Path("/files/work"), False, "work")),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ovms.lazy import dataclass
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.extras import ExtraDisk, Share
+from ovms.vmm.extras import ExtraDisk, Share, share_name
 from ovms.vmm.model import AGENT_PORT, Machine, Network, PortForward, Region, Uplink, VmConfig
 from ovms.vmm.qemu.versions import Since
 
@@ -35,8 +35,6 @@ _SLOT_SEED: Final = 0x7
 _SLOT_VOLUMES: Final = 0x8
 _SLOT_SHARES: Final = 0x18
 SEED_ID: Final = "seed"
-#: Where a shared directory is in QEMU's own root, and its name there.
-SHARES: Final = "shared"
 #: The first slot of the shared memory regions: four to a slot, so that as many as a manifest may have (32) take eight.
 _SLOT_REGIONS: Final = 0x10
 _REGIONS_A_SLOT: Final = 4
@@ -246,9 +244,9 @@ def _extras(config: VmConfig) -> Iterator[str]:
     for i, disk in enumerate(extras.volumes):
         yield from _extra_disk(f"volume{i}", disk, first + 1 + i, _SLOT_VOLUMES + i)
     for i, share in enumerate(extras.shares):
-        # without an option ROM and without writing: what the host's kernel says of the mount QEMU says again
-        path = f"/{share_name(i)}"
-        yield from ("-fsdev", f"local,id=share{i},path={path},security_model=none,readonly=on,multidevs=remap")
+        # what the host's kernel says of the mount QEMU says again. No model: what QEMU makes belongs to whom the mount says
+        model = f"security_model=none,readonly={'on' if share.read_only else 'off'},multidevs=remap"
+        yield from ("-fsdev", f"local,id=share{i},path=/{share_name(i)},{model}")
         yield from (
             "-device",
             f"virtio-9p-pci,id=share{i},fsdev=share{i},mount_tag={share.name},addr={_SLOT_SHARES + i:#x}",
@@ -262,14 +260,14 @@ def _extra_disk(node: str, disk: ExtraDisk, fd_set: int, slot: int) -> Iterator[
     yield from ("-device", f"virtio-blk-pci,id={node},drive={node},serial={escape(disk.name)},addr={slot:#x}")
 
 
-def share_name(number: int) -> str:
-    """Where QEMU has a shared directory in its own root (without the slash before it)."""
-    return f"{SHARES}/{number}"
-
-
 def share_trees(shares: Sequence[Share]) -> dict[str, Path]:
-    """The directories that QEMU needs in its own root."""
-    return {share_name(i): share.path for i, share in enumerate(shares)}
+    """The directories that QEMU needs in its own root to read."""
+    return {share_name(i): share.path for i, share in enumerate(shares) if share.read_only}
+
+
+def writable_shares(shares: Sequence[Share]) -> dict[str, tuple[int, Path]]:
+    """Those that it needs there to write to, each with a descriptor of it."""
+    return {share_name(i): (share.fd, share.path) for i, share in enumerate(shares) if not share.read_only}
 
 
 def _agent(fds: Descriptors) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, VmmError, VmmTimeout
+from ovms.errors import FileProblem, JsonInvalid, Locked, OvmsError, PortInUse, Unsupported, VmmError, VmmTimeout
 from ovms.lazy import regex, replace
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
@@ -167,6 +167,7 @@ class QemuVmm:
                 listen=listen.fileno(),
                 events=our_events,
                 trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
+                shares=cmdline.writable_shares(config.extras.shares),
                 read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
@@ -175,8 +176,8 @@ class QemuVmm:
             try:
                 return watch.start(launch, config.jail, files)
             except watch.JailRefused as exc:
-                if exc.stage == "tree" and config.extras.shares:
-                    raise _unreachable(config.extras.shares) from exc
+                if (problem := _of_shares(exc, config.extras.shares)) is not None:
+                    raise problem from exc
                 raise
 
     @contextlib.contextmanager
@@ -194,11 +195,26 @@ class QemuVmm:
         return last
 
 
-def _unreachable(shares: tuple[Share, ...]) -> FileProblem:
-    return FileProblem(
-        f"the VM's own user cannot get to {' or '.join(str(share.path) for share in shares)}",
-        hint="it is nobody's owner: each directory on the way must let others search it ('chmod o+x'), the last one read it",
-        path=str(shares[0].path),
+def _of_shares(refused: watch.JailRefused, shares: tuple[Share, ...]) -> OvmsError | None:
+    # What is told of a directory, where it is one that the jail can't be made with.
+    read, written = ([share.path for share in shares if share.read_only is kind] for kind in (True, False))
+    if refused.stage == "tree" and read:
+        return FileProblem(
+            f"the VM's own user cannot get to {' or '.join(map(str, read))}",
+            hint="it is nobody's owner: each directory on the way must let others search it ('chmod o+x'), the last one read it",
+            path=str(read[0]),
+        )
+    if refused.stage not in ("share", "idmap") or not written:
+        return None
+    which = " or ".join(map(str, written))
+    if refused.stage == "share":
+        return FileProblem(f"{which} cannot be shared with a guest: {refused.reason}", path=str(written[0]))
+    return Unsupported(
+        f"{which} cannot be shared with a guest that writes to it: its file system, or one that is mounted in it, gives files"
+        f" no other owners for one VM (an idmapped mount: {refused.reason})",
+        hint="ext4, XFS, Btrfs do, and tmpfs from Linux 6.3 on, where they are not idmapped already: add ',ro' to read only, or use"
+        " a disk ('--volume FILE')",
+        path=str(written[0]),
     )
 
 

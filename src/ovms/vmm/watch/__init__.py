@@ -55,6 +55,8 @@ class Launch:
         console, listen, events: our end of the console's socket pair, the socket for those who want it, and our end of a
             QMP channel.
         trees: files and directories of its own root, beside the system's: path there (no slash before it) → path here.
+        shares: directories of its own root that it may write to, as who owns them: path there → an open descriptor, and its
+            path here.
         devices: further device nodes, by their names in ``/dev``.
         read_only: where those of *keep* come from that the VMM must not be able to write to.
         at_end: a program and its arguments that the watcher becomes when the VMM has ended.
@@ -69,6 +71,7 @@ class Launch:
     hold: Sequence[int] = ()
     lock: int | None = None
     trees: Mapping[str, Path] = field(default_factory=dict)
+    shares: Mapping[str, tuple[int, Path]] = field(default_factory=dict)
     devices: Sequence[str] = ()
     read_only: Mapping[int, Path] = field(default_factory=dict)
     at_end: Sequence[str] = ()
@@ -88,8 +91,9 @@ class JailRefused(HostError):
     """The host does not let us make a part of the jail."""
 
     def __init__(self, stage: str, number: int) -> None:
+        self.reason = os.strerror(number)
         super().__init__(
-            f"this host does not let ovms confine the VM ({stage}: {os.strerror(number)})",
+            f"this host does not let ovms confine the VM ({stage}: {self.reason})",
             hint="'ovm doctor' tells what is missing; --security-opt leaves out one part of the jail at a time",
             stage=stage,
         )
@@ -170,6 +174,7 @@ def _identity(pid: int) -> ProcessId:
 
 def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStack) -> tuple[list[str], list[int]]:
     inherited = [launch.console, launch.listen, launch.events, *launch.keep, *launch.hold]
+    inherited += [fd for fd, _ in launch.shares.values()]
     words = [f"console={launch.console}", f"listen={launch.listen}", f"events={launch.events}", f"log-max={LOG_MAX}"]
     words += [f"keep={fd}" for fd in launch.keep]
     words += [f"hold={fd}" for fd in launch.hold]
@@ -211,9 +216,11 @@ def _jail_words(launch: Launch, jail: Jail, inherit: Callable[[Path, int], int])
     # its own files: their mode alone keeps nobody out
     sealed = launch.read_only if jail.user is not None and jail.user.uid == os.geteuid() else {}
     trees, links = system_trees()
-    words.append(f"root={_mount_point([*sealed.values(), *trees.values(), *launch.trees.values()])}")
+    shared = [path for _, path in launch.shares.values()]
+    words.append(f"root={_mount_point([*sealed.values(), *trees.values(), *launch.trees.values(), *shared])}")
     for name, path in {**trees, **launch.trees}.items():
         words.append(f"tree={name}:{path}")
+    words += [f"share={fd}/{name}:{path}" for name, (fd, path) in launch.shares.items()]
     for device in ("null", "zero", "full", "random", "urandom", *launch.devices):
         words.append(f"dev=dev/{device}:/dev/{device}")
     words += [f"link={name}:{target}" for name, target in links.items()]

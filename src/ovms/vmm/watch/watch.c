@@ -34,6 +34,8 @@
  *     user=UID:GID           the user of the VMM, on the host
  *     root=DIR               a directory of the host to build the VMM's own root on (mounted over, seen by nobody else)
  *     tree=NAME:PATH         a directory or file of that root: what is at PATH of the host, read-only (repeated)
+ *     share=FD/NAME:PATH     a directory of that root that the VMM may write to: FD is the one at PATH of the host, open. As
+ *                            root it is the user of the VMM, in there, who owns what its owner owns (repeated)
  *     dev=NAME:PATH          a device node of that root (repeated)
  *     link=NAME:TARGET       a symbolic link of that root (repeated)
  *     sealed=FD:PATH         FD, which is kept, is opened anew through a read-only mount of PATH: who owns the file could
@@ -61,6 +63,9 @@ enum {
     SYS_clock_gettime = 228, SYS_exit_group = 231, SYS_openat = 257, SYS_mkdirat = 258, SYS_unlinkat = 263,
     SYS_renameat = 264, SYS_symlinkat = 266, SYS_accept4 = 288, SYS_dup3 = 292, SYS_getpid = 39, SYS_kill = 62,
     SYS_mmap = 9, SYS_munmap = 11, SYS_getrlimit = 97, SYS_mlock2 = 325, SYS_sendto = 44, SYS_recvfrom = 45, SYS_fstat = 5, SYS_close_range = 436, SYS_mount_setattr = 442, SYS_umask = 95,
+    SYS_open = 2, SYS_creat = 85, SYS_chmod = 90, SYS_fchmod = 91, SYS_mknod = 133, SYS_mknodat = 259, SYS_fchmodat = 268,
+    SYS_fchmodat2 = 452, SYS_geteuid = 107, SYS_getegid = 108, SYS_open_tree = 428, SYS_move_mount = 429,
+    SYS_openat2 = 437, SYS_landlock_create_ruleset = 444, SYS_landlock_add_rule = 445, SYS_landlock_restrict_self = 446,
 };
 
 static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
@@ -101,6 +106,7 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define EPERM 1
 #define ENOSYS 38
 #define EINVAL 22
+#define EOPNOTSUPP 95
 #define MSG_DONTWAIT 0x40
 #define MSG_NOSIGNAL 0x4000
 #define POLLIN 1
@@ -124,6 +130,11 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define MOUNT_ATTR_RDONLY 1
 #define MOUNT_ATTR_NOSUID 2
 #define MOUNT_ATTR_NODEV 4
+#define MOUNT_ATTR_NOEXEC 8
+#define MOUNT_ATTR_IDMAP 0x100000
+#define MOUNT_ATTR_NOSYMFOLLOW 0x200000
+#define OPEN_TREE_CLONE 1
+#define MOVE_MOUNT_F_EMPTY_PATH 4
 #define PR_SET_DUMPABLE 4
 #define PR_SET_SECCOMP 22
 #define PR_CAPBSET_DROP 24
@@ -242,7 +253,8 @@ static struct {
     int has_user, seccomp;
     char *root;
     struct list keep, hold, cgroups;
-    struct maps trees, devs, links, sealed;
+    struct maps trees, devs, links, sealed, shares;
+    i64 share[MANY]; /* a mount of each that is nowhere yet, or -1 */
     int limits;
     struct { int resource; u64 value; } limit[16];
     int at_end_count;
@@ -311,6 +323,8 @@ static int parse(char **words)
             put_map(&o.trees, v);
         else if ((v = value_of(word, "dev")))
             put_map(&o.devs, v);
+        else if ((v = value_of(word, "share")))
+            put_map(&o.shares, v);
         else if ((v = value_of(word, "sealed")))
             put_map(&o.sealed, v);
         else if ((v = value_of(word, "link")))
@@ -383,6 +397,54 @@ static void bind(struct mapping *item, u64 attributes)
     must(sys(SYS_mount_setattr, AT_FDCWD, item->name, AT_RECURSIVE, &attr, sizeof attr), "bind-read-only");
 }
 
+/* --- directories that are written to --- */
+
+static struct mapping share_of(int i, int *fd)
+{
+    struct mapping share = o.shares.item[i];
+    *fd = (int)number(&share.name);
+    share.name++;
+    return share;
+}
+
+/* A mount of the directory and of what is mounted in it, which is nowhere yet; what a guest puts there starts nothing. */
+static i64 tree_of(i64 fd)
+{
+    i64 tree = sys(SYS_open_tree, fd, "", OPEN_TREE_CLONE | O_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE, 0, 0);
+    must(tree, "share");
+    struct mount_attr attr = {
+        .set = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW,
+        .propagation = MS_PRIVATE, /* what the host mounts in there later is none of the VM's */
+    };
+    i64 result = sys(SYS_mount_setattr, tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr);
+    if (result == -EINVAL) { /* Linux before 5.14 */
+        attr.set &= ~(u64)MOUNT_ATTR_NOSYMFOLLOW;
+        result = sys(SYS_mount_setattr, tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr);
+    }
+    must(result, "share");
+    return tree;
+}
+
+/* By the VMM's side: the mount that root has made, or, where a user has started us, one of the same directory. */
+static void mount_share(int i)
+{
+    int fd;
+    struct mapping share = share_of(i, &fd);
+    i64 tree = o.share[i];
+    if (tree < 0) {
+        u64 before[18], after[18];
+        i64 again = sys(SYS_openat, AT_FDCWD, share.path, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC, 0, 0);
+        must(again, "share");
+        must(sys(SYS_fstat, fd, before, 0, 0, 0), "share");
+        must(sys(SYS_fstat, again, after, 0, 0, 0), "share");
+        if (before[0] != after[0] || before[1] != after[1]) /* st_dev, st_ino */
+            fail("share", -EINVAL);
+        tree = tree_of(again);
+    }
+    make_parents(share.name, 1);
+    must(sys(SYS_move_mount, tree, "", AT_FDCWD, share.name, MOVE_MOUNT_F_EMPTY_PATH), "share");
+}
+
 /* The same file, or nothing. */
 static void seal(struct mapping *item)
 {
@@ -410,6 +472,8 @@ static void make_root(void)
     must(sys(SYS_chdir, o.root, 0, 0, 0, 0), "root");
     for (int i = 0; i < o.trees.count; i++)
         bind(&o.trees.item[i], MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+    for (int i = 0; i < o.shares.count; i++)
+        mount_share(i);
     for (int i = 0; i < o.devs.count; i++)
         bind(&o.devs.item[i], MOUNT_ATTR_NOSUID);
     for (int i = 0; i < o.sealed.count; i++)
@@ -468,6 +532,7 @@ static void drop_capabilities(void)
 #define JEQ(value, yes, no) {0x15, yes, no, value}
 #define JGE(value, yes, no) {0x35, yes, no, value}
 #define JSET(value, yes, no) {0x45, yes, no, value}
+#define AND(value) {0x54, 0, 0, value}
 #define RET(value) {0x06, 0, 0, value}
 #define ALLOW 0x7fff0000u
 #define KILL 0x80000000u
@@ -496,12 +561,25 @@ static const u16 forbidden[] = {
     438 /* pidfd_getfd */, 440 /* process_madvise */, 448 /* process_mrelease */,
 };
 
+/* What makes a file, or changes its mode: where its flags are among the call's data (0: it has none), and where the mode is. */
+static const struct { u16 call; u8 flags, mode; } with_mode[] = {
+    {SYS_open, 24, 32}, {SYS_openat, 32, 40}, {SYS_creat, 0, 24}, {SYS_chmod, 0, 24}, {SYS_fchmod, 0, 24},
+    {SYS_fchmodat, 0, 32}, {SYS_fchmodat2, 0, 32}, {SYS_mknod, 0, 24}, {SYS_mknodat, 0, 32},
+};
+/* Some of a file's extended attributes are rights or labels, and which one is meant lies in memory. */
+static const u16 attributes[] = {188 /* setxattr */, 189 /* lsetxattr */, 190 /* fsetxattr */, 463 /* setxattrat */};
+#define MAKES_FILE (O_CREAT | 020000000u /* __O_TMPFILE */)
+#define SET_ID 06000u
+#define KIND 0170000u
+#define REGULAR 0100000u
+
 #define NEW_NAMESPACES 0x7e020000u /* CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET */
 
 static void filter_vmm(void)
 {
     enum { N = sizeof forbidden / sizeof *forbidden };
-    struct filter filters[N * 2 + 16];
+    enum { MODES = sizeof with_mode / sizeof *with_mode, ATTRIBUTES = sizeof attributes / sizeof *attributes };
+    struct filter filters[N * 2 + MODES * 12 + ATTRIBUTES * 2 + 24];
     u64 n = 0;
 #define PUT(...) filters[n++] = (struct filter)__VA_ARGS__
     PUT(LOAD(4));
@@ -516,12 +594,59 @@ static void filter_vmm(void)
     }
     PUT(JEQ(435, 0, 1)); /* clone3, whose flags lie in memory: the C library falls back on clone */
     PUT(RET(ERRNO(ENOSYS)));
+    PUT(JEQ(SYS_openat2, 0, 1)); /* its mode lies in memory, too: who calls it falls back on openat */
+    PUT(RET(ERRNO(ENOSYS)));
+    /* In a directory of the host's that a guest writes to, no file of set-user-ID or set-group-ID, no device, no FIFO: a mount's
+       flags keep us from using them, and nobody else. (mkdir can set neither bit.) */
+    for (int i = 0; i < MODES; i++) {
+        int nodes = with_mode[i].call == SYS_mknod || with_mode[i].call == SYS_mknodat;
+        PUT(JEQ(with_mode[i].call, 0, (u8)(4 + (with_mode[i].flags ? 3 : 0) + (nodes ? 4 : 0))));
+        if (with_mode[i].flags) {
+            PUT(LOAD(with_mode[i].flags));
+            PUT(JSET(MAKES_FILE, 1, 0));
+            PUT(RET(ALLOW));
+        }
+        PUT(LOAD(with_mode[i].mode));
+        PUT(JSET(SET_ID, 0, 1));
+        PUT(RET(ERRNO(EPERM)));
+        if (nodes) {
+            PUT(AND(KIND));
+            PUT(JEQ(0, 2, 0)); /* a regular file, too */
+            PUT(JEQ(REGULAR, 1, 0));
+            PUT(RET(ERRNO(EPERM)));
+        }
+        PUT(RET(ALLOW));
+    }
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        PUT(JEQ(attributes[i], 0, 1));
+        PUT(RET(ERRNO(EOPNOTSUPP)));
+    }
     PUT(JEQ(SYS_clone, 0, 3));
     PUT(LOAD(16));
     PUT(JSET(NEW_NAMESPACES, 0, 1));
     PUT(RET(ERRNO(EPERM)));
     PUT(RET(ALLOW));
     install(filters, n);
+}
+
+/* Of what a guest could leave in a directory of the host's, what no filter of calls can see: a socket comes of bind. */
+static void filter_files(void)
+{
+    enum { MAKE_CHAR = 1 << 6, MAKE_SOCK = 1 << 9, MAKE_FIFO = 1 << 10, MAKE_BLOCK = 1 << 11, REFER = 1 << 13 };
+    i64 version = sys(SYS_landlock_create_ruleset, 0, 0, 1 /* LANDLOCK_CREATE_RULESET_VERSION */, 0, 0);
+    if (version < 2) /* not in this kernel, or one in which a file could no longer be moved to another directory */
+        return;
+    u64 handled = MAKE_CHAR | MAKE_SOCK | MAKE_FIFO | MAKE_BLOCK | REFER;
+    i64 rules = sys(SYS_landlock_create_ruleset, &handled, sizeof handled, 0, 0, 0);
+    must(rules, "landlock");
+    for (int i = 0; i < o.shares.count; i++) {
+        int fd;
+        struct __attribute__((packed)) { u64 allowed; int directory; } rule = {REFER, -1};
+        rule.directory = (int)sys(SYS_openat, AT_FDCWD, share_of(i, &fd).name, O_PATH | O_CLOEXEC, 0, 0);
+        must(rule.directory, "share");
+        must(sys(SYS_landlock_add_rule, rules, 1 /* LANDLOCK_RULE_PATH_BENEATH */, &rule, 0, 0), "landlock");
+    }
+    must(sys(SYS_landlock_restrict_self, rules, 0, 0, 0, 0), "landlock");
 }
 
 static void run_program(int go, int said, char **environment)
@@ -531,12 +656,13 @@ static void run_program(int go, int said, char **environment)
     if (sys(SYS_read, go, &byte, 1, 0, 0) != 1)
         sys(SYS_exit_group, 127, 0, 0, 0, 0);
     sys(SYS_setsid, 0, 0, 0, 0, 0);
-    sys(SYS_umask, 077, 0, 0, 0, 0);
+    sys(SYS_umask, 022, 0, 0, 0, 0); /* without a user namespace its root is made by another than who is to look into it */
     on_signals(SIG_DFL);
     if (o.ns & CLONE_NEWUSER)
         become_user();
     if (o.root)
         make_root();
+    sys(SYS_umask, 077, 0, 0, 0, 0);
     if (o.ns & CLONE_NEWUTS)
         must(sys(SYS_sethostname, "vm", 2, 0, 0, 0), "hostname");
     for (int i = 0; i < o.limits; i++) {
@@ -557,6 +683,8 @@ static void run_program(int go, int said, char **environment)
     drop_capabilities();
     for (; *environment && o.variables < MANY - 1; environment++)
         o.variable[o.variables++] = *environment;
+    if (o.shares.count)
+        filter_files();
     if (o.seccomp)
         filter_vmm();
     must(sys(SYS_execve, o.program[0], o.program, o.variable, 0, 0), "exec");
@@ -823,29 +951,82 @@ static i64 write_proc(i64 pid, const char *name, struct text *content)
     return done < 0 ? done : 0;
 }
 
-static i64 map_user(i64 pid)
+static i64 write_map(i64 pid, const char *name, u64 inside, u64 outside)
 {
     struct text line = {.used = 0};
-    add_number(&line, INSIDE);
+    add_number(&line, inside);
     add(&line, " ");
-    add_number(&line, o.uid);
+    add_number(&line, outside);
     add(&line, " 1");
-    i64 result = write_proc(pid, "uid_map", &line);
+    return write_proc(pid, name, &line);
+}
+
+static i64 map_user(i64 pid)
+{
+    i64 result = write_map(pid, "uid_map", INSIDE, o.uid);
     if (result < 0)
         return result;
-    line.used = 0;
-    add_number(&line, INSIDE);
-    add(&line, " ");
-    add_number(&line, o.gid);
-    add(&line, " 1");
-    result = write_proc(pid, "gid_map", &line);
+    result = write_map(pid, "gid_map", INSIDE, o.gid);
     if (result == -EPERM) { /* a user without privileges has to give up setgroups first */
         struct text deny = {.used = 0};
         add(&deny, "deny");
         result = write_proc(pid, "setgroups", &deny);
-        return result < 0 ? result : write_proc(pid, "gid_map", &line);
+        return result < 0 ? result : write_map(pid, "gid_map", INSIDE, o.gid);
     }
     return result;
+}
+
+/* A user namespace in which the one user and the one group of the disk are those of the VMM, and nobody else is anybody. */
+static i64 disk_users(u64 uid, u64 gid, u64 vmm_uid, u64 vmm_gid)
+{
+    int hold[2];
+    must(sys(SYS_pipe2, hold, O_CLOEXEC, 0, 0, 0), "pipe");
+    i64 pid = sys(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);
+    if (pid < 0)
+        return pid;
+    if (pid == 0) { /* it is there as long as we look, and no longer than we are */
+        sys(SYS_close, hold[1], 0, 0, 0, 0);
+        sys(SYS_read, hold[0], &hold[1], 1, 0, 0);
+        sys(SYS_exit_group, 0, 0, 0, 0, 0);
+    }
+    i64 result = write_map(pid, "uid_map", uid, vmm_uid);
+    if (result >= 0)
+        result = write_map(pid, "gid_map", gid, vmm_gid);
+    if (result >= 0) {
+        struct text path = {.used = 0};
+        add(&path, "/proc/");
+        add_number(&path, (u64)pid);
+        add(&path, "/ns/user");
+        result = sys(SYS_openat, AT_FDCWD, path.bytes, O_CLOEXEC, 0, 0);
+    }
+    sys(SYS_close, hold[0], 0, 0, 0, 0);
+    sys(SYS_close, hold[1], 0, 0, 0, 0);
+    while (sys(SYS_wait4, pid, 0, 0, 0, 0) == -EINTR)
+        ;
+    return result;
+}
+
+/* Only root can make a mount that has other owners than the disk; so it is made here, and put into its place by the VMM's side. */
+static void prepare_share(int i)
+{
+    int fd;
+    share_of(i, &fd);
+    o.share[i] = -1;
+    if (sys(SYS_geteuid, 0, 0, 0, 0, 0) != 0)
+        return;
+    u32 info[36];
+    must(sys(SYS_fstat, fd, info, 0, 0, 0), "share");
+    i64 tree = tree_of(fd);
+    u64 uid = info[7], gid = info[8]; /* st_uid, st_gid */
+    u64 vmm_uid = o.has_user ? o.uid : 0, vmm_gid = o.has_user ? o.gid : (u64)sys(SYS_getegid, 0, 0, 0, 0, 0);
+    if (uid != vmm_uid || gid != vmm_gid) {
+        i64 users = disk_users(uid, gid, vmm_uid, vmm_gid);
+        must(users, "user-map");
+        struct mount_attr attr = {.set = MOUNT_ATTR_IDMAP, .userns = (u64)users};
+        must(sys(SYS_mount_setattr, tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr), "idmap");
+        sys(SYS_close, users, 0, 0, 0, 0);
+    }
+    o.share[i] = tree;
 }
 
 static i64 locked;
@@ -881,6 +1062,8 @@ static void watch(char **environment)
     must(answer_to, "pipe");
     if (o.lock >= 0)
         lock_pages(o.lock);
+    for (int i = 0; i < o.shares.count; i++)
+        prepare_share(i);
     must(sys(SYS_pipe2, status_pipe, O_CLOEXEC, 0, 0, 0), "pipe");
 
     i64 vmm = sys(SYS_clone, o.ns | SIGCHLD, 0, 0, 0, 0);
@@ -999,6 +1182,8 @@ __attribute__((used)) void begin(i64 *stack)
     /* without these it would be the host's own root that is mounted over, and the host's processes that are shown */
     if (o.root && (o.ns & (CLONE_NEWNS | CLONE_NEWPID)) != (CLONE_NEWNS | CLONE_NEWPID))
         fail("root", -EINVAL);
+    if (o.shares.count && !o.root)
+        fail("share", -EINVAL);
     i64 child = sys(SYS_fork, 0, 0, 0, 0, 0);
     must(child, "fork");
     if (child)
