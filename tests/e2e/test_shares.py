@@ -21,6 +21,7 @@ SCRIPT = """
 cd /mnt
 echo from-guest >new
 echo "read=$(cat existing)"
+echo "owner=$(stat -c %u:%g existing) $(stat -c %u:%g new)"
 echo more >>existing
 mkdir made
 mv new made/moved
@@ -84,7 +85,7 @@ def run(ovm: Ovm, share: Path, *options: str, manifest: Path | None = None) -> l
 
 def check(share: Path, said: list[str], owner: tuple[int, int]) -> None:
     assert [line for line in said if line.startswith("worked")] == []
-    assert {"read=existing", "program=runs"} <= set(said), said
+    assert {"read=existing", "program=runs", "owner=1000:1000 1000:1000"} <= set(said), said
     assert (share / "made" / "moved").read_text() == "from-guest\n"
     assert (share / "existing").read_text() == "existing\nmore\n"
     assert (share / "linked").stat().st_nlink == 2
@@ -163,9 +164,10 @@ def test_a_guest_of_a_user_writes_as_that_user(another: Ovm, share: Path) -> Non
 @pytest.mark.parametrize("options", [(), ("ro",)])
 def test_a_guest_only_reads_unless_it_is_said(ovm: Ovm, share: Path, options: tuple[str, ...]) -> None:
     (share / "script").write_text("cd /mnt; echo read=$(cat existing); echo x >new; rm doomed; chmod 600 script\n")
-    for path in (share, *share.parents):
+    for path in list(share.parents)[:-1]:
         if path.stat().st_uid == os.geteuid():
-            path.chmod(path.stat().st_mode | 0o055)
+            path.chmod(path.stat().st_mode | 0o011)
+    share.chmod(0o755)
     for path in share.iterdir():
         if not path.is_symlink():
             path.chmod(0o644)

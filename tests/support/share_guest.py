@@ -52,7 +52,7 @@ def make() -> Path:
 
 def _pick(root: Path, modules: Path) -> None:
     modules.mkdir()
-    picker = _picker().Picker(next(root.glob("lib/modules/*")))
+    picker = _picker().Picker(next(path for path in root.rglob("modules/*") if (path / "kernel").is_dir()))
     for name in MODULES:
         picker.pick(name, needed=True)
     for i, (name, module) in enumerate(picker.picked.items()):

@@ -179,6 +179,21 @@ def _user_namespaces(proc: Path) -> str:
     return "in a container: let it make namespaces (podman, docker: --privileged); else run as root"
 
 
+def _directories(host: Host) -> list[Finding]:
+    jail, _ = jails.able(host.cache, os.geteuid() == 0)
+    if not jail.own_root:
+        found, lost = "VMs have no root of their own here", "directories shared with guests"
+        return [Finding("directories", Verdict.WARN, found, lost, _user_namespaces(host.proc))]
+    host.root.prepare()
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=host.root.path) as directory:
+        reason = jails.probe(jail, Path(directory))
+    kind = _file_system(host)
+    if reason is not None:
+        lost, remedy = "directories like the root's for guests to write to", "others, on ext4, XFS or Btrfs; or disks"
+        return [Finding("directories", Verdict.WARN, f"on {kind}: {reason}", lost, remedy)]
+    return [Finding("directories", Verdict.OK, f"guests can write to those that they are given (tried on {kind})")]
+
+
 def _cgroups(host: Host) -> list[Finding]:
     groups = cgroups.make(f"doctor-{os.getpid()}", cgroups.Limits(64 * limits.MIB, 64), proc=host.proc / "self")
     cgroups.remove(groups.directories)
@@ -394,6 +409,7 @@ _CHECKS: Final[dict[str, Callable[[Host], list[Finding]]]] = {
     "qemu": _qemu,
     "kernel": lambda _: _kernel(),
     "jail": _jail,
+    "directories": _directories,
     "cgroups": _cgroups,
     "ptrace": _memory_access,
     "memlock": lambda _: _memlock(),

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from ovms.memory import capture
 
 _MOUNT_SETATTR: Final = 442
+_LANDLOCK_CREATE_RULESET: Final = 444
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -54,10 +55,24 @@ def _mount_setattr() -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
+def _landlock() -> None:
+    # which version of it there is; the second lets a file be moved to another directory
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1) < 2:
+        number = ctypes.get_errno() or errno.EOPNOTSUPP
+        raise OSError(number, os.strerror(number))
+
+
 FEATURES: Final = (
     Feature("memfd seals (Linux 3.17)", _seals, "restores and shared memory", needed=True),
     Feature("pidfd (Linux 5.3)", _pidfd, "watching VMs", needed=True),
     Feature("mount_setattr (Linux 5.12)", _mount_setattr, "a root of its own for each VM", needed=False),
+    Feature(
+        "Landlock (Linux 5.19)",
+        _landlock,
+        "what keeps sockets out of directories that guests write to",
+        needed=False,
+    ),
     Feature("/proc/PID/pagemap", _pagemap, "snapshots of restored VMs", needed=False),
     Feature(
         "PAGEMAP_SCAN (Linux 6.7)", _pagemap_scan, "the fast way to the pages that a clone has written", needed=False

@@ -21,6 +21,7 @@ from ovms.runtime import cgroups
 from ovms.spec import limits
 from ovms.spec.choices import Accel
 from ovms.vmm import watch
+from ovms.vmm.extras import share_name
 from ovms.vmm.jail import Jail, Namespace, User
 from ovms.vmm.model import Machine, VmFiles
 from ovms.vmm.qemu.binary import Cache, stamp_of
@@ -202,24 +203,29 @@ def _levels(is_root: bool) -> list[Jail]:
     return [replace(jail, namespaces=jail.namespaces - {Namespace.NETWORK}) for jail in levels]
 
 
-def probe(jail: Jail) -> str | None:
-    """Why a program can't be run in *jail* on this host; None when it can."""
+def probe(jail: Jail, share: Path | None = None) -> str | None:
+    """Why a program can't be run in *jail* on this host, with the directory *share* to write to; None when it can."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="ovms-jail-") as scratch:
         files = VmFiles(Path(scratch))
         try:
-            watched = run(jail, files, ("/usr/bin/true",))
+            watched = run(jail, files, ("/usr/bin/true",), share)
         except OvmsError as exc:
             return exc.message
         watched.watcher.wait(5.0)
         return None
 
 
-def run(jail: Jail, files: VmFiles, argv: Sequence[str]) -> watch.Watched:
+def run(jail: Jail, files: VmFiles, argv: Sequence[str], share: Path | None = None) -> watch.Watched:
     """Starts a program of the system in *jail*, for a look at what it gives."""
     with ExitStack() as held:
         listen = held.enter_context(fsutil.listen_unix(files.console))
         _, console = watch.socket_pair(held)
         _, events = watch.socket_pair(held)
-        return watch.start(watch.Launch(argv, [], console, listen.fileno(), events), jail, files)
+        shares = dict[str, tuple[int, Path]]()
+        if share is not None:
+            fd = os.open(share, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, fd)
+            shares[share_name(0)] = (fd, share.resolve())
+        return watch.start(watch.Launch(argv, [], console, listen.fileno(), events, shares=shares), jail, files)

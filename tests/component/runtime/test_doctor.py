@@ -67,6 +67,7 @@ def test_this_host_is_looked_at_and_nothing_stays(host: Host, monkeypatch: pytes
         "kvm",
         "kernel",
         "jail",
+        "directories",
         "cgroups",
         "ptrace",
         "memlock",
@@ -129,6 +130,26 @@ def test_a_host_without_user_namespaces(
     finding = say("jail", faked)
     assert (finding.verdict, "clone: not permitted" in finding.found) == (Verdict.WARN, True)
     assert remedy in str(finding.remedy)
+
+
+def test_a_file_system_that_guests_cannot_write_to(host: Host, tmp_path: Path) -> None:
+    assert say("directories", host).verdict is Verdict.OK
+    if os.geteuid() != 0:
+        pytest.skip("only root has VMs with another user")
+    place = tmp_path / "other"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "ramfs", "ramfs", place], timeout=20, capture_output=True, check=False
+    ).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        finding = say("directories", Host(Root(place), host.credentials))
+        assert finding.verdict is Verdict.WARN
+        assert "on ramfs" in finding.found
+        assert "idmap" in finding.found
+        assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+    finally:
+        subprocess.run(["umount", place], timeout=20, check=True)
 
 
 def test_a_watcher_that_does_not_run_is_no_vm(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
