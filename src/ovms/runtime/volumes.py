@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -26,6 +26,8 @@ from ovms.spec.manifest import DiskFormat
 from ovms.vmm.extras import SHARES_MAX, VOLUMES_MAX, ExtraDisk, Share
 
 _NAME: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
+#: A blank, a tab, a line's end and a backslash, as ``mountinfo`` has them.
+_OCTAL: Final = regex(r"\\([0-7]{3})")
 #: Seconds to wait for a lock: a watcher has the descriptors of its VM for some moments after it was started.
 LOCK_WAIT: Final = 0.5
 #: Where no files of the host are, but what the kernel makes up.
@@ -255,8 +257,27 @@ def open_directories(volumes: Sequence[Volume], root: Path, held: contextlib.Exi
     return tuple(found)
 
 
+def _mounted_in(directory: Path) -> Iterator[os.stat_result]:
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        point = Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split()[4]))
+        if point != directory and point.is_relative_to(directory):
+            with contextlib.suppress(OSError):
+                yield point.stat()
+
+
+def _is_any_of(path: Path, these: Sequence[os.stat_result]) -> bool:
+    try:
+        one = path.stat()
+    except OSError:
+        return False
+    return any(os.path.samestat(one, other) for other in these)
+
+
 def _check_writable(fd: int, path: Path, root: Path, what: str) -> None:
     trap = next((top for top in _TRAPS if path.is_relative_to(top.resolve())), None)
+    # by what they are, too, and with what is mounted in there: a bind mount has other names
+    shared = [os.fstat(fd), *_mounted_in(path)]
+    trap = trap or next((top for top in _TRAPS if _is_any_of(top, shared)), None)
     if trap is not None:
         raise Unsupported(
             f"{what}: {path} is not shared with a guest that writes to it: this host runs, or believes, what is in {trap}",
@@ -264,9 +285,7 @@ def _check_writable(fd: int, path: Path, root: Path, what: str) -> None:
             path=str(path),
         )
     ours = root.resolve()
-    directory = os.fstat(fd)
-    # by what they are, too: a bind mount has other names
-    above = any(os.path.samestat(directory, one.stat()) for one in (ours, *ours.parents) if one.exists())
+    above = any(_is_any_of(one, shared) for one in (ours, *ours.parents))
     if above or path.is_relative_to(ours) or ours.is_relative_to(path):
         raise InputError(
             f"{what}: {path} has files of ovms in it, and no guest writes to them",

@@ -15,7 +15,7 @@ from support.guests import MEMORY, Console, hmp, qemu_io
 from ovms import fsutil
 from ovms.artifact.resolve import Found, find
 from ovms.disk import qcow2, seed
-from ovms.errors import FileProblem, Locked, SnapshotIncompatible, Unsupported
+from ovms.errors import FileProblem, InputError, Locked, SnapshotIncompatible, Unsupported
 from ovms.memory import snapshot
 from ovms.oci.reference import Reference
 from ovms.runtime import attachments, security, snapshots, volumes
@@ -164,6 +164,26 @@ def test_directories_that_a_guest_writes_to(runtime: Runtime, echo: Found, tmp_p
         assert [path.name for path in inside.iterdir()] == ["mark"]
     assert runtime.instances.find(first.id).volumes == first.volumes
     assert [volume.read_only for volume in first.volumes] == [False]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("source", ["root", "above", "etc"])
+def test_other_names_of_what_is_not_written_to(
+    runtime: Runtime, echo: Found, tmp_path: Path, inside: bool, source: str
+) -> None:
+    share = tmp_path / "the share"
+    place = share / "with a blank" if inside else share
+    place.mkdir(parents=True)
+    root = runtime.root.path
+    bound = {"root": root, "above": root.parent, "etc": Path("/etc")}[source]
+    if subprocess.run(["mount", "--bind", bound, place], timeout=20, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with pytest.raises((InputError, Unsupported), match=r"files of ovms|runs, or believes"):
+            runtime.start(echo, options(f"{share},rw"))
+    finally:
+        subprocess.run(["umount", place], timeout=20, check=True)
+    runtime.start(echo, options(f"{share},rw"))
 
 
 @pytest.mark.parametrize("part", ["seccomp", "root", "namespaces"])

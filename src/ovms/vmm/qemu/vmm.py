@@ -208,7 +208,11 @@ def _of_shares(refused: watch.JailRefused, shares: tuple[Share, ...]) -> OvmsErr
         return None
     which = " or ".join(map(str, written))
     if refused.stage == "share":
-        return FileProblem(f"{which} cannot be shared with a guest: {refused.reason}", path=str(written[0]))
+        return FileProblem(
+            f"{which} cannot be shared with a guest: {refused.reason}",
+            hint="it was moved in the meantime, or its mount cannot be bound: name it anew",
+            path=str(written[0]),
+        )
     return Unsupported(
         f"{which} cannot be shared with a guest that writes to it: its file system, or one that is mounted in it, gives files"
         f" no other owners for one VM (an idmapped mount: {refused.reason})",

@@ -1019,13 +1019,12 @@ static void prepare_share(int i)
     i64 tree = tree_of(fd);
     u64 uid = info[7], gid = info[8]; /* st_uid, st_gid */
     u64 vmm_uid = o.has_user ? o.uid : 0, vmm_gid = o.has_user ? o.gid : (u64)sys(SYS_getegid, 0, 0, 0, 0, 0);
-    if (uid != vmm_uid || gid != vmm_gid) {
-        i64 users = disk_users(uid, gid, vmm_uid, vmm_gid);
-        must(users, "user-map");
-        struct mount_attr attr = {.set = MOUNT_ATTR_IDMAP, .userns = (u64)users};
-        must(sys(SYS_mount_setattr, tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr), "idmap");
-        sys(SYS_close, users, 0, 0, 0, 0);
-    }
+    /* also where both are the same: what belongs to others is nobody's then, and what is no file system of files is refused */
+    i64 users = disk_users(uid, gid, vmm_uid, vmm_gid);
+    must(users, "user-map");
+    struct mount_attr attr = {.set = MOUNT_ATTR_IDMAP, .userns = (u64)users};
+    must(sys(SYS_mount_setattr, tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr), "idmap");
+    sys(SYS_close, users, 0, 0, 0, 0);
     o.share[i] = tree;
 }
 
