@@ -1,4 +1,4 @@
-"""Directories of the host in a real Linux, by 9p: what it may do with them, and what of it is on the host's disk."""
+"""Directories of the host in a real Linux, by 9p and by virtiofs: what it may do with them, and what of it is on the host's disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import pytest
 from support import guests, share_guest
 from support.cli import OVM, Ovm
 from support.guests import Console
+
+from ovms.errors import ToolMissing, Unsupported
+from ovms.vmm import virtiofs
+from ovms.vmm.extras import BY_9P, BY_VIRTIOFS
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -30,7 +34,7 @@ rm doomed
 chmod 640 made/moved
 dd if=/dev/zero of=big bs=64k count=64 2>/dev/null
 truncate -s 1000 big
-ln -s /etc/passwd symlink
+ln -s /etc/shadow symlink
 umask 022
 mkdir -p deep/er
 touch deep/er/file
@@ -46,7 +50,13 @@ test -u set && echo "worked: a copy with its mode"
 mknod disk b 254 0 && echo "worked: block"
 mknod null c 1 3 && echo "worked: char"
 mkfifo fifo && echo "worked: fifo"
-chown 5:5 linked && echo "worked: chown"
+touch by-another
+chown 33:33 by-another 2>/dev/null
+mkdir -m 777 open
+mkdir -p /etc
+ln -s busybox /bin/sh
+echo "another:x:33:33::/:/bin/sh" >/etc/passwd
+su another -c "touch open/by-33"
 cat symlink && echo "worked: symlink"
 cat leads-out && echo "worked: planted symlink"
 echo x >leads-out && echo "worked: write through a symlink"
@@ -59,6 +69,17 @@ touch /mnt/last
 rmdir deep/er 2>/dev/null
 sync
 """
+
+
+@pytest.fixture(params=[BY_9P, BY_VIRTIOFS])
+def via(request: pytest.FixtureRequest) -> str:
+    """Each way to share a directory that this host has."""
+    if request.param == BY_VIRTIOFS:
+        try:
+            virtiofs.find()
+        except (ToolMissing, Unsupported) as exc:
+            pytest.skip(exc.message)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -74,10 +95,10 @@ def share(tmp_path: Path) -> Path:
     return directory
 
 
-def run(ovm: Ovm, share: Path, *options: str, manifest: Path | None = None) -> list[str]:
+def run(ovm: Ovm, share: Path, via: str, *options: str, manifest: Path | None = None) -> list[str]:
     """What the guest's script says."""
-    ovm.ok("build", manifest or share_guest.make(), "-t", "share:1", timeout=120)
-    volume = ",".join([str(share), "tag=work", *options])
+    ovm.ok("build", manifest or share_guest.make(via), "-t", "share:1", timeout=120)
+    volume = ",".join([str(share), "tag=work", f"via={via}", *options])
     started = ovm.ok("run", "-d", "--json", "--accel", "tcg", "-m", "256m", "-v", volume, "share:1", timeout=120).json
     said = Console(ovm.root / "instances" / started["instance_id"]).wait_for("share: done", timeout=240)
     return [line.strip() for line in said.splitlines()]
@@ -94,7 +115,8 @@ def check(share: Path, said: list[str], owner: tuple[int, int]) -> None:
     assert (share / "deep" / "er" / "file").stat().st_mode & 0o7777 == 0o644
     assert (share / "big").stat().st_size == 1000
     assert not (share / "doomed").exists()
-    assert (share / "symlink").readlink() == Path("/etc/passwd")
+    assert (share / "open" / "by-33").exists()
+    assert (share / "symlink").readlink() == Path("/etc/shadow")
     assert (share.parent / "outside").read_text() == "of the host"
     for path in (share, *share.rglob("*")):
         info = path.lstat()
@@ -106,16 +128,15 @@ def check(share: Path, said: list[str], owner: tuple[int, int]) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has directories of others")
 @pytest.mark.parametrize("owner", [(4321, 4322), (0, 0)])
-def test_a_guest_writes_as_the_owner_of_the_directory(ovm: Ovm, share: Path, owner: tuple[int, int]) -> None:
+def test_a_guest_writes_as_the_owner_of_the_directory(ovm: Ovm, share: Path, via: str, owner: tuple[int, int]) -> None:
     for path in (share, *share.iterdir()):
         os.chown(path, *owner, follow_symlinks=False)
     for name, mode in (("theirs", 0o600), ("shown", 0o644)):
         (share / name).write_text("of another")
         (share / name).chmod(mode)
         os.chown(share / name, 5555, 5555)
-    for path in (share, share.parent):
-        path.chmod(0o700)
-    said = run(ovm, share, "rw")
+    share.parent.chmod(0o700)
+    said = run(ovm, share, via, "rw")
     assert "shown=there" in said
     check(share, said, owner)
     assert (share / "shown").read_text() == (share / "theirs").read_text() == "of another"
@@ -147,22 +168,22 @@ def another(tmp_path: Path) -> Iterator[Ovm]:
         assert left == []
 
 
-def test_a_guest_of_a_user_writes_as_that_user(another: Ovm, share: Path) -> None:
+def test_a_guest_of_a_user_writes_as_that_user(another: Ovm, share: Path, via: str) -> None:
     home = another.home
     shutil.copytree(share.parent, home / "private", symlinks=True)
-    manifest = share_guest.make()
+    manifest = share_guest.make(via)
     shutil.copytree(manifest.parent, home / "guest")
     owner = (os.geteuid(), os.getegid())
     if another.prefix:
         owner = (NOBODY, NOBODY)
         for path in (home, *home.rglob("*")):
             os.chown(path, *owner, follow_symlinks=False)
-    said = run(another, home / "private" / "share", "rw", manifest=home / "guest" / manifest.name)
+    said = run(another, home / "private" / "share", via, "rw", manifest=home / "guest" / manifest.name)
     check(home / "private" / "share", said, owner)
 
 
 @pytest.mark.parametrize("options", [(), ("ro",)])
-def test_a_guest_only_reads_unless_it_is_said(ovm: Ovm, share: Path, options: tuple[str, ...]) -> None:
+def test_a_guest_only_reads_unless_it_is_said(ovm: Ovm, share: Path, via: str, options: tuple[str, ...]) -> None:
     (share / "script").write_text("cd /mnt; echo read=$(cat existing); echo x >new; rm doomed; chmod 600 script\n")
     for path in list(share.parents)[:-1]:
         if path.stat().st_uid == os.geteuid():
@@ -171,7 +192,7 @@ def test_a_guest_only_reads_unless_it_is_said(ovm: Ovm, share: Path, options: tu
     for path in share.iterdir():
         if not path.is_symlink():
             path.chmod(0o644)
-    said = run(ovm, share, *options)
+    said = run(ovm, share, via, *options)
     assert "read=existing" in said
     assert sorted(path.name for path in share.iterdir()) == ["doomed", "existing", "leads-out", "script"]
     assert (share / "script").stat().st_mode & 0o777 == 0o644

@@ -1,5 +1,5 @@
-"""A guest of one initrd, on the distribution's generic kernel: that has 9p, the one for clouds has not. It runs a script that
-lies in the directory that its host shares with it.
+"""A guest of one initrd, on the distribution's generic kernel: that has 9p, the one for clouds has virtiofs alone. It runs a
+script that lies in the directory that its host shares with it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from support.generic_guest import _download, _package
 from support.tools import REPOSITORY
 
 INIT = REPOSITORY / "tests" / "guests" / "share-init"
-MODULES = ("virtio_pci", "9pnet_virtio", "9p")
-ARGS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on share=9p options=trans=virtio,version=9p2000.L"
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "virtiofs")
+ARGS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on"
+MOUNTS = {"9p": "share=9p options=trans=virtio,version=9p2000.L", "virtiofs": "share=virtiofs options=rw"}
 
 
-def make() -> Path:
-    """The manifest of the guest, ready for ``ovm build``."""
+def make(via: str = "9p") -> Path:
+    """The manifest of the guest that mounts the directory by *via*, ready for ``ovm build``."""
     cache = Path(os.environ.get("OVMS_CACHE") or REPOSITORY / ".cache").resolve()
     package = _package()
     maker = _maker()
@@ -32,7 +33,7 @@ def make() -> Path:
     guests.mkdir(exist_ok=True)
     target: Path = guests / key
     with maker.locked(guests / ".lock"):
-        if not (target / "ovms.yaml").exists():
+        if not (target / "9p.yaml").exists():
             with maker.staging(guests) as work:
                 new = work / "new"
                 new.mkdir()
@@ -40,14 +41,15 @@ def make() -> Path:
                 _pick(work / "root", work / "modules")
                 (new / "initrd.img").write_bytes(maker.make_initrd(busybox, work / "modules", INIT))
                 shutil.copy(next((work / "root" / "boot").glob("vmlinuz-*")), new / "vmlinuz")
-                (new / "ovms.yaml").write_text(
-                    "schemaVersion: 1\nmediaType: application/vnd.ovms.manifest.v1+json\nname: share\nversion: '1'\n"
-                    f"kernel: {{ref: vmlinuz, args: '{ARGS}'}}\ninitrd: {{ref: initrd.img}}\n"
-                )
+                for name, mount in MOUNTS.items():
+                    (new / f"{name}.yaml").write_text(
+                        "schemaVersion: 1\nmediaType: application/vnd.ovms.manifest.v1+json\nname: share\nversion: '1'\n"
+                        f"kernel: {{ref: vmlinuz, args: '{ARGS} {mount}'}}\ninitrd: {{ref: initrd.img}}\n"
+                    )
                 maker.publish(new, target)
         os.utime(target)
         maker.prune(guests)
-    return target / "ovms.yaml"
+    return target / f"{via}.yaml"
 
 
 def _pick(root: Path, modules: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -257,6 +258,13 @@ def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: fl
                     directory.rmdir()  # one that is in use can't be
 
 
+def _end_all(directory: Path) -> None:
+    # what is beside a VMM ends with it; nobody leaves a group, so what does not is found here
+    with contextlib.suppress(OSError, ValueError):
+        for pid in (directory / _PROCS).read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
 def _remove(directory: Path) -> None:
     for _ in range(_TRIES):
         try:
@@ -265,6 +273,7 @@ def _remove(directory: Path) -> None:
         except OSError as exc:
             if exc.errno != errno.EBUSY:
                 break
+            _end_all(directory)
             time.sleep(0.01)  # the kernel takes a moment to let go of a process that has ended
     with contextlib.suppress(OSError):
         directory.parent.rmdir()  # with the last one

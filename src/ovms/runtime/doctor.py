@@ -29,6 +29,7 @@ from ovms.runtime import jail as jails
 from ovms.runtime.root import Root
 from ovms.spec import limits
 from ovms.spec.choices import Accel
+from ovms.vmm import virtiofs
 from ovms.vmm.jail import Jail
 from ovms.vmm.model import VmFiles
 from ovms.vmm.qemu import binary, features, versions
@@ -39,7 +40,6 @@ DISK_LOW: Final = 2 * limits.GIB
 #: Seconds that the clock may be off from a registry's: tokens are of some minutes.
 CLOCK_SKEW: Final = 60.0
 _NETWORK_DISKS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "ceph"})
-_VIRTIOFSD: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
 
 
 class Verdict(StrEnum):
@@ -251,18 +251,25 @@ def _memlock() -> list[Finding]:
 
 def _programs() -> list[Finding]:
     programs = (
-        ("passt", "passt", "a network outside QEMU: VMs share the host's network namespace", ()),
-        ("virtiofsd", "virtiofsd", "shared directories by virtiofs (9p is slower)", _VIRTIOFSD),
-        ("qemu-img", "qemu-utils", "conversion of disks", ()),
+        ("passt", "passt", "a network outside QEMU: VMs share the host's network namespace"),
+        ("qemu-img", "qemu-utils", "conversion of disks"),
     )
-    findings = []
-    for name, package, lost, places in programs:
-        path = next((place for place in places if os.access(place, os.X_OK)), None) or _which(name)
+    findings = [_virtiofsd()]
+    for name, package, lost in programs:
+        path = _which(name)
         if path is None:
             findings.append(Finding(name, Verdict.WARN, "not installed", lost, _install(package)))
         else:
             findings.append(Finding(name, Verdict.OK, path))
     return findings
+
+
+def _virtiofsd() -> Finding:
+    try:
+        return Finding("virtiofsd", Verdict.OK, str(virtiofs.find()))
+    except OvmsError as exc:
+        lost = "directories by virtiofs: faster than 9p, and for guests whose kernel has no 9p"
+        return Finding("virtiofsd", Verdict.WARN, exc.message, lost, exc.hint)
 
 
 def _which(name: str) -> str | None:

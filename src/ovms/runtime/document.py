@@ -16,6 +16,8 @@ from ovms.runtime.instances import Status
 from ovms.runtime.record import Record
 from ovms.spec import api
 from ovms.spec.states import State
+from ovms.vmm import virtiofs
+from ovms.vmm.extras import BY_VIRTIOFS
 from ovms.vmm.model import Ending, PortForward, VmFiles
 
 _PAIR: Final = struct.Struct("<QQ")
@@ -31,7 +33,9 @@ def instance(
     metrics: Mapping[str, int] | None = None,
     details: bool = False,
 ) -> dict[str, Any]:
-    """An instance as JSON; *files* are where its first output is looked for, *metrics* its use of the host."""
+    """An instance as JSON; *files* are where its first output is looked for, and (with *details*) whether the directories that it
+    shares are served still; *metrics* its use of the host.
+    """
     record = status.record
     answer: dict[str, Any] = {
         "instance_id": record.id,
@@ -73,11 +77,23 @@ def instance(
         answer["metrics"] = dict(metrics)
     if details:
         answer["machine"] = record.machine.to_json()
-        answer["volumes"] = [volume.to_json() for volume in record.volumes]
+        answer["volumes"] = _volumes(status, files)
         answer["user_data"] = record.user_data
         answer["runtime_version"] = record.vmm_version
         answer["remove_on_exit"] = record.remove_on_exit
         answer["jail"] = record.jail.to_json()
+    return answer
+
+
+def _volumes(status: Status, files: VmFiles | None) -> list[dict[str, Any]]:
+    answer, number = [], 0
+    for volume in status.record.volumes:
+        answer.append(volume.to_json())
+        if volume.format is not None:
+            continue
+        if volume.via == BY_VIRTIOFS and files is not None and status.state in _WITH_VM:
+            answer[-1]["problem"] = virtiofs.lost(files.directory, number)
+        number += 1
     return answer
 
 

@@ -36,7 +36,7 @@ from ovms.runtime.root import Root
 from ovms.spec import api
 from ovms.spec.digest import Digest
 from ovms.spec.states import State
-from ovms.vmm import watch
+from ovms.vmm import virtiofs, watch
 from ovms.vmm.model import Ending, VmFiles
 from ovms.vmm.protocol import Control, Vmm
 from ovms.vmm.watch import Exit
@@ -421,6 +421,7 @@ class Instances:
 
     def clear(self, record: Record) -> None:
         """Removes what a start has made that failed; the instance stays (under its lock)."""
+        virtiofs.sweep(self.directory(record.id))
         cgroups.remove(_groups(record))
         network.sweep(self.directory(record.id))
         for name in record.overlays:
@@ -431,6 +432,7 @@ class Instances:
         directory = self.directory(record.id)
         self._read.pop(record.id, None)
         network.sweep(directory)
+        virtiofs.sweep(directory)
         cgroups.remove(_groups(record))
         # The record goes first: what a kill leaves from here on is no instance any more, and is swept.
         (directory / FILE).unlink(missing_ok=True)
@@ -453,6 +455,7 @@ class Instances:
         with contextlib.suppress(InstanceNotFound), self.locked(record) as newest:
             if _ended(newest):
                 network.sweep(self.directory(newest.id))
+                virtiofs.sweep(self.directory(newest.id))
 
     @contextlib.contextmanager
     def control(self, record: Record) -> Iterator[Control]:
@@ -536,6 +539,7 @@ class Instances:
                 record = self.finish(self._adopt(record))
             if _ended(record):
                 network.sweep(directory)
+                virtiofs.sweep(directory)
             elif self._is_cut_off(record):
                 self.reconnect(record)
             if _ended(record) and any(group.exists() for group in _groups(record)):

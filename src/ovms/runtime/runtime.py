@@ -49,9 +49,9 @@ from ovms.spec.manifest import DiskFormat, Manifest
 from ovms.spec.states import Call, State, after
 from ovms.trust.files import Policies
 from ovms.trust.guard import Guard
-from ovms.vmm import watch
+from ovms.vmm import virtiofs, watch
 from ovms.vmm.capabilities import Asked, require
-from ovms.vmm.extras import SHARED_BY, Extras
+from ovms.vmm.extras import Extras
 from ovms.vmm.model import Machine, PortForward, Restore, VmConfig
 from ovms.vmm.protocol import Vmm
 from ovms.vmm.qemu.binary import Cache
@@ -324,7 +324,7 @@ class Runtime:
                 vcpus=options.vcpus,
                 network=options.network.kind and network.Attachment(options.network.kind).state,
                 port_protocols=frozenset(port.protocol for port in options.ports),
-                shares=frozenset(SHARED_BY for volume in options.volumes if volume.format is None),
+                shares=frozenset(volume.via for volume in options.volumes if volume.format is None),
                 volumes=sum(volume.format is not None for volume in options.volumes) + bool(told),
             ),
         )
@@ -523,6 +523,7 @@ class Runtime:
         if record.watcher is not None:
             watch.wait_exit(self.instances.files(record), record.watcher, 2.0)
         network.sweep(self.instances.directory(record.id))
+        virtiofs.sweep(self.instances.directory(record.id))
 
     def stop(self, record: Record, *, grace: float = STOP_GRACE, agent: bool = False, asked: bool = False) -> Status:
         """Asks the guest to power down (as :meth:`power_down`), waits *grace* seconds, then ends it. Returns how it ended.

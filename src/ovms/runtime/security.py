@@ -9,8 +9,10 @@ from typing import Any, Final
 
 from ovms.errors import HostError, StateConflict
 from ovms.runtime.record import Record
-from ovms.vmm.extras import share_name
+from ovms.vmm import virtiofs, watch
+from ovms.vmm.extras import BY_VIRTIOFS, share_name
 from ovms.vmm.jail import Namespace
+from ovms.vmm.model import VmFiles
 
 _SECCOMP: Final = {"0": "off", "1": "strict", "2": "filter"}
 #: Lines of ``/proc/PID/limits`` that are worth showing: name there → name here.
@@ -22,8 +24,10 @@ _LIMITS: Final = {
 }
 
 
-def in_force(record: Record) -> dict[str, Any]:
+def in_force(record: Record, files: VmFiles | None = None) -> dict[str, Any]:
     """What the kernel says of a VMM's confinement, and what of a whole jail is missing, and why.
+
+    *files*: the VM's, in which the programs beside it are found that serve directories.
 
     Raises:
         StateConflict: it does not run.
@@ -51,7 +55,7 @@ def in_force(record: Record) -> dict[str, Any]:
             },
             "namespaces": namespaces,
             "own_root": namespaces[Namespace.MOUNT.proc_name] and record.jail.own_root,
-            "directories": _directories(directory, record),
+            "directories": _directories(directory, record, files),
             "limits": _limits(directory),
             "cgroups": _cgroups(record),
             "memory": {"required": record.memory_locked, "locked_bytes": _locked(record)},
@@ -86,19 +90,26 @@ def _limits(directory: Path) -> dict[str, int | None]:
     return answer
 
 
-def _directories(directory: Path, record: Record) -> list[dict[str, Any]]:
-    # of each that is shared how it is mounted for the VMM; what is mounted in it is not listed
-    mounts = dict[str, list[str]]()
-    for line in (directory / "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        fields = line.split()
-        mounts[fields[4]] = fields[5].split(",")
+def _directories(directory: Path, record: Record, files: VmFiles | None) -> list[dict[str, Any]]:
+    # of each that is shared how it is mounted for who serves it; what is mounted in it is not listed
     answer = []
     for i, volume in enumerate(volume for volume in record.volumes if volume.format is None):
-        options = mounts.get(f"/{share_name(i)}", [])
-        answer.append(
-            {"name": volume.name, "path": str(volume.path), "writable": "rw" in options, "mount": sorted(options)}
-        )
+        options = list[str]()
+        if volume.via != BY_VIRTIOFS:
+            options = _mount_options(directory, share_name(i))
+        elif files is not None and (serving := watch.find(virtiofs.files_of(files.directory, i))) is not None:
+            options = _mount_options(Path(f"/proc/{serving.vmm.pid}"), share_name(0))
+        about = {"name": volume.name, "path": str(volume.path), "via": volume.via}
+        answer.append({**about, "writable": "rw" in options, "mount": sorted(options)})
     return answer
+
+
+def _mount_options(process: Path, name: str) -> list[str]:
+    for line in (process / "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split()
+        if fields[4] == f"/{name}":
+            return fields[5].split(",")
+    return []
 
 
 def _locked(record: Record) -> int:

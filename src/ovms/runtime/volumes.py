@@ -23,7 +23,7 @@ from ovms.errors import DiskInvalid, FileProblem, InputError, Locked, Unsupporte
 from ovms.lazy import dataclass, regex
 from ovms.spec import limits
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.extras import SHARES_MAX, VOLUMES_MAX, ExtraDisk, Share
+from ovms.vmm.extras import BY_9P, BY_VIRTIOFS, SHARES_MAX, VOLUMES_MAX, ExtraDisk, Share
 
 _NAME: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")
 #: A blank, a tab, a line's end and a backslash, as ``mountinfo`` has them.
@@ -37,12 +37,13 @@ _TRAPS: Final = tuple(
     Path(path) for path in ("/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/run", "/sbin", "/usr")
 )
 _FORMATS: Final = (DiskFormat.RAW, DiskFormat.QCOW2)
-_FORM: Final = "write FILE[,format=raw|qcow2][,ro][,serial=NAME], or DIRECTORY[,ro|rw][,tag=NAME]; a comma in a path is written twice"
+_FORM: Final = "write FILE[,format=raw|qcow2][,ro][,serial=NAME], or DIRECTORY[,ro|rw][,tag=NAME][,via=9p|virtiofs]; a comma in a path is written twice"
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A file, or a directory (``format`` is None then); ``name`` is the serial number or tag that the guest sees.
+    """A file, or a directory (``format`` is None then); ``name`` is the serial number or tag that the guest sees, ``via`` how a
+    directory is shared.
 
     ``stated`` says whether the user named the format: raw is meant then, whatever the file begins with.
     """
@@ -52,6 +53,7 @@ class Volume:
     read_only: bool
     name: str
     stated: bool = True
+    via: str = BY_9P
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -60,6 +62,7 @@ class Volume:
             "format": None if self.format is None else str(self.format),
             "read_only": self.read_only,
             "name": self.name,
+            **({"via": self.via} if self.format is None else {}),
         }
 
     @classmethod
@@ -71,6 +74,7 @@ class Volume:
             None if format is None else DiskFormat(format),
             bool(value["read_only"]),
             str(value["name"]),
+            via=str(value.get("via", BY_9P)),
         )
 
 
@@ -105,7 +109,7 @@ def _parse(text: str, default: str) -> Volume:
         key, _, value = word.partition("=")
         if (
             key in options
-            or key not in ("format", "ro", "rw", "serial", "tag")
+            or key not in ("format", "ro", "rw", "serial", "tag", "via")
             or (key in ("ro", "rw")) != (word == key)
         ):
             raise UsageError(f"--volume {text[:80]!a}: there is no option {word[:40]!a} here", hint=_FORM)
@@ -123,9 +127,12 @@ def _parse(text: str, default: str) -> Volume:
     if directory:
         if options.keys() & {"format", "serial"}:
             raise UsageError(f"--volume {text[:80]!a}: a directory has no format and no serial number", hint=_FORM)
-        return Volume(path, None, "rw" not in options, name)
-    if "tag" in options:
-        raise UsageError(f"--volume {text[:80]!a}: 'tag' is for directories", hint=_FORM)
+        via = options.get("via", BY_9P)
+        if via not in (BY_9P, BY_VIRTIOFS):
+            raise UsageError(f"--volume {text[:80]!a}: {via[:40]!a} is no way to share a directory", hint=_FORM)
+        return Volume(path, None, "rw" not in options, name, via=via)
+    if options.keys() & {"tag", "via"}:
+        raise UsageError(f"--volume {text[:80]!a}: 'tag' and 'via' are for directories", hint=_FORM)
     format = options.get("format", DiskFormat.RAW)
     if format not in _FORMATS:
         raise UsageError(f"--volume {text[:80]!a}: there is no format {format[:40]!a}", hint="raw (default) or qcow2")
@@ -253,7 +260,7 @@ def open_directories(volumes: Sequence[Volume], root: Path, held: contextlib.Exi
             raise Unsupported(f"{what}: {path} is not shared with a guest", hint="name a directory of files")
         if not volume.read_only:
             _check_writable(fd, path, root, what)
-        found.append(Share(fd, path, volume.read_only, volume.name))
+        found.append(Share(fd, path, volume.read_only, volume.name, volume.via))
     return tuple(found)
 
 

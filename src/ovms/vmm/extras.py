@@ -11,8 +11,9 @@ from ovms.spec.manifest import DiskFormat
 #: How many volumes and shared directories the machine has room for.
 VOLUMES_MAX: Final = 8
 SHARES_MAX: Final = 4
-#: How a directory is shared, as :mod:`~ovms.vmm.capabilities` names it.
-SHARED_BY: Final = "9p"
+#: How a directory is shared, as :mod:`~ovms.vmm.capabilities` names it: by the VMM itself, or by a program beside it.
+BY_9P: Final = "9p"
+BY_VIRTIOFS: Final = "virtiofs"
 _SHARES: Final = "shared"
 
 
@@ -37,12 +38,13 @@ class ExtraDisk:
 
 @dataclass(frozen=True)
 class Share:
-    """A directory of the host, by an open descriptor of it; ``name`` is the tag that the guest mounts."""
+    """A directory of the host, by an open descriptor of it; ``name`` is the tag that the guest mounts, ``via`` how."""
 
     fd: int
     path: Path
     read_only: bool
     name: str
+    via: str = BY_9P
 
 
 @dataclass(frozen=True)

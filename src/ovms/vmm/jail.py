@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from ovms.lazy import dataclass, field
+
+#: What the user of a VMM, and its group, are called inside its user namespace.
+INSIDE: Final = 1000
 
 
 class Namespace(IntEnum):

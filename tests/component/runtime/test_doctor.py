@@ -14,6 +14,7 @@ import pytest
 from support.guests import qemu_children
 from support.registry import HTPASSWD, Registry
 
+from ovms import process
 from ovms.oci.connect import Connector
 from ovms.oci.credentials import Credentials
 from ovms.oci.session import Session
@@ -21,6 +22,7 @@ from ovms.runtime import doctor, hostkernel
 from ovms.runtime import jail as jails
 from ovms.runtime.doctor import Finding, Host, Verdict, examine
 from ovms.runtime.root import Root
+from ovms.vmm import virtiofs
 from ovms.vmm.qemu import features, versions
 from ovms.vmm.watch import Watched
 
@@ -189,7 +191,9 @@ def test_features_of_the_kernel_that_are_not_there(host: Host, monkeypatch: pyte
 
 
 def test_programs_that_are_not_installed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_VIRTIOFSD", ())
+    monkeypatch.setattr(virtiofs, "_PLACES", ())
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(process, "CLEAN_ENV", {"PATH": "/nowhere"})
     monkeypatch.setattr(doctor, "_which", lambda name: None)
     for finding in doctor._CHECKS["programs"](host):
         assert finding.verdict is Verdict.WARN

@@ -86,6 +86,7 @@ def started(
     at_end: Sequence[str] = (),
     read_only: Mapping[int, Path] | None = None,
     share: Path | None = None,
+    until: int | None = None,
     shares: Mapping[str, tuple[int, Path]] | None = None,
 ) -> Iterator[Vm]:
     directory.mkdir(exist_ok=True)
@@ -99,7 +100,9 @@ def started(
             opened = os.open(share, os.O_PATH)
             held.callback(os.close, opened)
             shares = {"shared/0": (opened, share)}
-        launch = watch.Launch(argv, keep, *fds, hold, at_end=at_end, read_only=read_only or {}, shares=shares or {})
+        launch = watch.Launch(
+            argv, keep, *fds, hold, at_end=at_end, read_only=read_only or {}, shares=shares or {}, until=until
+        )
         try:
             watched = watch.start(launch, jail, files)
         except BaseException:
@@ -306,6 +309,49 @@ def test_a_killed_copier_is_no_end(tmp_path: Path) -> None:
         assert vm.watched.vmm.alive()
         vm.watched.vmm.kill()
         assert vm.end().returncode == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def other_process() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        pidfd = os.pidfd_open(other.pid)
+        try:
+            yield other, pidfd
+        finally:
+            os.close(pidfd)
+            other.kill()
+
+
+def test_it_ends_with_another_process(tmp_path: Path, jail: Jail) -> None:
+    for confined in (PLAIN, jail):
+        with (
+            other_process() as (other, pidfd),
+            started(tmp_path / str(bool(confined.namespaces)), ["/bin/sleep", "60"], confined, until=pidfd) as vm,
+        ):
+            assert not vm.watched.vmm.wait(0.1)
+            other.kill()
+            assert vm.watched.vmm.wait(10)
+            assert vm.end().returncode == -signal.SIGKILL
+
+
+def test_it_may_end_before_that_process_does(tmp_path: Path) -> None:
+    with other_process() as (other, pidfd), started(tmp_path, ["/bin/sh", "-c", "exit 3"], until=pidfd) as vm:
+        assert vm.end().returncode == 3
+        assert other.poll() is None
+
+
+def test_it_ends_with_its_watcher_where_it_is_to_end_with_somebody(tmp_path: Path, jail: Jail) -> None:
+    with other_process() as (_, pidfd), started(tmp_path, ["/bin/sleep", "60"], jail, until=pidfd) as vm:
+        vm.watched.watcher.kill()
+        assert vm.watched.vmm.wait(10)
+
+
+def test_it_ends_with_a_process_that_has_ended_already(tmp_path: Path) -> None:
+    with other_process() as (other, pidfd):
+        other.kill()
+        other.wait(10)
+        with started(tmp_path, ["/bin/sleep", "60"], until=pidfd) as vm:
+            assert vm.end().returncode == -signal.SIGKILL
 
 
 # --- the jail --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_a_comma_in_a_path_is_written_twice(tmp_path: Path) -> None:
 
 
 def test_a_record_keeps_all_of_it(raw: Path, tmp_path: Path) -> None:
-    for volume in volumes.parse([f"{raw},format=raw,ro", str(tmp_path)]):
+    for volume in volumes.parse([f"{raw},format=raw,ro", str(tmp_path), f"{tmp_path},rw,via=virtiofs"]):
         assert Volume.from_json(volume.to_json()) == volume
 
 
@@ -100,6 +100,10 @@ def test_directories_are_for_reading_unless_it_is_said(tmp_path: Path) -> None:
         assert all(os.path.samestat(os.fstat(share.fd), tmp_path.stat()) for share in found)
     for option in ("format=raw", "serial=x"):
         with pytest.raises(UsageError, match="no format"):
+            volumes.parse([f"{tmp_path},{option}"])
+    assert [volume.via for volume in volumes.parse([str(tmp_path), f"{tmp_path},via=virtiofs"])] == ["9p", "virtiofs"]
+    for option in ("via", "via=nfs", "via=9p,via=9p"):
+        with pytest.raises(UsageError):
             volumes.parse([f"{tmp_path},{option}"])
     with pytest.raises(UsageError, match="not beside"):
         volumes.parse([f"{tmp_path},ro,rw"])

@@ -43,7 +43,11 @@ EXTRAS = Extras(
         ExtraDisk(15, Path("/files/raw"), DiskFormat.RAW, False, "vol0"),
         ExtraDisk(16, Path("/files/data"), DiskFormat.QCOW2, True, "data"),
     ),
-    shares=(Share(40, Path("/files/user,x=y"), True, "src"), Share(41, Path("/files/work"), False, "work")),
+    shares=(
+        Share(40, Path("/files/user,x=y"), True, "src"),
+        Share(41, Path("/files/work"), False, "work"),
+        Share(42, Path("/files/fast"), False, "fast", "virtiofs"),
+    ),
 )
 
 
@@ -67,7 +71,7 @@ def test_the_command_line_of_a_restore(golden: object) -> None:
 
 @pytest.mark.spec("BOOT-33")
 def test_the_command_line_with_all_that_can_be_attached(golden: object) -> None:
-    argv = build(replace(CONFIG, extras=EXTRAS), replace(FDS, extras=(14, 15, 16)))
+    argv = build(replace(CONFIG, extras=EXTRAS), replace(FDS, extras=(14, 15, 16), virtiofs={2: 43}))
     golden("qemu-extras.txt", "\n".join(argv) + "\n")  # type: ignore[operator]
     assert not [word for word in argv if "/files" in word]
 

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.security:
         from ovms.runtime.security import in_force
 
-        _print(args, in_force(context.runtime.instances.find(args.name)))
+        record = context.runtime.instances.find(args.name)
+        _print(args, in_force(record, context.runtime.instances.files(record)))
         return Exit.OK
     try:
         return _artifact(args, context)

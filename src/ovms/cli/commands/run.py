@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a disk more: raw, or with format=qcow2; ro: the guest only reads it; serial=NAME: in the guest it is"
         " /dev/disk/by-id/virtio-NAME (default: vol0, vol1, ...). Of a directory: to be read by the guest, or with rw also"
-        " written to, after 'mount -t 9p -o trans=virtio NAME /mnt', with tag=NAME (default as above). May be repeated",
+        " written to, after 'mount -t 9p -o trans=virtio NAME /mnt', with tag=NAME (default as above); via=virtiofs: after"
+        " 'mount -t virtiofs NAME /mnt'. May be repeated",
     )
     told = parser.add_argument_group("for a guest with cloud-init, by a NoCloud seed disk")
     told.add_argument("--user-data", metavar="FILE|-", help="its user data, from a file or stdin")

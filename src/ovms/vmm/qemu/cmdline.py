@@ -7,13 +7,13 @@ that is the same to the letter, and a disk layer must never get to name a file b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, field
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.extras import ExtraDisk, Share, share_name
+from ovms.vmm.extras import BY_9P, BY_VIRTIOFS, ExtraDisk, Share, share_name
 from ovms.vmm.model import AGENT_PORT, Machine, Network, PortForward, Region, Uplink, VmConfig
 from ovms.vmm.qemu.versions import Since
 
@@ -59,6 +59,7 @@ class Descriptors:
         extras: of the seed disk and the volumes.
         regions: the memory of each of the machine's regions.
         network: what the network card is connected to.
+        virtiofs: number of a directory → its end of the socket to that's virtiofsd.
     """
 
     control: int
@@ -74,12 +75,13 @@ class Descriptors:
     agent: int | None = None
     regions: tuple[int, ...] = ()
     network: int | None = None
+    virtiofs: Mapping[int, int] = field(default_factory=dict)
 
     def all(self) -> list[int]:
         """All of them."""
         ends = (self.control, self.console, self.events, self.agent, self.network)
         one = (*ends, self.kernel, self.initrd, self.ram, self.state)
-        many = (*self.layers, *(self.overlay or ()), *self.extras, *self.regions)
+        many = (*self.layers, *(self.overlay or ()), *self.extras, *self.regions, *self.virtiofs.values())
         return [fd for fd in (*one, *many) if fd is not None]
 
 
@@ -108,7 +110,7 @@ def build(
         *_network(config.machine.mac, config.network),
         *_disk(config, fds),
         *_agent(fds),
-        *_extras(config),
+        *_extras(config, fds),
         *_regions(config.machine.regions, fds.regions),
         *_boot(config, fds),
         *_incoming(fds.state, since),
@@ -237,20 +239,22 @@ def _disk(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     yield from ("-device", f"virtio-blk-pci,id={DISK_ID},drive={top},addr={_SLOT_DISK},bootindex=1")
 
 
-def _extras(config: VmConfig) -> Iterator[str]:
+def _extras(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     extras, first = config.extras, len(config.layers) + 1
     if extras.seed is not None:
         yield from _extra_disk(SEED_ID, extras.seed, first, _SLOT_SEED)
     for i, disk in enumerate(extras.volumes):
         yield from _extra_disk(f"volume{i}", disk, first + 1 + i, _SLOT_VOLUMES + i)
     for i, share in enumerate(extras.shares):
+        end = f"{share.name},addr={_SLOT_SHARES + i:#x}"
+        if share.via == BY_VIRTIOFS:
+            yield from ("-chardev", f"socket,id=share{i},fd={fds.virtiofs[i]}")
+            yield from ("-device", f"vhost-user-fs-pci,id=share{i}-device,chardev=share{i},tag={end}")
+            continue
         # what the host's kernel says of the mount QEMU says again. No model: what QEMU makes belongs to whom the mount says
         model = f"security_model=none,readonly={'on' if share.read_only else 'off'},multidevs=remap"
         yield from ("-fsdev", f"local,id=share{i},path=/{share_name(i)},{model}")
-        yield from (
-            "-device",
-            f"virtio-9p-pci,id=share{i},fsdev=share{i},mount_tag={share.name},addr={_SLOT_SHARES + i:#x}",
-        )
+        yield from ("-device", f"virtio-9p-pci,id=share{i},fsdev=share{i},mount_tag={end}")
 
 
 def _extra_disk(node: str, disk: ExtraDisk, fd_set: int, slot: int) -> Iterator[str]:
@@ -262,12 +266,17 @@ def _extra_disk(node: str, disk: ExtraDisk, fd_set: int, slot: int) -> Iterator[
 
 def share_trees(shares: Sequence[Share]) -> dict[str, Path]:
     """The directories that QEMU needs in its own root to read."""
-    return {share_name(i): share.path for i, share in enumerate(shares) if share.read_only}
+    return {share_name(i): share.path for i, share in _by_9p(shares) if share.read_only}
 
 
 def writable_shares(shares: Sequence[Share]) -> dict[str, tuple[int, Path]]:
     """Those that it needs there to write to, each with a descriptor of it."""
-    return {share_name(i): (share.fd, share.path) for i, share in enumerate(shares) if not share.read_only}
+    return {share_name(i): (share.fd, share.path) for i, share in _by_9p(shares) if not share.read_only}
+
+
+def _by_9p(shares: Sequence[Share]) -> list[tuple[int, Share]]:
+    # the others are in the root of their virtiofsd
+    return [(i, share) for i, share in enumerate(shares) if share.via == BY_9P]
 
 
 def _agent(fds: Descriptors) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from ovms.lazy import regex, replace
 from ovms.spec import limits, strictjson
 from ovms.spec.choices import Accel
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm import freeze, watch
+from ovms.vmm import freeze, virtiofs, watch
 from ovms.vmm.capabilities import Capabilities
-from ovms.vmm.extras import SHARED_BY, VOLUMES_MAX, Share
+from ovms.vmm.extras import BY_9P, BY_VIRTIOFS, VOLUMES_MAX, Share
 from ovms.vmm.model import TEMPLATE, AccelChoice, Ending, Machine, Region, Restore, Uplink, VmConfig, VmFiles
 from ovms.vmm.qemu import accel as accelerators
 from ovms.vmm.qemu import binary, cmdline, versions
@@ -59,7 +59,7 @@ class QemuVmm:
         networks=frozenset({"user", "passt", "tap", "bridge", "netns", "none"}),
         agent=True,
         port_protocols=frozenset({"tcp", "udp"}),
-        shares=frozenset({SHARED_BY}),
+        shares=frozenset({BY_9P, BY_VIRTIOFS}),
         volumes=VOLUMES_MAX + 1,  # and the seed
         power_button=True,
     )
@@ -132,7 +132,7 @@ class QemuVmm:
             try:
                 loaded = _wait_until_running(files, config)
             except VmmError as exc:
-                raise _explain(exc, watched, files) from exc
+                raise _explain(exc, watched, config, files) from exc
             undo.pop_all()
             # of one that boots, the wait for its control channel is a part of the spawn
             marks = (began, spawned, loaded, time.monotonic()) if loaded else (began, time.monotonic())
@@ -144,7 +144,11 @@ class QemuVmm:
             listen = held.enter_context(fsutil.listen_unix(files.console))
             console, our_console = watch.socket_pair(held)
             events, our_events = watch.socket_pair(held)
+            shares = config.extras.shares
+            program = virtiofs.find() if any(share.via == BY_VIRTIOFS for share in shares) else None
+            ends = virtiofs.connect(shares, files, held)
             fds = _open(config, files, held, console, events)
+            fds = replace(fds, virtiofs={number: end for number, (_, end) in ends.items()})
             library = os.open(freeze.LIBRARY, os.O_RDONLY | os.O_CLOEXEC)
             held.callback(os.close, library)
             launch = watch.Launch(
@@ -166,17 +170,26 @@ class QemuVmm:
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
-                trees={**_program_trees(self._binary.path), **cmdline.share_trees(config.extras.shares)},
-                shares=cmdline.writable_shares(config.extras.shares),
+                trees={**_program_trees(self._binary.path), **cmdline.share_trees(shares)},
+                shares=cmdline.writable_shares(shares),
                 read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
                 at_end=config.at_end,
                 env={"LD_PRELOAD": cmdline.fd_path(library)},
             )
             try:
-                return watch.start(launch, config.jail, files)
+                watched = watch.start(launch, config.jail, files)
+                try:
+                    # it waits for them when it makes their devices
+                    for number, (listener, _) in ends.items():
+                        assert program is not None
+                        virtiofs.start(program, number, shares[number], listener, files, config.jail, watched.vmm.pid)
+                except BaseException:
+                    watched.vmm.kill()
+                    raise
+                return watched
             except watch.JailRefused as exc:
-                if (problem := _of_shares(exc, config.extras.shares)) is not None:
+                if (problem := _of_shares(exc, shares)) is not None:
                     raise problem from exc
                 raise
 
@@ -325,7 +338,7 @@ def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:
     return loaded
 
 
-def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
+def _explain(exc: VmmError, watched: Watched, config: VmConfig, files: VmFiles) -> OvmsError:
     # When QEMU dies, its socket closes a moment before its last words are to be had: they are before the exit file.
     ended = None if isinstance(exc, VmmTimeout) else watch.wait_exit(files, watched.watcher, 2.0)
     said = files.vmm_log.read_bytes() if files.vmm_log.exists() else b""
@@ -340,6 +353,10 @@ def _explain(exc: VmmError, watched: Watched, files: VmFiles) -> OvmsError:
             f"the disk {match[1]} is in use by another program",
             hint="something else than ovms has it open: 'fuser FILE' says what",
         )
+    for number, share in enumerate(config.extras.shares):
+        # each ends with its VMM, by itself and without words
+        if share.via == BY_VIRTIOFS and b"vhost" in said and (why := virtiofs.lost(files.directory, number)):
+            return VmmError(f"{share.path} cannot be shared: {why}; QEMU said: {process.tail(said)}")
     if isinstance(exc, VmmTimeout):
         return VmmTimeout(f"{exc.message}; QEMU said: {process.tail(said)}")
     if ended is None:

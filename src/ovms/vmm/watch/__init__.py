@@ -52,6 +52,7 @@ class Launch:
         keep: descriptors that it inherits, under their numbers.
         hold: descriptors that the watcher keeps open, under their numbers.
         lock: the one of those that is a file in memory, of which nothing may be swapped out.
+        until: a pidfd of the process with which it is to end at the latest.
         console, listen, events: our end of the console's socket pair, the socket for those who want it, and our end of a
             QMP channel.
         trees: files and directories of its own root, beside the system's: path there (no slash before it) → path here.
@@ -70,6 +71,7 @@ class Launch:
     events: int
     hold: Sequence[int] = ()
     lock: int | None = None
+    until: int | None = None
     trees: Mapping[str, Path] = field(default_factory=dict)
     shares: Mapping[str, tuple[int, Path]] = field(default_factory=dict)
     devices: Sequence[str] = ()
@@ -179,6 +181,9 @@ def _words(launch: Launch, jail: Jail, files: VmFiles, held: contextlib.ExitStac
     words += [f"keep={fd}" for fd in launch.keep]
     words += [f"hold={fd}" for fd in launch.hold]
     words += [] if launch.lock is None else [f"lock={launch.lock}"]
+    if launch.until is not None:
+        inherited.append(launch.until)
+        words.append(f"until={launch.until}")
 
     def inherit(path: Path, flags: int, mode: int = 0o600) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC, mode)

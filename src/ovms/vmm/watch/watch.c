@@ -28,6 +28,7 @@
  *     log-max=BYTES          when console.log is this large, it becomes console.log.1
  *     keep=FD                inherited by the VMM (repeated)
  *     hold=FD                kept open by the watcher (repeated)
+ *     until=FD               a pidfd: when that process has ended, the VMM is killed; and it is, when the watcher is
  *     lock=FD                a file in memory: what there is of it is not swapped out as long as the watcher lives
  *     cgroup=FD              a cgroup.procs file that the VMM's number is written to (repeated)
  *     ns=MASK                CLONE_NEW* flags, a decimal number
@@ -63,7 +64,7 @@ enum {
     SYS_clock_gettime = 228, SYS_exit_group = 231, SYS_openat = 257, SYS_mkdirat = 258, SYS_unlinkat = 263,
     SYS_renameat = 264, SYS_symlinkat = 266, SYS_accept4 = 288, SYS_dup3 = 292, SYS_getpid = 39, SYS_kill = 62,
     SYS_mmap = 9, SYS_munmap = 11, SYS_getrlimit = 97, SYS_mlock2 = 325, SYS_sendto = 44, SYS_recvfrom = 45, SYS_fstat = 5, SYS_close_range = 436, SYS_mount_setattr = 442, SYS_umask = 95,
-    SYS_open = 2, SYS_creat = 85, SYS_chmod = 90, SYS_fchmod = 91, SYS_mknod = 133, SYS_mknodat = 259, SYS_fchmodat = 268,
+    SYS_pidfd_open = 434, SYS_open = 2, SYS_creat = 85, SYS_chmod = 90, SYS_fchmod = 91, SYS_mknod = 133, SYS_mknodat = 259, SYS_fchmodat = 268,
     SYS_fchmodat2 = 452, SYS_geteuid = 107, SYS_getegid = 108, SYS_open_tree = 428, SYS_move_mount = 429,
     SYS_openat2 = 437, SYS_landlock_create_ruleset = 444, SYS_landlock_add_rule = 445, SYS_landlock_restrict_self = 446,
 };
@@ -135,6 +136,7 @@ static i64 sys6(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e, i64 f)
 #define MOUNT_ATTR_NOSYMFOLLOW 0x200000
 #define OPEN_TREE_CLONE 1
 #define MOVE_MOUNT_F_EMPTY_PATH 4
+#define PR_SET_PDEATHSIG 1
 #define PR_SET_DUMPABLE 4
 #define PR_SET_SECCOMP 22
 #define PR_CAPBSET_DROP 24
@@ -248,7 +250,7 @@ struct list { int count; int fd[MANY]; };
 struct maps { int count; struct mapping item[MANY]; };
 
 static struct {
-    int dir, console, listen, events, log, old, index, old_index, said, event_log, lock;
+    int dir, console, listen, events, log, old, index, old_index, said, event_log, lock, until;
     u64 log_max, ns, uid, gid;
     int has_user, seccomp;
     char *root;
@@ -289,6 +291,7 @@ static int parse(char **words)
         {"dir", &o.dir}, {"console", &o.console}, {"listen", &o.listen}, {"events", &o.events}, {"log", &o.log},
         {"old", &o.old}, {"index", &o.index}, {"old-index", &o.old_index}, {"said", &o.said},
         {"event-log", &o.event_log}, {"seccomp", &o.seccomp}, {"lock", &o.lock},
+        {"until", &o.until},
     };
     for (u64 i = 0; i < sizeof numbers / sizeof *numbers; i++)
         *numbers[i].to = -1;
@@ -494,7 +497,7 @@ static void make_root(void)
     must(sys(SYS_mount_setattr, AT_FDCWD, "/", 0, &attr, sizeof attr), "root-read-only");
 }
 
-#define INSIDE 1000 /* what the user is called inside its namespace */
+#define INSIDE 1000 /* what the user is called inside its namespace; vmm/jail.py knows it, too */
 
 static void become_user(void)
 {
@@ -683,6 +686,8 @@ static void run_program(int go, int said, char **environment)
     drop_capabilities();
     for (; *environment && o.variables < MANY - 1; environment++)
         o.variable[o.variables++] = *environment;
+    if (o.until >= 0) /* only now: a change of user forgets it */
+        must(sys(SYS_prctl, PR_SET_PDEATHSIG, 9, 0, 0, 0), "end");
     if (o.shares.count)
         filter_files();
     if (o.seccomp)
@@ -1052,6 +1057,18 @@ static void lock_pages(int fd)
             (void)*(volatile u8 *)(locked + at);
 }
 
+/* Returns when the VMM has ended, or is about to because another process has. */
+static void end_with_other(i64 vmm)
+{
+    struct pollfd wait[2] = {{(int)sys(SYS_pidfd_open, vmm, 0, 0, 0, 0), POLLIN, 0}, {o.until, POLLIN, 0}};
+    while (sys(SYS_poll, wait, 2, -1, 0, 0) < 0)
+        ;
+    if (!wait[0].revents)
+        sys(SYS_kill, vmm, 9, 0, 0, 0); /* not reaped yet, so the number is its own */
+    if (wait[0].fd >= 0)
+        sys(SYS_close, wait[0].fd, 0, 0, 0, 0);
+}
+
 static void watch(char **environment)
 {
     int go[2], said[2];
@@ -1114,8 +1131,8 @@ static void watch(char **environment)
 
     /* What was the VMM's is closed before anybody hears that it runs: locks on it must not outlive it in us. */
     int kept[MANY + 16] = {o.dir, o.console, o.listen, o.events, o.log, o.old, o.index, o.old_index, o.said, o.event_log,
-                           said[0], (int)answer_to};
-    int count = 12;
+                           said[0], (int)answer_to, o.until};
+    int count = 13;
     for (int i = 0; i < o.hold.count; i++)
         kept[count++] = o.hold.fd[i];
     close_all_but(kept, count);
@@ -1133,13 +1150,16 @@ static void watch(char **environment)
     add(&ok, answer.bytes);
     sys(SYS_write, answer_to, ok.bytes, ok.used, 0, 0);
 
-    /* of what we inherited the directory stays, and what we are to hold */
+    /* of what we inherited the directory stays, and what we are to hold or to wait for */
     count = 0;
     kept[count++] = o.dir;
+    kept[count++] = o.until;
     for (int i = 0; i < o.hold.count; i++)
         kept[count++] = o.hold.fd[i];
     close_all_but(kept, count);
 
+    if (o.until >= 0)
+        end_with_other(vmm);
     int status = 0;
     struct rusage used;
     memset(&used, 0, sizeof used);
