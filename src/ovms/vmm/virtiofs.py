@@ -112,7 +112,7 @@ def start(program: Path, number: int, share: Share, listener: int, files: VmFile
             listen=listen.fileno(),
             events=events,
             until=until,
-            trees={place: share.path} if share.read_only else {},
+            trees={**watch.program_trees(program), **({place: share.path} if share.read_only else {})},
             shares={} if share.read_only else {place: (share.fd, share.path)},
         )
         watch.start(launch, _jail(jail), own)

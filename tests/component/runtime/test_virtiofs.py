@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -217,6 +219,37 @@ def test_a_vm_is_not_left_where_its_virtiofsd_cannot_be_started(
         time.sleep(0.01)
     assert ProcessId.of(pid) is None
     assert runtime.instances.records() == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from ovms.artifact.resolve import find
+from ovms.runtime import volumes
+from ovms.runtime.root import Root
+from ovms.runtime.runtime import RunOptions, Runtime
+from ovms.spec.choices import Accel
+from ovms.vmm import virtiofs
+
+virtiofs.start = lambda *words: os._exit(9)
+runtime = Runtime(Root(Path(sys.argv[1])))
+options = RunOptions(memory=32 << 20, accel=Accel.TCG, volumes=volumes.parse([f"{sys.argv[2]},rw,via=virtiofs"]))
+runtime.start(find(runtime.layout, "echo:1"), options)
+"""
+
+
+def test_a_start_that_is_killed_before_it_leaves_no_vm(runtime: Runtime, echo: Found, share: Path) -> None:
+    if (missing := why_not()) is not None:
+        pytest.skip(missing.message)
+    done = subprocess.run([sys.executable, "-c", KILLED, runtime.root.path, share], timeout=60, check=False)
+    assert done.returncode == 9
+    (record,) = runtime.instances.records()
+    deadline = time.monotonic() + 20
+    while watch.find(runtime.instances.files(record)) is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert watch.find(runtime.instances.files(record)) is None
+    runtime.instances.recover()
+    assert not runtime.instances.status(runtime.instances.find(record.id)).state.alive
 
 
 def test_what_a_vm_that_was_ended_leaves_in_its_group_is_ended(runtime: Runtime, record: Record) -> None:

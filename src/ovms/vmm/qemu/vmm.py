@@ -170,7 +170,7 @@ class QemuVmm:
                 console=our_console,
                 listen=listen.fileno(),
                 events=our_events,
-                trees={**_program_trees(self._binary.path), **cmdline.share_trees(shares)},
+                trees={**watch.program_trees(self._binary.path), **cmdline.share_trees(shares)},
                 shares=cmdline.writable_shares(shares),
                 read_only=_read_only(config, fds),
                 devices=("kvm",) if config.machine.accel is Accel.KVM else (),
@@ -299,15 +299,6 @@ def _state_file(restore: Restore, held: contextlib.ExitStack) -> int:
     reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     held.callback(os.close, reading)
     return reading
-
-
-def _program_trees(program: Path) -> dict[str, Path]:
-    # one that is not the system's brings its libraries and firmware with it
-    real = program.resolve()
-    if real.is_relative_to("/usr") or real.parent in (Path("/bin"), Path("/sbin")):
-        return {}
-    prefix = real.parent.parent
-    return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
 
 
 def _wait_until_running(files: VmFiles, config: VmConfig) -> float | None:

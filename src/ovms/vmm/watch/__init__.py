@@ -256,6 +256,15 @@ def system_trees() -> tuple[dict[str, Path], dict[str, str]]:
     return trees, links
 
 
+def program_trees(program: Path) -> dict[str, Path]:
+    """What *program* needs beside that to run: one that is not the system's brings its libraries and firmware with it."""
+    real = program.resolve()
+    if real.is_relative_to("/usr") or real.parent in (Path("/bin"), Path("/sbin")):
+        return {}
+    prefix = real.parent.parent
+    return {str(prefix).lstrip("/"): prefix} if len(prefix.parts) > 1 else {str(real).lstrip("/"): real}
+
+
 def find(files: VmFiles) -> Watched | None:
     """The living VMM of an instance whose starter died before it could note it.
 
