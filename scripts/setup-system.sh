@@ -27,6 +27,8 @@ need() {
 
 need qemu-system-x86_64 qemu-system-x86 # SeaBIOS comes with it
 need passt passt # the network of VMs
+# where the release has it; a directory of its own, on nobody's PATH
+[ -e /usr/libexec/virtiofsd ] || ! apt-cache show virtiofsd >/dev/null 2>&1 || missing="$missing virtiofsd"
 need qemu-img qemu-utils
 need ip iproute2 # tests, and redirects of networks
 need ld binutils # the tests assemble a guest

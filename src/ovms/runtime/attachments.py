@@ -19,7 +19,7 @@ from ovms.runtime import volumes as files
 from ovms.runtime.record import Record
 from ovms.runtime.volumes import Volume
 from ovms.spec.manifest import DiskFormat
-from ovms.vmm.extras import ExtraDisk, Extras
+from ovms.vmm.extras import BY_VIRTIOFS, ExtraDisk, Extras
 from ovms.vmm.model import Machine
 
 if TYPE_CHECKING:
@@ -133,5 +133,12 @@ def extras(record: Record, seed: ExtraDisk | None, volumes: Extras) -> Extras:
             " files of set-user-ID and devices there, and seccomp is left out",
             hint="add ',ro', or leave out --security-opt seccomp=off",
             path=str(written.path),
+        )
+    served = next((share for share in volumes.shares if share.via == BY_VIRTIOFS), None)
+    if served is not None and record.jail.user is None:
+        raise Unsupported(
+            f"{record.name}: {served.path} is shared by virtiofs only with a VM that has a user of its own, and this one runs as root",
+            hint="leave out 'via=virtiofs', or --security-opt user=off",
+            path=str(served.path),
         )
     return replace(volumes, seed=seed)

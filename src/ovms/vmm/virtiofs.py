@@ -120,9 +120,8 @@ def start(program: Path, number: int, share: Share, listener: int, files: VmFile
 
 def _argv(program: Path, share: Share, listener: int, place: str, jail: Jail) -> list[str]:
     # whoever makes a file in the guest makes it as the one user that there is
-    user, group = (INSIDE, INSIDE) if Namespace.USER in jail.namespaces else (os.geteuid(), os.getegid())
-    if Namespace.USER not in jail.namespaces and jail.user is not None:
-        user, group = jail.user.uid, jail.user.gid
+    assert jail.user is not None, "as root it would want capabilities"
+    user, group = (INSIDE, INSIDE) if Namespace.USER in jail.namespaces else (jail.user.uid, jail.user.gid)
     return [
         str(program),
         f"--fd={listener}",
@@ -131,15 +130,19 @@ def _argv(program: Path, share: Share, listener: int, place: str, jail: Jail) ->
         f"--translate-uid=squash-guest:0:{user}:{_EVERYBODY}",
         f"--translate-gid=squash-guest:0:{group}:{_EVERYBODY}",
         "--inode-file-handles=never",
+        f"--rlimit-nofile={_most_files() if jail.limits else 0}",
         "--log-level=warn",
         *(["--readonly"] if share.read_only else []),
     ]
 
 
-def _jail(jail: Jail) -> Jail:
+def _most_files() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _NOFILE_MAX if most == resource.RLIM_INFINITY else min(_NOFILE_MAX, most)
-    limits = {**jail.limits, resource.RLIMIT_NOFILE: files} if jail.limits else {}
+    return _NOFILE_MAX if most == resource.RLIM_INFINITY else min(_NOFILE_MAX, most)
+
+
+def _jail(jail: Jail) -> Jail:
+    limits = {**jail.limits, resource.RLIMIT_NOFILE: _most_files()} if jail.limits else {}
     return replace(jail, namespaces=jail.namespaces | {Namespace.NETWORK}, limits=limits)
 
 

@@ -21,12 +21,14 @@ from ovms.artifact.resolve import Found
 from ovms.errors import OvmsError, ToolMissing, Unsupported, VmmError
 from ovms.oci.reference import Reference
 from ovms.process import ProcessId
-from ovms.runtime import document, security, snapshots, volumes
+from ovms.runtime import document, jail, security, snapshots, volumes
+from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record
 from ovms.runtime.runtime import RunOptions, Runtime
 from ovms.spec.choices import Accel
 from ovms.vmm import virtiofs, watch
 from ovms.vmm.jail import Namespace
+from ovms.vmm.qemu.binary import Cache
 
 TCG = RunOptions(memory=MEMORY, accel=Accel.TCG)
 
@@ -124,6 +126,32 @@ def test_it_is_confined_as_its_vmm_is(runtime: Runtime, record: Record) -> None:
     opened = [os.readlink(fd) for fd in Path(f"/proc/{daemon}/fd").iterdir()]  # noqa: PTH115
     assert not [path for path in opened if "memfd" not in path and path.startswith(str(runtime.root.path))]
     assert "vhost-user-fs-pci" in hmp(runtime, record, "info qtree")
+
+
+def test_it_is_no_root(runtime: Runtime, echo: Found, options: RunOptions) -> None:
+    loose = SecurityOptions.parse(["user=off"])
+    with pytest.raises(Unsupported, match=r"runs as root|sees nothing else"):
+        runtime.start(echo, replace(options, security=loose))
+    assert runtime.instances.records() == []
+
+
+def test_a_host_without_user_namespaces(
+    runtime: Runtime, echo: Found, options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (missing := why_not()) is not None:
+        pytest.skip(missing.message)
+    if os.geteuid() != 0:
+        pytest.skip("a user has no other namespaces without those")
+    whole, _ = jail.able(Cache(runtime.root.cache / "host.json"), True)
+    less = replace(whole, namespaces=whole.namespaces - {Namespace.USER})
+    monkeypatch.setattr(jail, "able", lambda cache, is_root: (less, {"user": "not here"}))
+    record = runtime.start(echo, options).record
+    daemon = serving(runtime, record).vmm
+    assert record.jail.user is not None
+    assert Path(f"/proc/{daemon.pid}").stat().st_uid == record.jail.user.uid
+    assert f":{record.jail.user.uid}:4294967295" in Path(f"/proc/{daemon.pid}/cmdline").read_text()
+    (shown,) = security.in_force(record, runtime.instances.files(record))["directories"]
+    assert "idmapped" in shown["mount"]
 
 
 def end_vmm(vmm: ProcessId, vmm_watcher: ProcessId, daemon: watch.Watched) -> None:
