@@ -21,6 +21,7 @@ from typing import Final
 from ovms import fsutil, process
 from ovms.errors import HostError, ToolMissing, Unsupported
 from ovms.lazy import replace
+from ovms.process import ProcessId
 from ovms.vmm import watch
 from ovms.vmm.extras import BY_VIRTIOFS, SHARES_MAX, Share, share_name
 from ovms.vmm.jail import INSIDE, Jail, Namespace
@@ -87,7 +88,7 @@ def connect(shares: Sequence[Share], files: VmFiles, held: contextlib.ExitStack)
     return ends
 
 
-def start(program: Path, number: int, share: Share, listener: int, files: VmFiles, jail: Jail, vmm: int) -> None:
+def start(program: Path, number: int, share: Share, listener: int, files: VmFiles, jail: Jail, vmm: ProcessId) -> None:
     """Starts a virtiofsd that ends with the process *vmm*, and is told of by :func:`lost` if it ends before.
 
     Raises:
@@ -101,10 +102,12 @@ def start(program: Path, number: int, share: Share, listener: int, files: VmFile
         _, console = watch.socket_pair(held)
         _, events = watch.socket_pair(held)
         try:
-            until = os.pidfd_open(vmm)
+            until = os.pidfd_open(vmm.pid)
         except ProcessLookupError:
             return  # who waits for the VMM tells why
         held.callback(os.close, until)
+        if not vmm.alive():  # then the number may have been another's
+            return
         launch = watch.Launch(
             argv=_argv(program, share, listener, f"/{place}", jail),
             keep=[listener],

@@ -232,20 +232,18 @@ def test_a_vm_is_not_left_where_its_virtiofsd_cannot_be_started(
 ) -> None:
     if (missing := why_not()) is not None:
         pytest.skip(missing.message)
-    started: list[int] = []
+    started: list[ProcessId] = []
 
     def broken(*words: object) -> None:
-        started.append(int(str(words[-1])))
+        assert isinstance(words[-1], ProcessId)
+        started.append(words[-1])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(virtiofs, "start", broken)
     with pytest.raises(KeyboardInterrupt):
         runtime.start(echo, options)
-    (pid,) = started
-    deadline = time.monotonic() + 10
-    while ProcessId.of(pid) is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ProcessId.of(pid) is None
+    (vmm,) = started
+    assert vmm.wait(10)
     assert runtime.instances.records() == []
 
 

@@ -183,7 +183,7 @@ class QemuVmm:
                     # it waits for them when it makes their devices
                     for number, (listener, _) in ends.items():
                         assert program is not None
-                        virtiofs.start(program, number, shares[number], listener, files, config.jail, watched.vmm.pid)
+                        virtiofs.start(program, number, shares[number], listener, files, config.jail, watched.vmm)
                 except BaseException:
                     watched.vmm.kill()
                     raise
