@@ -180,7 +180,7 @@ def _user_namespaces(proc: Path) -> str:
 
 
 def _directories(host: Host) -> list[Finding]:
-    jail, _ = jails.able(host.cache, os.geteuid() == 0)
+    jail, _ = jails.able(host.cache, process.is_root())
     if not jail.own_root:
         found, lost = "VMs have no root of their own here", "directories shared with guests"
         return [Finding("directories", Verdict.WARN, found, lost, _user_namespaces(host.proc))]

@@ -535,6 +535,14 @@ def test_a_directory_to_write_to_is_no_way_out(
     shares.check(share, answer, owner)
 
 
+def test_a_directory_of_a_user_s_own_is_no_way_out(tmp_path: Path, jail: Jail) -> None:
+    """Without a mount that has other owners: what a user has, and the root of a rootless container."""
+    share = shares.prepare(tmp_path / "share")
+    own = User(os.geteuid(), os.getegid())
+    answer = in_jail(tmp_path / "vm", replace(jail, user=own), shares.attempts("/shared/0"), share=share)
+    shares.check(share, answer, (own.uid, own.gid))
+
+
 def test_without_a_jail_the_same_writes_succeed(tmp_path: Path) -> None:
     """The test above can fail."""
     share = shares.prepare(tmp_path / "share")

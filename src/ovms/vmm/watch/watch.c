@@ -1017,7 +1017,8 @@ static void prepare_share(int i)
     int fd;
     share_of(i, &fd);
     o.share[i] = -1;
-    if (sys(SYS_geteuid, 0, 0, 0, 0, 0) != 0)
+    /* a user's VMM is that user; so is that of a container's root, who can become nobody else and has no right to such a mount */
+    if (sys(SYS_geteuid, 0, 0, 0, 0, 0) != 0 || (o.has_user && o.uid == 0))
         return;
     u32 info[36];
     must(sys(SYS_fstat, fd, info, 0, 0, 0), "share");
