@@ -35,6 +35,8 @@ chmod 640 made/moved
 dd if=/dev/zero of=big bs=64k count=64 2>/dev/null
 truncate -s 1000 big
 ln -s /etc/shadow symlink
+umask 222
+echo as git does >read-only
 umask 022
 mkdir -p deep/er
 touch deep/er/file
@@ -119,6 +121,8 @@ def check(share: Path, via: str, said: list[str], owner: tuple[int, int]) -> Non
     assert (share / "deep").stat().st_mode & 0o7777 == 0o755
     assert (share / "deep" / "er" / "file").stat().st_mode & 0o7777 == 0o644
     assert (share / "big").stat().st_size == 1000
+    assert (share / "read-only").read_text() == "as git does\n"
+    assert (share / "read-only").stat().st_mode & 0o7777 == 0o444
     assert not (share / "doomed").exists()
     assert (share / "open" / "by-33").exists()
     assert (share / "symlink").readlink() == Path("/etc/shadow")

@@ -30,7 +30,7 @@ from ovms.vmm.model import VmFiles
 _NAME: Final = "virtiofsd"
 #: Where distributions put it, beside what is on the PATH.
 _PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
-#: An option of those that can do without privileges: the ones in Rust, from 1.12 on.
+#: An option of those that can do without privileges: the ones in Rust, from 1.13 on.
 _NEEDED: Final = b"squash-guest"
 #: Descriptors that it may have open: it has one for each file that the guest's kernel knows of.
 _NOFILE_MAX: Final = 1_000_000
@@ -62,7 +62,7 @@ def find() -> Path:
                 return path.resolve()
     raise Unsupported(
         f"{paths[0]} works with privileges alone, and none are given to what a guest talks to",
-        hint=f"{_INSTALL}, the one in Rust, 1.12 or newer; or leave out 'via=virtiofs'",
+        hint=f"{_INSTALL}, the one in Rust, 1.13 or newer; or leave out 'via=virtiofs'",
         path=str(paths[0]),
     )
 
