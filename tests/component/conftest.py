@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def no_registry(host: str) -> object:
 @pytest.fixture(scope="session")
 def echo_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return guests.assemble(guests.SOURCE, tmp_path_factory.mktemp("guest") / "echo.elf")
+
+
+@pytest.fixture(scope="session")
+def agent_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bare guest whose agent freezes and thaws."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the bare guest with an agent is compiled by gcc")
+    return guests.compile_agent(tmp_path_factory.mktemp("guest") / "agent.elf")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ from pathlib import Path
 import pytest
 from support import guests
 from support.cli import Ovm
+from support.faulty import wait_until
+from support.server import Server
 
 from ovms.runtime import quiesce
 from ovms.runtime.agent import Agent
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import Runtime
 
+#: Few in the usual run: each is another moment.
+KILLS = int(os.environ.get("OVMS_KILLS", "4"))
 MAKE = Path(__file__).parents[2] / "demo" / "make_images.py"
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
@@ -219,6 +224,40 @@ def test_a_guest_that_was_left_frozen_is_thawed_by_the_next_command(ovm: Ovm) ->
     assert not runtime.instances.find("web").fs_frozen
     with Agent(runtime.instances.files(record)) as agent:
         assert agent.execute("guest-fsfreeze-status") == "thawed"
+    assert not frozen(ovm)
+
+
+def test_a_guest_is_thawed_whenever_a_commit_is_killed(ovm: Ovm) -> None:
+    """By the next command, and by a server that runs."""
+    started(ovm)
+    runtime = Runtime(Root(Path(ovm.root)))
+    record = runtime.instances.find("web")
+    rng, found = random.Random(14), 0
+
+    def commit_and_kill() -> bool:
+        with ovm.popen("commit", "web", "-t", "agent:killed", stdout=subprocess.DEVNULL) as working:
+            deadline = time.monotonic() + 60
+            while not (noted := runtime.instances.find("web").fs_frozen) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.2)  # it takes some time until the guest is
+            working.kill()
+        return noted and runtime.instances.find("web").fs_frozen
+
+    for _ in range(KILLS):
+        found += commit_and_kill()
+        ovm.ok("ps")
+        with Agent(runtime.instances.files(record)) as agent:
+            assert agent.execute("guest-fsfreeze-status") == "thawed"
+    server = Server(Path(ovm.root))
+    try:
+        for _ in range(KILLS):
+            found += commit_and_kill()
+            wait_until(lambda: not runtime.instances.find("web").fs_frozen, 20)
+            with Agent(runtime.instances.files(record)) as agent:
+                assert agent.execute("guest-fsfreeze-status") == "thawed"
+    finally:
+        assert server.close() == 0
+    assert found > 0
     assert not frozen(ovm)
 
 

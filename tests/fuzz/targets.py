@@ -619,6 +619,12 @@ class _Writer:
     def transport(self) -> _Writer:
         return self
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
     def abort(self) -> None:
         return
 

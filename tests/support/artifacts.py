@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def of(layout: Layout, name: str, kernel: bytes, disk: bytes, *, subject: Descri
         "diskLayers": [{"ref": of_bytes(disk), "format": "raw"}],
     }
     artifact = model.compose(layout, document, parts, subject=subject)
+    layout.set_name(name, artifact.image.descriptor())
+    return artifact
+
+
+def of_layers(layout: Layout, name: str, layers: Sequence[bytes]) -> model.Artifact:
+    """An artifact of these disk layers, which are checked by nobody here."""
+    disks = tuple(
+        model.part_descriptor(PartKind.DISK, layout.add_bytes(data), len(data), format=DiskFormat.QCOW2, number=i)
+        for i, data in enumerate(layers)
+    )
+    document = {
+        "schemaVersion": 1,
+        "mediaType": mediatypes.MANIFEST,
+        "name": "test",
+        "version": "1",
+        "diskLayers": [{"ref": disk.digest, "format": "qcow2"} for disk in disks],
+    }
+    artifact = model.compose(layout, document, model.Parts(disks=disks))
     layout.set_name(name, artifact.image.descriptor())
     return artifact
 

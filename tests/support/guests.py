@@ -1,4 +1,4 @@
-"""The bare echo guest: assembled here, packaged as an artifact, talked to over its console."""
+"""The bare guests: assembled here, packaged as an artifact, talked to over its console."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ovms.vmm.model import VmFiles
 from ovms.vmm.qemu.control import QemuControl
 
 SOURCE = Path(__file__).parent.parent / "guests" / "echo.S"
+AGENT = SOURCE.with_name("agent.c")
 MEMORY = 32 << 20
 DISK = 16 << 20
 
@@ -25,6 +26,17 @@ def assemble(source: Path, target: Path) -> Path:
     subprocess.run(["as", "--64", source, "-o", objects], check=True, timeout=30)
     link = ["ld", "-nostdlib", "-static", "-Ttext=0x200000", "--build-id=none", "-z", "noexecstack", "-s"]
     subprocess.run([*link, objects, "-o", target], check=True, timeout=30)
+    objects.unlink()
+    return target
+
+
+def compile_agent(target: Path) -> Path:
+    """Compiles the bare guest that has an agent (the package ``gcc``)."""
+    objects = target.with_suffix(".o")
+    options = ["-m32", "-O1", "-ffreestanding", "-fno-pic", "-mgeneral-regs-only", "-fno-stack-protector"]
+    subprocess.run(["gcc", *options, "-c", AGENT, "-o", objects], check=True, timeout=60)
+    link = ["ld", "-m", "elf_i386", "-nostdlib", "-static", "-Ttext=0x200000", "--build-id=none", "-z", "noexecstack"]
+    subprocess.run([*link, "-s", objects, "-o", target], check=True, timeout=30)
     objects.unlink()
     return target
 

@@ -31,8 +31,8 @@ class Authority:
     def _paths(self, name: str) -> Pair:
         return Pair(self.directory / f"{name}.crt", self.directory / f"{name}.key")
 
-    def issue(self, name: str, *, names: str = "DNS:localhost,IP:127.0.0.1") -> Pair:
-        """A certificate for *names*, good for servers and clients."""
+    def issue(self, name: str, *, names: str = "DNS:localhost,IP:127.0.0.1", days: int = 2) -> Pair:
+        """A certificate for *names*, good for servers and clients, for so many *days* (less than none: it has ended)."""
         pair = self._paths(name)
         request, extensions = self.directory / f"{name}.csr", self.directory / f"{name}.ext"
         extensions.write_text(f"subjectAltName={names}\n")
@@ -41,7 +41,7 @@ class Authority:
             "-subj", f"/CN={name}", "-keyout", pair.key, "-out", request,
         )  # fmt: skip
         _openssl(
-            "x509", "-req", "-in", request, "-days", "2", "-CA", self.ca.cert, "-CAkey", self.ca.key,
+            "x509", "-req", "-in", request, "-days", days, "-CA", self.ca.cert, "-CAkey", self.ca.key,
             "-CAcreateserial", "-extfile", extensions, "-out", pair.cert,
         )  # fmt: skip
         return pair

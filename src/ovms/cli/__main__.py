@@ -1,7 +1,5 @@
 """``python -m ovms.cli``."""
 
-import sys
+from ovms.cli.entry import entry
 
-from ovms.cli.main import main
-
-sys.exit(main())
+entry()

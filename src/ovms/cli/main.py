@@ -105,12 +105,20 @@ def _columns() -> int:
         return 80
 
 
+# argparse has each of its words translated; the first time, that takes as long as all the rest of a parser, and finds nothing.
+argparse._ = str  # type: ignore[attr-defined]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raises :class:`UsageError`."""
         raise UsageError(message, hint=f"'{self.prog} --help' shows how it is used")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # of --help and --version: argparse hides that it could not be written, until Python's end
+        print(message, end="", file=file or sys.stderr, flush=True)
 
 
 def build_parser() -> Parser:
@@ -172,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated as exc:
         return 128 + exc.number
     except KeyboardInterrupt:
-        print("ovm: interrupted", file=sys.stderr)
+        from ovms.cli import output
+
+        output.say("interrupted")
         return Exit.INTERRUPTED
     except BrokenPipeError:
         _say_no_more()  # whoever read our answer has gone
@@ -203,7 +213,9 @@ def _run(arguments: list[str]) -> int:
         options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
     )
     try:
-        return int(module.run(args, context))
+        code = int(module.run(args, context))
+        sys.stdout.flush()
+        return code
     except OSError as exc:
         # of a write; what was named by its path is told with that
         if exc.filename or exc.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from ovms.errors import ManifestInvalid, OvmsError
 from ovms.text import printable
@@ -32,7 +34,25 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 def say(text: str) -> None:
     """One line on stderr: news that is no answer."""
-    print(f"ovm: {safe(text)}", file=sys.stderr, flush=True)
+    talk(f"ovm: {safe(text)}\n")
+
+
+def talk(text: str) -> None:
+    """Text on stderr. Where whoever read it has gone, or its disk is full, the work goes on without a word."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        # also not by Python at its end, which would make an exit code of its own of it
+        hush(sys.stderr)
+
+
+def hush(stream: TextIO) -> None:
+    """Lets what is written to *stream* from now on, and what could not be, go nowhere."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def answer(text: str) -> None:
@@ -62,14 +82,14 @@ def answer_document(value: Any) -> None:
 def complain(error: OvmsError, *, as_json: bool) -> None:
     """An error on stderr: what is wrong, each problem of a manifest, and what to do."""
     if as_json:
-        print(dumps({"error": error.to_json()}), file=sys.stderr, flush=True)
+        talk(dumps({"error": error.to_json()}) + "\n")
         return
     lines = [f"ovm: error: {safe(error.message)}"]
     if isinstance(error, ManifestInvalid):
         lines += [f"  {safe(p.path)}: {safe(p.message)}" + (f" [{p.rule}]" if p.rule else "") for p in error.problems]
     if error.hint:
         lines.append(f"  hint: {safe(error.hint)}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    talk("\n".join(lines) + "\n")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

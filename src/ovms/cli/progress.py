@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -36,8 +38,8 @@ def make(mode: str) -> Progress:
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "none"
     if mode == "bar":
-        return _Bars(sys.stderr)
-    return _JsonLines(sys.stderr) if mode == "json" else NULL
+        return _Bars(_Stderr())
+    return _JsonLines(_Stderr()) if mode == "json" else NULL
 
 
 def say_beside(progress: Progress, text: str) -> None:
@@ -110,10 +112,33 @@ class _Task:
         self.owner.stands(self)
 
 
+class _Stderr:
+    """Where progress goes. That nobody reads it any more is no reason to break the work off."""
+
+    def write(self, text: str) -> None:
+        with self._noticing():
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with self._noticing():
+            sys.stderr.flush()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _noticing() -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            output.hush(sys.stderr)
+
+
 class _Bars:
     """A line for each task; those at work are redrawn in place."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: _Stderr | TextIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._active: list[_Task] = []
@@ -243,7 +268,7 @@ class _JsonLines:
     Bytes, bytes a second, seconds.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: _Stderr | TextIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._last: dict[int, float] = {}

@@ -71,7 +71,9 @@ class Authenticator:
         self._plain_http = plain_http
         self._fetch = fetch
         self._services = services or TokenServices()
+        # what was asked for first; and the first token that was asked for
         self._challenge: Challenge | None = None
+        self._bearer: Challenge | None = None
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
@@ -87,18 +89,23 @@ class Authenticator:
             RegistryDenied, RegistryProtocol: the token service refuses, or is none that we trust.
         """
         with self._lock:  # four transfers that begin together need one token
-            if self._challenge is None:
+            challenge = self._challenge
+            if challenge is None:
                 return None
-            if self._challenge.scheme == "basic":
-                found = credential()
-                if found is None or found.identity:
+            found = credential()
+            if challenge.scheme == "basic" and (found is None or found.identity):
+                # no password for it; a token may be had without one
+                challenge = self._bearer
+                if challenge is None:
                     return None
+            if challenge.scheme == "basic":
+                assert found is not None
                 if self._plain_http and not is_loopback(self._host):
                     raise self._unprotected(self._host)
                 return _basic(found)
             token, expires = self._tokens.get(scope, ("", 0.0))
             if time.monotonic() >= expires:
-                token, lifetime = self._request_token(self._challenge, scope, credential())
+                token, lifetime = self._request_token(challenge, scope, found)
                 self._tokens[scope] = (token, time.monotonic() + lifetime)
             return f"Bearer {token}"
 
@@ -107,17 +114,16 @@ class Authenticator:
 
         Whether another try makes sense: whether there is a challenge that we can answer.
         """
-        for header in headers:
-            for challenge in parse_challenges(header):
-                usable = challenge.scheme == "basic" or (
-                    challenge.scheme == "bearer" and "realm" in challenge.parameters
-                )
-                if usable:
-                    with self._lock:
-                        self._challenge = challenge
-                    self.forget(scope, sent)
-                    return True
-        return False
+        challenges = [challenge for header in headers for challenge in parse_challenges(header)]
+        bearers = [one for one in challenges if one.scheme == "bearer" and "realm" in one.parameters]
+        usable = [one for one in challenges if one.scheme == "basic" or one in bearers]
+        if not usable:
+            return False
+        with self._lock:
+            self._challenge = usable[0]
+            self._bearer = next(iter(bearers), None)
+        self.forget(scope, sent)
+        return True
 
     def forget(self, scope: str, sent: str | None) -> None:
         """Drops the token that was sent in the header *sent*, unless another transfer has a newer one already.

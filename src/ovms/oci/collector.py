@@ -375,8 +375,8 @@ def alone(layout: Layout, *, wait: float) -> Iterator[None]:
             held.enter_context(fsutil.file_lock(layout.root / "ovms.lock", timeout=wait))
         except Locked:
             raise Locked(
-                "another ovm process adds or uses blobs just now (pull, push, build, run, snapshot or fsck); "
-                "nothing was changed",
+                f"another ovm process{fsutil.shown_holders(layout.root / 'ovms.lock')} adds or uses blobs just now (pull, push, "
+                "build, run, snapshot or fsck); nothing was changed",
                 hint="try again when it has ended",
                 path=str(layout.root / "ovms.lock"),
             ) from None

@@ -6,15 +6,18 @@ again. Several threads may ask at once. Errors leave as Python has them; :mod:`o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import select
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from ovms.lazy import regex
 from ovms.oci.appending import BUFFER
 
 if TYPE_CHECKING:
@@ -34,8 +37,28 @@ Release = Callable[[bool], None]
 _Key = tuple[str, str, int, "ssl.SSLContext | None"]
 
 
+#: Seconds from the first byte of an answer's head to its last, and for what stands around the chunks of a body.
+LINES_TIME: Final = 30.0
+#: Lines after a chunked body.
+_TRAILERS_MAX: Final = 100
+
+
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class Sent(NamedTuple):
+    """A request whose answer is still to come.
+
+    Attributes:
+        fileno: the descriptor that can be read when the answer comes.
+        read: the answer up to its body, waited for; to be called once.
+        close: what to call instead where nobody wants it any more.
+    """
+
+    fileno: int
+    read: Callable[[], tuple[http.client.HTTPResponse, Release]]
+    close: Callable[[], None]
 
 
 class Connections:
@@ -89,7 +112,26 @@ class Connections:
                     raise
                 connection = self._open(key)
                 response = self._ask(connection, method, target, headers, body)
+        return response, self._release(key, connection, response)
 
+    def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
+        """Sends a GET, and does not wait for the answer. Raises as :meth:`request`, and tries nothing twice."""
+        key, target = _parse(url, context)
+        connection = self._idle_one(key) or self._open(key)
+        with _closed_on_error(connection):
+            connection.sock.settimeout(self._read_timeout)
+            _send(connection, "GET", target, headers, None)
+
+        def read() -> tuple[http.client.HTTPResponse, Release]:
+            with _closed_on_error(connection):
+                response = connection.getresponse()
+            return response, self._release(key, connection, response)
+
+        return Sent(connection.sock.fileno(), read, connection.close)
+
+    def _release(
+        self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> Release:
         def release(again: bool) -> None:
             # a server that does not keep it open has it closed by now
             if again and response.isclosed() and connection.sock is not None:
@@ -98,7 +140,7 @@ class Connections:
                 response.close()
                 connection.close()
 
-        return response, release
+        return release
 
     def _ask(
         self,
@@ -108,13 +150,10 @@ class Connections:
         headers: Mapping[str, str],
         body: bytes | IO[bytes] | None,
     ) -> http.client.HTTPResponse:
-        try:
+        with _closed_on_error(connection):
             connection.sock.settimeout(self._read_timeout)
             _send(connection, method, target, headers, body)
             return connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
 
     def _open(self, key: _Key) -> http.client.HTTPConnection:
         scheme, host, port, context = key
@@ -126,6 +165,7 @@ class Connections:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
         connection._create_connection = _connect  # type: ignore[attr-defined]  # noqa: SLF001
+        connection.response_class = Response
         try:
             connection.connect()
         except BaseException:
@@ -151,6 +191,15 @@ class Connections:
                 idle.append(connection)
                 return
         connection.close()
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _connect(address: tuple[str, int], *rest: Any) -> socket.socket:
@@ -208,3 +257,77 @@ def _send(
     except OSError as exc:
         if exc.errno not in _CUT_OFF:
             raise
+
+
+class Response(http.client.HTTPResponse):
+    """An answer whose lines have an end.
+
+    The standard library bounds each, and not all of them: any number of 100s before an answer, of trailers after it, and of bytes
+    that drip.
+    """
+
+    fp: Any
+
+    def begin(self) -> None:
+        """Reads the head. Raises :class:`TimeoutError` where it does not come to an end."""
+        ahead = self.fp.peek(1)
+        if b"\r\n\r\n" in ahead and _FINAL.match(ahead):
+            super().begin()  # all of it is here, as it nearly always is
+            return
+        with self._in_time():
+            super().begin()
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        fp = self.fp
+        self.fp = lines = _Lines(fp)
+        try:
+            yield
+        finally:
+            if self.fp is lines:  # else it was closed
+                self.fp = fp
+
+    def _read_next_chunk_size(self) -> int:
+        if b"\n" in self.fp.peek(1):  # which is nearly always so
+            return int(super()._read_next_chunk_size())  # type: ignore[misc]
+        with self._in_time():
+            return int(super()._read_next_chunk_size())  # type: ignore[misc]
+
+    def _read_and_discard_trailer(self) -> None:
+        lines = _Lines(self.fp)
+        for _ in range(_TRAILERS_MAX):
+            if lines.readline(_LINE_MAX) in (b"\r\n", b"\n", b""):
+                return
+        raise http.client.HTTPException("more trailers than anybody needs")
+
+
+#: The beginning of a head that no other follows, as one does after a 100.
+_FINAL: Final = regex(rb"HTTP/1\.[01] [2-5][0-9][0-9] ")
+#: Of one line that nobody wants.
+_LINE_MAX: Final = 64 * 1024
+
+
+class _Lines:
+    """The lines of an open file, as long as they come in :data:`LINES_TIME` from the first byte on."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._end: float | None = None
+
+    def readline(self, limit: int) -> bytes:
+        """A line, or *limit* bytes of one. Raises :class:`TimeoutError`."""
+        line = b""
+        while len(line) < limit and not line.endswith(b"\n"):
+            ahead = self._file.peek(1)  # waits for one piece at the most
+            now = time.monotonic()
+            self._end = self._end or now + LINES_TIME
+            if now > self._end:
+                raise TimeoutError("an answer's head does not come to an end")
+            if not ahead:
+                break
+            line += self._file.read(min(ahead.find(b"\n") + 1 or len(ahead), limit - len(line)))
+        return line
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

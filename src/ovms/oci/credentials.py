@@ -13,15 +13,18 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ovms import fsutil, process
-from ovms.errors import InputError, JsonInvalid, OvmsError
+from ovms import fsutil
+from ovms.errors import InputError, JsonInvalid, OvmsError, ToolMissing
 from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, strictjson
+
+if TYPE_CHECKING:
+    from ovms import process
 
 _FILE_MAX: Final = 1 * limits.MIB
 _HELPER: Final = regex(r"[A-Za-z0-9_.-]{1,64}")
@@ -32,15 +35,24 @@ _HELPER_ENV: Final = (
     "HOME",
     "USER",
     "LOGNAME",
+    "TMPDIR",
     "XDG_RUNTIME_DIR",
     "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_CACHE_HOME",
     "DBUS_SESSION_BUS_ADDRESS",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "XAUTHORITY",
     "GNUPGHOME",
-    "PASSWORD_STORE_DIR",
-    "AWS_PROFILE",
-    "AWS_REGION",
-    "CLOUDSDK_CONFIG",
+    "GPG_TTY",
+    "DOCKER_CONFIG",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    *(name for proxy in ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY") for name in (proxy, proxy.lower())),
 )
+#: Those of clouds are many, and what their helpers log in with.
+_HELPER_ENV_PREFIXES: Final = ("AWS_", "AZURE_", "CLOUDSDK_", "GOOGLE_", "PASSWORD_STORE_")
 _IDENTITY_USER: Final = "<token>"
 #: Docker Hub has more names than one; the first is what its helpers know it by.
 _HUB: Final = ("https://index.docker.io/v1/", "docker.io", "index.docker.io", "registry-1.docker.io")
@@ -61,7 +73,11 @@ class Credentials:
     def __init__(self, files: tuple[Path, ...], environ: Mapping[str, str]) -> None:
         """*files* are searched in this order; *environ* is what helpers get (in part)."""
         self._files = files
-        self._environ = {name: environ[name] for name in _HELPER_ENV if name in environ}
+        self._environ = {
+            name: value
+            for name, value in environ.items()
+            if name in _HELPER_ENV or name.startswith(_HELPER_ENV_PREFIXES)
+        }
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, uid: int | None = None) -> Credentials:
@@ -139,6 +155,8 @@ class Credentials:
         """
         if not isinstance(name, str) or not _HELPER.fullmatch(name):
             raise InputError(f"{path}: {str(name)[:80]!a} is no name of a credential helper", path=str(path))
+        from ovms import process
+
         program = f"docker-credential-{name}"
         try:
             done = process.run(
@@ -149,7 +167,9 @@ class Credentials:
                 env=self._environ,
             )
         except OvmsError as exc:
-            raise InputError(f"{path} names the credential helper {name}: {exc.message}", hint=exc.hint) from exc
+            # which package has it, we do not know
+            hint = f"install {program}, or take it out of that file" if isinstance(exc, ToolMissing) else exc.hint
+            raise InputError(f"{path} names the credential helper {name}: {exc.message}", hint=hint) from exc
         if done.returncode != 0:
             # the protocol's only way to say "none": a text
             if b"credentials not found" in done.stdout + done.stderr:
@@ -159,11 +179,17 @@ class Credentials:
 
     def _find(self, program: str) -> Path:
         # on the PATH of the environment that the files come from
+        import shutil
+
+        from ovms import process
+
         found = shutil.which(program, path=self._environ.get("PATH"))
         return Path(found) if found else process.find_tool(program)
 
 
 def _complaint(done: process.Completed) -> str:
+    from ovms import process
+
     # Errors come by the way that answers come, and a helper may have got as far as that, or repeat what it was given.
     said = process.tail(done.stderr or done.stdout)
     return "what it said may hold a secret, and is not shown" if "{" in said else said
@@ -247,9 +273,14 @@ def _decode(entry: Any, key: str, path: Path) -> Credential | None:
         return Credential(_IDENTITY_USER, token, identity=True)
     auth = entry.get("auth")
     if auth is None or auth == "":
+        # as Docker has it: what others write for it may hold these, and no "auth"
+        username, secret = entry.get("username"), entry.get("password")
+        if isinstance(username, str) and isinstance(secret, str) and username and secret:
+            return Credential(username, secret)
         return None
     try:
-        username, colon, secret = base64.b64decode(auth, validate=True).decode("utf-8").partition(":")
+        bare = re.sub(r"[\r\n]", "", auth)  # base64(1) breaks lines, and Go minds none
+        username, colon, secret = base64.b64decode(bare, validate=True).decode("utf-8").partition(":")
     except (TypeError, ValueError, binascii.Error):
         colon = username = secret = ""
     if not colon:

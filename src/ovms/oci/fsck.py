@@ -18,7 +18,7 @@ from typing import Any, Final
 from ovms import fsutil
 from ovms.errors import Locked, OvmsError, StoreCorrupt
 from ovms.lazy import dataclass, field, regex
-from ovms.oci import absent, collector, workers
+from ovms.oci import absent, collector, origins, workers
 from ovms.oci.collector import Item, Needs
 from ovms.oci.descriptor import ImageManifest
 from ovms.oci.layout import Entry, Layout
@@ -30,6 +30,7 @@ from ovms.spec.digest import Digest, from_hasher
 _HEX: Final = regex(r"[0-9a-f]{64}")
 #: Missing blobs that a message names; JSON has all of them.
 _NAMED_MAX: Final = 3
+_ORIGIN_HINT: Final = "pull or build the artifact again: until then policies go by all of its names"
 
 
 class Fault(StrEnum):
@@ -45,6 +46,7 @@ class Fault(StrEnum):
     DERIVED = "derived-damaged"
     ARTIFACT = "artifact-incomplete"
     RECORD = "record-damaged"
+    ORIGIN = "origin-damaged"
     #: Harmless: what killed commands left, and what is none of ours.
     STALE = "stale"
     FOREIGN = "foreign"
@@ -174,6 +176,7 @@ def look(layout: Layout, uses: Uses, hashed: Collection[Digest] | None, progress
     entries = _check_index(report, layout)
     corrupt = _check_blobs(report, layout, hashed, progress)
     _check_derived(report, layout, uses.needs)
+    _check_origins(report, layout)
     for error in uses.damaged:
         report.add(Fault.RECORD, error.message, hint=error.hint)
     artifacts = _check_artifacts(report, layout, entries, uses, corrupt)
@@ -316,6 +319,19 @@ def _check_derived(report: Report, layout: Layout, needs: Needs) -> None:
             wanted = _memory_size(layout.blob_dir / digits)
             if wanted is not None and (size := path.stat().st_size) != wanted:
                 report.add(Fault.DERIVED, f"{path} has {size} bytes, not the {wanted} of the memory", path=path)
+
+
+def _check_origins(report: Report, layout: Layout) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(layout.origin_dir.iterdir()):
+            if not _HEX.fullmatch(path.name):
+                continue
+            try:
+                origins.read(layout, Digest(f"sha256:{path.name}"))
+            except StoreCorrupt as exc:
+                report.add(
+                    Fault.ORIGIN, exc.message, path=path, digest=Digest(f"sha256:{path.name}"), hint=_ORIGIN_HINT
+                )
 
 
 def _memory_size(blob: Path) -> int | None:

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
-from ovms.oci.connections import AddressInvalid, Connections, Release
+from ovms.oci.connections import AddressInvalid, Connections, Release, Response
 from ovms.oci.realm import is_loopback
 from ovms.text import printable
 
@@ -44,6 +44,7 @@ REDIRECTS_MAX: Final = 5
 #: The largest lever on speed: 256 KiB beat 1 MiB by half when measured.
 BUFFER: Final = 256 * 1024
 _SHOWN_MAX: Final = 300
+_OWN_PORTS: Final = {"http": ":80", "https": ":443"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
@@ -76,7 +77,7 @@ class Answer:
     @property
     def elsewhere(self) -> bool:
         """Whether another host answered than the registry: one that it sent us to, and that got no credentials."""
-        return urlsplit(self.url).netloc.lower() != self.home[1]
+        return origin(self.url)[1] != self.home[1]
 
     @property
     def who(self) -> str:
@@ -187,6 +188,20 @@ class Answer:
         return bytes(body)
 
 
+class Asked(NamedTuple):
+    """A request whose answer is still to come.
+
+    Attributes:
+        fileno: the descriptor that can be read when the answer comes.
+        answer: waits for it; to be called once. Raises as :meth:`Transport.request`; a redirect is an answer.
+        close: what to call instead where nobody wants it any more.
+    """
+
+    fileno: int
+    answer: Callable[[], Answer]
+    close: Callable[[], None]
+
+
 class _Pace:
     """Watches how fast a body comes. Used as a context manager around each wait for bytes: no other time counts."""
 
@@ -282,7 +297,7 @@ class Transport:
                 # Where no certificate is checked, the user has said so: urllib3 need not warn of every request.
                 urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
                 credentials = proxy.credentials
-                self._proxied[context, proxy] = urllib3.ProxyManager(
+                manager = self._proxied[context, proxy] = urllib3.ProxyManager(
                     proxy.url,
                     proxy_headers=None if credentials is None else urllib3.make_headers(proxy_basic_auth=credentials),
                     retries=False,
@@ -291,6 +306,7 @@ class Transport:
                     blocksize=BUFFER,
                     ssl_context=context,
                 )
+                manager.pool_classes_by_scheme = _pools()
             return self._proxied[context, proxy]
 
     def request(
@@ -315,6 +331,21 @@ class Transport:
                 sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
             url = target
         raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
+
+    def send(self, url: str, headers: Mapping[str, str]) -> Asked | None:
+        """Sends a GET, and does not wait for the answer; None where a proxy is in between. Raises as :meth:`request`."""
+        self._check_plain(url, self._registry)
+        with _translated(url):
+            if self._proxies is not None and self._proxies.find(url) is not None:
+                return None
+            sent = self._connections.send(url, headers, self._context(url))
+
+        def answer() -> Answer:
+            with _translated(url):
+                response, release = sent.read()
+            return Answer(response, url, release)
+
+        return Asked(sent.fileno, answer, sent.close)
 
     def _check_plain(self, url: str, sender: str) -> None:
         try:
@@ -342,6 +373,17 @@ class Transport:
             return _answer_through(raw, url)
 
 
+def _pools() -> dict[str, Any]:
+    # urllib3's, whose answers have an end
+    from urllib3 import connectionpool
+
+    answer = {}
+    for scheme, pool in (("http", connectionpool.HTTPConnectionPool), ("https", connectionpool.HTTPSConnectionPool)):
+        connection = type("Connection", (pool.ConnectionCls,), {"response_class": Response})
+        answer[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+    return answer
+
+
 def _answer_through(raw: urllib3.BaseHTTPResponse, url: str) -> Answer:
     def release(again: bool) -> None:
         if again:
@@ -354,9 +396,9 @@ def _answer_through(raw: urllib3.BaseHTTPResponse, url: str) -> Answer:
 
 
 def origin(url: str) -> tuple[str, str]:
-    """Scheme and host of a URL: what credentials belong to."""
+    """Scheme and host of a URL: what credentials belong to. The port is left out where it is the scheme's own."""
     parts = urlsplit(url)
-    return parts.scheme, parts.netloc.lower()
+    return parts.scheme, parts.netloc.lower().removesuffix(_OWN_PORTS.get(parts.scheme, ""))
 
 
 def host_of(url: str) -> str:
@@ -376,10 +418,15 @@ def next_url(url: str, location: str | None) -> str:
     try:
         target = urljoin(url, location or "")
         parts = urlsplit(target)
-        bad = not location or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc
         bad = bad or any(c <= " " or c == "\x7f" for c in target)
     except ValueError:
         target, parts, bad = location or "", urlsplit(""), True
+    if not location:
+        raise RegistryProtocol(
+            f"{host_of(url)} does not say where to go on: its answer has no Location",
+            hint="it may be no registry, or what lies between (a proxy, a firewall) changes what it says",
+        )
     if bad:
         raise RegistryProtocol(f"{host_of(url)} sends us to {shown(str(location))!a}, which is no address")
     if urlsplit(url).scheme == "https" and parts.scheme == "http":

@@ -125,9 +125,22 @@ class BlobWriter:
             )
         return digest
 
-    def flush(self) -> None:
-        """Lets the kernel begin to write what came, and does not wait: many files are durable sooner so than one by one."""
+    def finish(self, expected: Descriptor) -> None:
+        """Checks what came, as :meth:`check`; :meth:`Layout.commit_all` makes it visible.
+
+        The kernel begins to write it, and is not waited for: many files are durable sooner so than one by one.
+        """
+        self.check(expected)
+        os.ftruncate(self._fd, self.size)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def wait(self) -> None:
+        """Until what came is durable."""
+        os.fsync(self._fd)
+
+    def show(self) -> None:
+        """Gives it its name."""
+        os.replace(self._path, self._layout.path(from_hasher(self._hasher)))
 
 
 class Layout:
@@ -292,7 +305,7 @@ class Layout:
     def loose(self, digest: Digest) -> Iterator[BlobWriter]:
         """Like :meth:`writer`, for a small blob: one file, which the collector sweeps where its writer is killed."""
         path = self.partial_dir / f"{hex_of(digest)}.{fsutil.unique(4)}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
         try:
             yield BlobWriter(self, fd, path)
         finally:
@@ -390,6 +403,20 @@ class Layout:
             os.replace(path, self.path(digest))
             if durable:
                 fsutil.fsync_dir(self.blob_dir)
+        except OSError as exc:
+            raise (fsutil.disk_full(exc, "adding a blob to the store", self.root) or exc) from exc
+
+    def commit_all(self, writers: Collection[BlobWriter]) -> None:
+        """Makes blobs visible that are finished (:meth:`BlobWriter.finish`); their names are durable after :meth:`sync`.
+
+        First all of them are durable, then all get their names: where these came in between, each would wait for a
+        transaction of the file system of its own.
+        """
+        try:
+            for writer in writers:
+                writer.wait()  # where some file systems first find that they are full
+            for writer in writers:
+                writer.show()
         except OSError as exc:
             raise (fsutil.disk_full(exc, "adding a blob to the store", self.root) or exc) from exc
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ovms import fsutil
 from ovms.errors import FileProblem, JsonInvalid, StoreCorrupt
-from ovms.lazy import dataclass
+from ovms.lazy import dataclass, regex
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.transport import Place
@@ -25,6 +25,8 @@ from ovms.spec.digest import Digest, hex_of, is_digest
 #: Entries of each list of a record, and its bytes.
 _ENTRIES_MAX: Final = 256
 _SIZE_MAX: Final = 1 * limits.MIB
+#: What ``fsutil.atomic_write`` leaves when it is killed.
+_TEMPORARY: Final = regex(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def read(layout: Layout, digest: Digest) -> Origin | None:
         why = str(exc)
     raise StoreCorrupt(
         f"{path} does not tell where {digest} came from: {ascii(why)[:200]}",
-        hint="remove the file, and pull or build the artifact again",
+        hint="'ovm fsck --repair' takes it out of the way; then pull or build the artifact again",
         digest=digest,
     )
 
@@ -102,9 +104,13 @@ def add(layout: Layout, digest: Digest, origin: Origin) -> None:
 def sweep(layout: Layout) -> None:
     """Forgets artifacts that are gone (under the collector's lock), unless another was made from them."""
     try:
-        known = [path for path in layout.origin_dir.iterdir() if is_digest(f"sha256:{path.name}")]
+        there = list(layout.origin_dir.iterdir())
     except FileNotFoundError:
         return
+    known = [path for path in there if is_digest(f"sha256:{path.name}")]
+    for path in there:
+        if _TEMPORARY.fullmatch(path.name):  # of a writer that was killed
+            path.unlink(missing_ok=True)
     gone, used = [], set[str]()
     for path in known:
         digest = Digest(f"sha256:{path.name}")

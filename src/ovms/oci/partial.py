@@ -131,10 +131,16 @@ def any_since(layout: Layout, when: float) -> bool:
 
 
 @contextlib.contextmanager
-def receiving(layout: Layout, descriptor: Descriptor, stopped: Callable[[], bool]) -> Iterator[Partial | None]:
+def receiving(
+    layout: Layout,
+    descriptor: Descriptor,
+    stopped: Callable[[], bool],
+    tell: Callable[[str], None] = lambda _text: None,
+) -> Iterator[Partial | None]:
     """The partial file of a blob, locked; None when the blob is in the store (another pull may have put it there).
 
-    Waits for another pull of the same blob. What is not committed stays for the next one.
+    Waits for another pull of the same blob; *tell* is told so, and with ``""`` of the end. What is not committed stays for the
+    next one.
 
     Raises:
         Locked: we waited, and *stopped* says that there is no point in it any more.
@@ -142,7 +148,7 @@ def receiving(layout: Layout, descriptor: Descriptor, stopped: Callable[[], bool
     directory = layout.partial_dir
     path = directory / hex_of(descriptor.digest)
     lock = directory / f"{path.name}.lock"
-    with _locked(lock, stopped):
+    with _locked(lock, stopped, tell):
         try:
             if layout.has(descriptor):
                 yield None
@@ -170,16 +176,22 @@ def _opened(layout: Layout, path: Path, descriptor: Descriptor) -> Iterator[Part
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+def _locked(path: Path, stopped: Callable[[], bool], tell: Callable[[str], None]) -> Iterator[None]:
+    told = False
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             while not _try_lock(fd):
                 if stopped():
                     raise Locked(f"another ovms process holds {path}", path=str(path))
+                if not told:
+                    told = True
+                    tell("another ovm fetches it")
                 time.sleep(0.05)
             # Whoever had it may have removed the file: then its lock keeps nobody away.
             if _same_file(fd, path):
+                if told:
+                    tell("")
                 yield
                 return
         finally:

@@ -6,7 +6,6 @@ or port, and the user wants to hear of that soon.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from typing import Final
@@ -25,8 +24,8 @@ PATIENCE: Final = 45.0
 #: At one that has not; and where it does not even say no, no new try begins after so many seconds.
 FIRST_ATTEMPTS_MAX: Final = 5
 FIRST_PATIENCE: Final = 15.0
-#: The most that a Retry-After may ask of us.
-WAIT_MAX: Final = 30.0
+#: A Retry-After that asks for more is not waited for: whoever comes back too soon is turned away again, and may be for longer.
+WAIT_MAX: Final = 60.0
 #: Pauses that are shorter than this are not worth a word.
 _TOLD_FROM: Final = 1.0
 _SLICE: Final = 0.2
@@ -76,6 +75,8 @@ class Patience:
             self._tell("")
 
     def _enough(self, exc: RegistryError) -> bool:
+        if isinstance(exc, Busy) and (exc.wait or 0.0) > WAIT_MAX:
+            return True
         elapsed = time.monotonic() - self._began
         if not self._worked():
             over = elapsed >= FIRST_PATIENCE and not isinstance(exc, Busy)
@@ -83,7 +84,11 @@ class Patience:
         return self._failures >= (SLOW_ATTEMPTS_MAX if elapsed >= PATIENCE else ATTEMPTS_MAX)
 
     def _pause(self, exc: RegistryError) -> float:
-        if isinstance(exc, Busy) and exc.wait is not None:
-            return min(exc.wait, WAIT_MAX)
         longer = min(2.0 ** (self._failures - 1), PAUSE_MAX)
-        return self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+        import random
+
+        pause = self._backoff * longer * random.uniform(0.75, 1.0)  # noqa: S311 - no secret
+        if isinstance(exc, Busy) and exc.wait is not None:
+            # "at once" is what a date says, too, where the registry's clock is behind ours: ten tries would be gone in no time
+            return max(exc.wait, pause)
+        return pause

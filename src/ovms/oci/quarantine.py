@@ -3,7 +3,7 @@
 ::
 
     store/ovms.quarantine/
-    ├── <hex>.<time>            what lay under a blob's name and was not that blob
+    ├── <hex>.<time>            what lay under a blob's name and was not that blob; a record of an origin that could not be read
     └── index.json.<time>       an index that could not be read, or not all of it
 
 Nothing looks for anything there: it stays until ``ovm prune --quarantine``.

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from ovms.errors import IntegrityError, JsonInvalid, OvmsError, ReferenceNotFound, RegistryProtocol
 from ovms.lazy import dataclass, field, replace
+from ovms.oci import workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import Layout
@@ -45,6 +46,8 @@ LOOKUPS_MAX: Final = 64
 #: Levels of a tree, and artifacts in all of it.
 DEPTH_MAX: Final = 8
 TREE_MAX: Final = 1000
+#: Lists that are asked for at once.
+_AT_ONCE: Final = 8
 #: Manifests of an index whose referrers are looked for.
 ROOTS_MAX: Final = 32
 
@@ -354,6 +357,26 @@ def roots(manifest: ImageManifest | ImageIndex) -> list[Digest]:
     return list(dict.fromkeys(digests))[:ROOTS_MAX]
 
 
+def _listings(
+    level: list[tuple[Digest, list[Node]]], listed: Lister, artifact_type: str | None
+) -> Iterator[tuple[Digest, list[Node], Listing]]:
+    # Some at a time, asked for at once: a round trip for each of a thousand signatures takes minutes. Not all of them: a limit may
+    # cut the rest off.
+    for first in range(0, len(level), _AT_ONCE):
+        batch = level[first : first + _AT_ONCE]
+        answers: dict[int, Listing] = {}
+
+        def job(number: int, subject: Digest, answers: dict[int, Listing] = answers) -> workers.Job:
+            def ask(_stopped: Callable[[], bool]) -> None:
+                answers[number] = listed(subject, artifact_type)
+
+            return ask
+
+        workers.run_all([job(n, subject) for n, (subject, _) in enumerate(batch)], parallel=_AT_ONCE)
+        for n, (subject, nodes) in enumerate(batch):
+            yield subject, nodes, answers[n]
+
+
 def tree(
     subjects: Sequence[Digest], listed: Lister, *, artifact_type: str | None = None, depth: int = DEPTH_MAX
 ) -> tuple[list[Node], bool]:
@@ -369,8 +392,7 @@ def tree(
     level: list[tuple[Digest, list[Node]]] = [(subject, tops) for subject in subjects]
     for number in range(min(depth, DEPTH_MAX)):
         deeper: list[tuple[Digest, list[Node]]] = []
-        for subject, nodes in level:
-            listing = listed(subject, None if number else artifact_type)
+        for subject, nodes, listing in _listings(level, listed, None if number else artifact_type):
             complete = complete and listing.complete
             for descriptor in listing.descriptors:
                 if count == TREE_MAX:

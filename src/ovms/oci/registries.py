@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -341,6 +340,8 @@ def _list(directory: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = fsutil.read_input(path, "the registries' configuration", max_size=_FILE_MAX).decode("utf-8")
+        import tomllib
+
         return tomllib.loads(text)
     except FileProblem as exc:
         if exc.code in ("file-missing", "file-empty") or isinstance(exc.__cause__, NotADirectoryError):

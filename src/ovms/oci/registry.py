@@ -29,6 +29,7 @@ from ovms.oci.http import (
     CONNECT_TIMEOUT,
     READ_TIMEOUT,
     Answer,
+    Asked,
     Broken,
     Refused,
     host_of,
@@ -50,9 +51,19 @@ T = TypeVar("T")
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
 _ERROR_BODY_TIME: Final = 10.0
+_GZIP: Final = b"\x1f\x8b"
 #: What no manifest is of, and a captive portal's answer is.
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
-_MANIFEST_TYPES: Final = ", ".join((mediatypes.OCI_MANIFEST, mediatypes.OCI_INDEX))
+#: Docker's types are no artifact of ours, and asked for all the same: some registries answer that there is nothing, or fail, where
+#: they have nothing else, and what came can be named.
+_MANIFEST_TYPES: Final = ", ".join(
+    (
+        mediatypes.OCI_MANIFEST,
+        mediatypes.OCI_INDEX,
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    )
+)
 
 
 #: Opens the content of a blob at an offset, to give so many bytes.
@@ -63,8 +74,15 @@ CHUNKED_FROM: Final = 128 * limits.MIB
 CHUNK: Final = 64 * limits.MIB
 #: Answers to a first chunk by registries that take none, or none of that size.
 _NO_CHUNKS: Final = frozenset({400, 404, 405, 411, 413, 416, 501})
+#: Answers to a later one by registries that have forgotten the upload, or are at another place of it.
+_ASTRAY: Final = frozenset({404, 416})
 
 
+#: What can be done about some statuses.
+_HINTS: Final = {
+    413: "that is too large for it, or for what lies before it: raise its limit (nginx: client_max_body_size)",
+    507: "it has no room left: ask its owner",
+}
 #: Answers by registries without the referrers API.
 _NO_REFERRERS: Final = frozenset({400, 404, 405, 501})
 #: ``Link: <url>; rel="next"``: which parameters stand before ``rel`` does not matter.
@@ -150,6 +168,7 @@ class RegistryClient:
             raw = answer.read(limits.OCI_MANIFEST_MAX, what=what)
             media_type = (answer.header("content-type") or mediatypes.OCI_MANIFEST).partition(";")[0].strip()
             _refuse_page(answer, media_type, what)
+            _refuse_compressed(answer, raw, what)
             promised = reference.digest or answer.header("docker-content-digest")
         digest = of_bytes(raw)
         # a digest of another algorithm in the header is none of our business
@@ -260,6 +279,27 @@ class RegistryClient:
             )
         return data
 
+    def send_blob(self, repository: str, descriptor: Descriptor) -> Asked | None:
+        """Asks for a small blob, and does not wait for the answer, which :meth:`receive_blob` reads.
+
+        None where :meth:`read_blob` has to ask for it. Raises as that.
+        """
+        return self._route.send(f"{repository}/blobs/{descriptor.digest}", repository)
+
+    def receive_blob(self, asked: Asked, descriptor: Descriptor) -> bytes | None:
+        """All of the blob that was asked for, not yet checked; None for any other answer than a blob of this size.
+
+        Raises:
+            Broken: the connection broke, or brings nothing.
+            Busy: the registry is.
+        """
+        with asked.answer() as answer:
+            if answer.status in BUSY:
+                raise busy(answer, f"the blob {descriptor.digest}")
+            if answer.status != 200 or answer.length() != descriptor.size:
+                return None
+            return b"".join(bytes(piece) for piece in answer.chunks())
+
     def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.
 
@@ -316,11 +356,19 @@ class RegistryClient:
         """
         if descriptor.size > CHUNKED_FROM and self._chunk_size:
             try:
-                self._push_chunked(repository, descriptor, body, self.patience(tell))
+                self._push_chunked(repository, descriptor, body, tell)
                 return
             except _NoChunks:
                 self._chunk_size = 0
-        self.retrying(lambda: self._push_whole(repository, descriptor, body), tell=tell)
+        tries = 0
+
+        def attempt() -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1 or not self._has_blob(repository, descriptor.digest):  # else it was the answer that got lost
+                self._push_whole(repository, descriptor, body)
+
+        self.retrying(attempt, tell=tell)
 
     def _begin_upload(self, repository: str, what: str) -> str:
         with self._request("POST", f"{repository}/blobs/uploads/", repository, "pull,push", {}, lambda: b"") as answer:
@@ -334,24 +382,40 @@ class RegistryClient:
         with self._request("PUT", url, repository, "pull,push", headers, lambda: body(0, descriptor.size)) as answer:
             self._expect(answer, 201, what, repository)
 
-    def _push_chunked(self, repository: str, descriptor: Descriptor, body: Body, patience: Patience) -> None:
+    def _push_chunked(
+        self, repository: str, descriptor: Descriptor, body: Body, tell: Callable[[str], None] | None
+    ) -> None:
         # What a finished chunk has brought stays: after a failure the registry is asked how far it is.
         what = f"the blob {descriptor.digest}"
-        url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
-        while at < descriptor.size:
+        patience = self.patience(tell)
+        url, at, furthest = self._begin_patiently(repository, what, tell), 0, 0
+        while True:
             size = min(self._chunk_size, descriptor.size - at)
             try:
+                if not size:
+                    self._finish_upload(repository, url, descriptor, what)
+                    return
                 url = self._push_chunk(repository, url, at, size, body, what)
             except (Broken, Refused, Busy) as exc:
                 patience.bear(exc)
-                found = self._upload_state(repository, url)
+                if not size and self.has_blob(repository, descriptor.digest):
+                    return  # it was the answer that got lost
+                found = self.retrying(lambda: self._upload_state(repository, url), tell=tell)  # noqa: B023
                 if found is None:
-                    url, at = self.retrying(lambda: self._begin_upload(repository, what)), 0
+                    url, at = self._begin_patiently(repository, what, tell), 0
                 else:
                     url, at = found[0], min(found[1], at + size)
                 continue
             at += size
-            patience.progressed()
+            # what a registry that forgets its uploads gets once more is no progress
+            if at > furthest:
+                furthest = at
+                patience.progressed()
+
+    def _begin_patiently(self, repository: str, what: str, tell: Callable[[str], None] | None) -> str:
+        return self.retrying(lambda: self._begin_upload(repository, what), tell=tell)
+
+    def _finish_upload(self, repository: str, url: str, descriptor: Descriptor, what: str) -> None:
         final = _with_digest(url, descriptor.digest)
         with self._request("PUT", final, repository, "pull,push", {"Content-Length": "0"}, lambda: b"") as answer:
             self._expect(answer, 201, what, repository)
@@ -365,22 +429,27 @@ class RegistryClient:
         with self._request("PATCH", url, repository, "pull,push", headers, lambda: body(at, size)) as answer:
             if at == 0 and answer.status in _NO_CHUNKS:
                 raise _NoChunks
+            if answer.status in _ASTRAY:
+                raise Busy(f"{answer.who} has lost count of an upload of {what} ({answer.status})", None)
             self._expect(answer, 202, what, repository)
             return next_url(answer.url, answer.header("location"))
 
     def _upload_state(self, repository: str, url: str) -> tuple[str, int] | None:
-        """Where an upload goes on, and how many bytes have arrived; None when the registry has forgotten it."""
-        try:
-            with self._request("GET", url, repository, "pull,push") as answer:
-                match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.header("range") or "")
-                if answer.status != 204 or match is None:
-                    return None
-                location = answer.header("location")
-                # "0-0" is what some say of an upload without a byte
-                end = int(match[1])
-                return (next_url(answer.url, location) if location else url), end + 1 if end else 0
-        except (Broken, Refused, Busy):
-            return None
+        """Where an upload goes on, and how many bytes have arrived; None when the registry has forgotten it.
+
+        Raises:
+            Broken, Refused, Busy: that can't be told just now.
+        """
+        with self._request("GET", url, repository, "pull,push") as answer:
+            if answer.status in BUSY:
+                raise busy(answer, "the state of an upload")
+            match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.header("range") or "")
+            if answer.status != 204 or match is None:
+                return None
+            location = answer.header("location")
+            # "0-0" is what some say of an upload without a byte
+            end = int(match[1])
+            return (next_url(answer.url, location) if location else url), end + 1 if end else 0
 
     # --- referrers ---------------------------------------------------------------------------------------------
 
@@ -473,7 +542,8 @@ class RegistryClient:
                 raise refused_elsewhere(answer, what, said)
             raise auth.denied(answer.asked, f"repository:{repository}:", has_credential=answer.authorized, said=said)
         raise RegistryProtocol(
-            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else "")
+            f"{answer.who} answers with {answer.status} to a request for {what}" + (f": {said}" if said else ""),
+            hint=_HINTS.get(answer.status),
         )
 
 
@@ -483,6 +553,16 @@ def _refuse_page(answer: Answer, media_type: str, what: str) -> None:
             f"{answer.who} answers with an HTML page to a request for {what}",
             hint="it may be no registry, or what lies between (a proxy, a network that asks for a login) answers for it: "
             "look at the host in a browser",
+            rule="OCI-1",
+        )
+
+
+def _refuse_compressed(answer: Answer, raw: bytes, what: str) -> None:
+    # nobody asked for that, and nothing is unpacked whose size nobody knows
+    if raw.startswith(_GZIP):
+        raise RegistryProtocol(
+            f"{answer.who} answers with compressed bytes to a request for {what}",
+            hint="what lies between (a proxy) may compress what nobody asked it to: have it leave the registry's answers alone",
             rule="OCI-1",
         )
 

@@ -77,6 +77,8 @@ def _repair(layout: Layout, finding: Finding, needs: Needs) -> Finding:
             if finding.digest is not None and (why := damage(layout, finding.digest)) is not None:
                 return _repair(layout, replace(finding, fault=Fault.BLOB, message=why), needs)
             return replace(finding, repaired="set to 0444")
+        case Fault.ORIGIN if path is not None:
+            return replace(finding, repaired=f"moved to {set_aside(layout.quarantine_dir, path)}")
         case Fault.DERIVED if path is not None:
             path.unlink(missing_ok=True)
             return replace(finding, repaired="removed; the next start makes it anew")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from ovms.errors import RegistryDenied, RegistryUnreachable
-from ovms.oci.http import Answer
+from ovms.oci.http import Answer, Asked
 from ovms.oci.registries import Endpoint
 from ovms.oci.session import BUSY, Busy, MakeBody, Place, Session
 
@@ -61,6 +61,18 @@ class Route:
             place = self._find_places(repository, pull=False)[0]
             return _ask(place, method, rest, repository, actions, headers, body)
         return self._pull(method, rest, repository, actions, headers)
+
+    def send(self, path: str, repository: str) -> Asked | None:
+        """Sends a GET for a part of an artifact that is being pulled, and does not wait for the answer.
+
+        It goes to whoever serves the artifact. None where nobody does yet, or :meth:`~ovms.oci.session.Session.send` says so.
+        """
+        written = repository in self._written
+        if not written and repository not in self._served:
+            return None
+        place = self._find_places(repository, pull=not written)[0 if written else self._at.get(repository, 0)]
+        name = place.endpoint.rewrite(repository)
+        return place.session.send(name + path.removeprefix(repository), name, f"repository:{name}:pull")
 
     def mount_source(self, repository: str, source: str) -> str | None:
         """What *source* is called where *repository* is pushed to; None where it is pushed to another registry."""

@@ -16,7 +16,7 @@ from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, Registr
 from ovms.lazy import dataclass, field
 from ovms.oci import auth
 from ovms.oci.credentials import Credential
-from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Broken, Transport, origin
+from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Asked, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
 from ovms.oci.realm import TokenServices, is_loopback, same_host
 from ovms.oci.registries import Endpoint
@@ -35,9 +35,10 @@ MakeBody = Callable[[], "bytes | IO[bytes]"]
 class Busy(RegistryError):
     """429 or 5xx: another try may go better, after *wait* seconds where the registry says so."""
 
-    def __init__(self, message: str, wait: float | None) -> None:
+    def __init__(self, message: str, wait: float | None, *, more: str = "") -> None:
+        """*more*: what else can be done."""
         seconds = None if not wait else round(wait)
-        hint = "try again later" if seconds is None else f"try again in {seconds} s"
+        hint = ("try again later" if seconds is None else f"try again in {seconds} s") + more
         super().__init__(message, hint=hint, retry_after_s=seconds)
         self.wait = wait
 
@@ -122,9 +123,32 @@ class Session:
             with answer:
                 self._use("https")
 
+    def send(self, path: str, repository: str, scope: str) -> Asked | None:
+        """Sends a GET, and does not wait for the answer, which may be a challenge; *path* is below ``/v2/``.
+
+        None where it is not known yet how the host is spoken to, or a proxy is in between. Raises as :meth:`request`.
+        """
+        with self._lock:
+            base, authenticator = self._base, self._auth
+        if authenticator is None or self._guessed:
+            return None
+        authorization = authenticator.header(scope, lambda: self._credential(repository))
+        asked = self._transport.send(base + path, {} if authorization is None else {"Authorization": authorization})
+        if asked is None:
+            return None
+        return asked._replace(answer=lambda: self._noted(asked.answer(), repository))
+
+    def _noted(self, answer: Answer, repository: str) -> Answer:
+        answer.asked, answer.home = self.host, origin(self._base)
+        answer.authorized = self._known.get(repository) is not None
+        return answer
+
     def owns(self, url: str) -> bool:
         """Whether a URL that an answer gave leads to this host."""
-        return origin(url) == origin(self._base)
+        try:
+            return origin(url) == origin(self._base)
+        except ValueError:
+            return False  # what is no address is said where it is connected to
 
     def _exchange(
         self,
@@ -136,7 +160,8 @@ class Session:
         headers: Mapping[str, str],
         body: MakeBody | None,
     ) -> Answer:
-        ours = url.startswith(self._base)
+        # also below another path, or with the port that goes without saying: some write their addresses so
+        ours = self.owns(url)
         for last in (False, True):
             sent = dict(headers)
             authorization = authenticator.header(scope, lambda: self._credential(repository)) if ours else None
@@ -152,8 +177,7 @@ class Session:
             finally:
                 if content is not None and not isinstance(content, bytes):
                     content.close()
-            answer.asked, answer.home = self.host, origin(self._base)
-            answer.authorized = self._known.get(repository) is not None
+            self._noted(answer, repository)
             # nobody else's challenge is answered
             if answer.status != 401 or last or not ours or answer.elsewhere:
                 return answer
@@ -247,6 +271,8 @@ class Session:
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int
     ) -> tuple[int, bytes]:
         with self._transport.request(method, url, headers, body) as answer:
+            answer.asked, answer.home = self.host, origin(self._base)
+            answer.authorized = "Authorization" in headers or body is not None
             if answer.status in BUSY:
                 raise busy(answer, "a token")
             return answer.status, answer.read(limit, what="a token")
@@ -264,7 +290,10 @@ def busy(answer: Answer, what: str) -> Busy:
     """The error for one of the statuses :data:`BUSY`."""
     wait = _seconds(answer.header("retry-after") or "")
     asks = "" if not wait else f", and asks to wait {wait:.0f} s"
-    return Busy(f"{answer.who} answers with {answer.status} to a request for {what}{asks}", wait)
+    # those who say who they are may often ask for more
+    nobody = answer.status == 429 and not answer.authorized and not answer.elsewhere
+    more = f"; a login may raise the limit: ovm login {answer.asked}" if nobody else ""
+    return Busy(f"{answer.who} answers with {answer.status} to a request for {what}{asks}", wait, more=more)
 
 
 def refused_elsewhere(answer: Answer, what: str, said: str = "") -> RegistryDenied:

@@ -20,6 +20,8 @@ from ovms.spec import limits
 if TYPE_CHECKING:
     import ssl
 
+#: May be left out, by the registry too where the user has written it.
+_PORT: Final = ":443"
 _PEM_MAX: Final = 4 * limits.MIB
 _CERTS_D: Final = "~/.config/containers/certs.d"
 #: Alerts of a server that wants a certificate of ours, or another one (RFC 8446 §6.2; TLS 1.2 has only the second).
@@ -28,6 +30,8 @@ _CLIENT_ALERTS: Final = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 #: X509_V_ERR_*: self-signed, no issuer known.
 _UNKNOWN_CA: Final = frozenset({2, 18, 19, 20, 21})
+#: Not yet valid, or no longer.
+_NOT_NOW: Final = frozenset({9, 10})
 
 #: Finds the files for a ``host[:port]``.
 Find = Callable[[str], Certificates]
@@ -66,7 +70,9 @@ class Trust:
             InputError, FileProblem: a file of ``certs.d`` cannot be used.
         """
         host = host.lower()
-        own = host == self._registry
+        own = host.removesuffix(_PORT) == self._registry.removesuffix(_PORT)
+        if own:
+            host = self._registry
         found = self._find(host)
         if not own and found == Certificates():
             found = Certificates(self._find(self._registry).ca_files)
@@ -129,6 +135,10 @@ def explain(exc: BaseException, host: str) -> tuple[str, str] | None:
                 "its certificate is signed by an authority that is not trusted here",
                 f"put the authority's certificate into {place} (or /etc/containers/certs.d), or among the system's",
             )
+        if exc.verify_code in _NOT_NOW:
+            return exc.verify_message or str(
+                exc
+            ), "check this machine's clock; if it is right, the registry's owner has to renew it"
         return exc.verify_message or str(exc), "ask the registry's owner for a certificate that is good for this name"
     if not isinstance(exc, ssl.SSLError) or isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return None

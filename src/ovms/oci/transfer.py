@@ -19,13 +19,14 @@ from ovms.errors import (
     InputError,
     IntegrityError,
     OvmsError,
+    ReferenceNotFound,
     RegistryError,
     RegistryProtocol,
     StoreCorrupt,
     Unsupported,
 )
 from ovms.lazy import dataclass
-from ovms.oci import absent, partial, ranges, workers
+from ovms.oci import absent, partial, ranges, small, workers
 from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, parse_manifest
 from ovms.oci.http import Broken, Refused
 from ovms.oci.layout import REPAIR, BlobWriter, Layout
@@ -46,8 +47,12 @@ if TYPE_CHECKING:
 _PROGRESS: Final = 1 * limits.MIB
 #: Bytes of an upload after which progress is told, and it is asked whether to go on.
 _SENT_AT_ONCE: Final = 1 * limits.MIB
+#: Manifests that a message names.
+_NAMED_MAX: Final = 3
 #: Blobs up to this size are fetched in one piece.
 _SMALL: Final = 256 * limits.KIB
+#: Up to so many of them, it does not matter how.
+_FEW: Final = 2
 
 
 class _Stopped(OvmsError):
@@ -121,7 +126,8 @@ def pull(
             left_out = [blob for blob in missing if blob.digest in leaving]
             missing = [blob for blob in missing if blob.digest not in leaving]
             _require_space(layout, missing, reference)
-        download.blobs([blob for blob in manifest.blobs if blob not in [*documents, *left_out]], missing)
+        others = {blob.digest for blob in [*documents, *left_out]}
+        download.blobs([blob for blob in manifest.blobs if blob.digest not in others], missing)
         download.note_absent(left_out)
         layout.sync()
         absent.forget(layout, missing)
@@ -291,11 +297,12 @@ class _Download:
 
     def blobs(self, blobs: list[Descriptor], missing: list[Descriptor]) -> None:
         """Fetches those of *blobs* that are *missing*, several at once: the small ones, then the others, largest first."""
+        lacking = {blob.digest for blob in missing}
         for blob in blobs:
-            if blob not in missing:
+            if blob.digest not in lacking:
                 with self._progress.task(label(blob), blob.size) as task:
                     task.note("exists already")
-        wanted = sorted((blob for blob in blobs if blob in missing), key=lambda blob: -blob.size)
+        wanted = sorted((blob for blob in blobs if blob.digest in lacking), key=lambda blob: -blob.size)
         self._fetch_all_small([blob for blob in wanted if blob.size <= _SMALL])
         large = [blob for blob in wanted if blob.size > _SMALL]
         self._unfinished = len(large)
@@ -306,26 +313,34 @@ class _Download:
         with contextlib.ExitStack() as held:
             writers: list[BlobWriter] = []
 
+            def keep(blob: Descriptor, data: bytes, stopped: Callable[[], bool] = lambda: False) -> None:
+                with self._lock:
+                    if stopped():
+                        return
+                    writer = held.enter_context(self._layout.loose(blob.digest))
+                writer.write(data)
+                writer.finish(blob)
+                writers.append(writer)
+                self._count(len(data))
+
             def job(blob: Descriptor) -> workers.Job:
                 def fetch(stopped: Callable[[], bool]) -> None:
                     with self._progress.task(label(blob), blob.size) as task:
                         data = self._read_small(blob, task)
-                        with self._lock:
-                            if stopped():
-                                return
-                            writer = held.enter_context(self._layout.loose(blob.digest))
-                        writer.write(data)
-                        writer.check(blob)
-                        writer.flush()
-                        writers.append(writer)
+                        keep(blob, data, stopped)
                         task.advance(len(data))
-                    self._count(len(data))
 
                 return fetch
 
-            workers.run_all([job(blob) for blob in blobs])
-            for writer in writers:
-                writer.commit(durable=False)
+            left = {blob.digest: blob for blob in blobs}
+            at_once = blobs if len(blobs) > _FEW else []
+            for blob, data in small.fetch(self._client, self._repository, at_once, workers.PARALLEL):
+                with self._progress.task(label(blob), blob.size) as task:
+                    keep(blob, data)
+                    task.advance(len(data))
+                left.pop(blob.digest, None)
+            workers.run_all([job(blob) for blob in left.values()])
+            self._layout.commit_all(writers)
 
     def _spare(self) -> int:
         # connections that no blob is waiting for, shared out among those at work
@@ -344,7 +359,7 @@ class _Download:
         def fetch_one(stopped: Callable[[], bool]) -> None:
             with (
                 self._progress.task(label(blob), blob.size) as task,
-                partial.receiving(self._layout, blob, stopped) as receiver,
+                partial.receiving(self._layout, blob, stopped, task.waiting) as receiver,
             ):
                 if receiver is None:
                     task.note("exists already")
@@ -536,14 +551,10 @@ def push(
         manifest = layout.manifest(digest)
         upload = _Upload(layout, client, reference.repository, progress)
         if isinstance(manifest, ImageIndex):
-            for child in manifest.manifests:
-                if layout.size(child.digest) is not None:
-                    image = layout.manifest(child.digest)
-                    if isinstance(image, ImageManifest):
-                        upload.image(image, child.digest)
+            upload.index(manifest, reference)
         else:
             upload.blobs(manifest)
-        upload.manifest(manifest, reference.tag or digest)
+            upload.manifest(manifest, reference.tag or digest)
 
 
 def push_files(
@@ -601,10 +612,42 @@ class _Upload:
                 )
         workers.run_all([self._job(blob) for blob in sorted(image.blobs, key=lambda blob: -blob.size)])
 
-    def manifest(self, manifest: ImageManifest | ImageIndex, target: str) -> None:
+    def index(self, index: ImageIndex, reference: Reference) -> None:
+        """What is here of an index, then the index. The rest of it may be there already; not every registry asks for it."""
+        absent_here: list[Digest] = []
+        here: list[Digest] = []
+        for child in index.manifests:
+            if self._layout.size(child.digest) is None:
+                absent_here.append(child.digest)
+                continue
+            image = self._layout.manifest(child.digest)
+            if isinstance(image, ImageManifest):
+                self.image(image, child.digest)
+                here.append(child.digest)
+        lacking = [digest for digest in absent_here if not self._there(digest)]
+        try:
+            self.manifest(index, reference.tag or index.digest, retry=not lacking)
+        except (Busy, RegistryProtocol) as exc:
+            if not lacking:
+                raise
+            raise BlobNotFound(
+                f"the registry {self._client.host} takes no index that is not whole, and what {reference} lists for other "
+                f"platforms is neither here nor there: {', '.join(lacking[:_NAMED_MAX])}{', …' if lacking[_NAMED_MAX:] else ''}",
+                hint=f"push what is here by itself: 'ovm push {here[0]} {reference}'" if here else "pull it again",
+                missing=lacking,
+            ) from exc
+
+    def _there(self, digest: Digest) -> bool:
+        try:
+            self._client.get_manifest(Reference(self._client.host, self._repository, None, digest))
+        except ReferenceNotFound:
+            return False
+        return True
+
+    def manifest(self, manifest: ImageManifest | ImageIndex, target: str, *, retry: bool = True) -> None:
         """The manifest, and what lets it be found by its subject."""
         entry = manifest.as_referrer()
-        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type)
+        handled = self._client.put_manifest(self._repository, target, manifest.raw, entry.media_type, retry=retry)
         if manifest.subject is not None and not handled:
             from ovms.oci import referrers
 

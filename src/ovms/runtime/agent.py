@@ -15,7 +15,7 @@ import base64
 import binascii
 import contextlib
 import json
-import secrets
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -168,7 +168,7 @@ class Agent:
             ) from exc
         self._held.callback(sock.close)
         self._sock = sock
-        number = secrets.randbelow(2**31)
+        number = int.from_bytes(os.urandom(4), "big") >> 1
         # the delimiter at the front makes the agent forget half a command
         self._send(_DELIMITER + _request("guest-sync-delimited", {"id": number}), deadline)
         looked = self._patient

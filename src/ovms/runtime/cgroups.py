@@ -31,6 +31,8 @@ _MOVE_EACH: Final = 0.004
 _MOVES: Final = 100
 #: Seconds that what is mounted is known for.
 _KNOWN_FOR: Final = 5.0
+#: Of each thread: who moves us for it.
+_mover: Final = threading.local()
 _OOM: Final = regex(r"^oom_kill ([0-9]+)$", re.MULTILINE)
 
 
@@ -92,8 +94,13 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
     """Within it a process is moved into a group without a wait.
 
     The kernel lets whoever moves one wait until all processors have passed a quiet point (an RCU grace period, 5 to 20 ms),
-    but not who comes soon after another. So we move ourselves to where we are, beside what else there is to do.
+    but not who comes soon after another. So we move ourselves to where we are, beside what else there is to do. Inside another
+    one that has not given up yet, it does nothing.
     """
+    outer: threading.Thread | None = getattr(_mover, "thread", None)
+    if outer is not None and outer.is_alive():
+        yield
+        return
     done = threading.Event()
     procs = [hierarchy.own / _PROCS for hierarchy in _hierarchies(proc)]
 
@@ -107,7 +114,8 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
                         break
                 return
 
-    threading.Thread(target=move, name="cgroups", daemon=True).start()
+    _mover.thread = threading.Thread(target=move, name="cgroups", daemon=True)
+    _mover.thread.start()
     try:
         yield
     finally:

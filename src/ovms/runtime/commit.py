@@ -60,7 +60,7 @@ def take(
         DiskFull, VmmError: the guest goes on.
     """
     instances, layout = runtime.instances, runtime.layout
-    with instances.locked(record) as newest, layout.using():
+    with instances.locked(record, finish=True) as newest, layout.using():
         source = runtime.artifact(newest)
         below = len(source.manifest.disk_layers)
         if squash:

@@ -10,7 +10,6 @@ import email.utils
 import os
 import platform
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -271,7 +270,7 @@ def _root(host: Host) -> list[Finding]:
         return [Finding("root", Verdict.FAIL, reason, "no VM can be run", remedy)]
     with probe as directory:
         holes, reflinks = _holes(Path(directory)), _reflinks(Path(directory))
-    kind, free = _file_system(host), shutil.disk_usage(host.root.path).free
+    kind, free = _file_system(host), fsutil.free_space(host.root.path)
     text = f"{host.root.path} ({kind}), {free / limits.GIB:.1f} GiB free"
     lost: list[str] = []
     remedies: list[str] = []

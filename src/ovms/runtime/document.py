@@ -7,7 +7,8 @@ import os
 import struct
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Final
+from io import FileIO
+from typing import Any, Final
 
 from ovms.errors import Interrupted, OvmsError, VmmError
 from ovms.process import describe_exit
@@ -95,19 +96,20 @@ def _timings(record: Record, files: VmFiles | None) -> dict[str, float]:
     if files is None or record.started is None or record.start_ms is None:
         return timings
     spawned = datetime.fromisoformat(record.started).timestamp() * 1000 - record.start_ms
-    for path in (files.old(files.console_index), files.console_index):
-        with contextlib.suppress(OSError, struct.error), path.open("rb") as index:
+    index_path = f"{files.directory}/{files.CONSOLE_INDEX}"
+    for path in (f"{index_path}{files.OLD}", index_path):
+        with contextlib.suppress(OSError, struct.error), open(path, "rb", buffering=0) as index:  # noqa: PTH123 - often
             found = _first_since(index, spawned)
             if found is None:
                 continue
             at, number, time_ns = found
-            if at or number == 0 or path != files.old(files.console_index):  # what came before it is there, too
+            if at or number == 0 or path == index_path:  # what came before it is there, too
                 timings["first_output"] = max(0.0, round(time_ns / 1e6 - spawned, 1))
             break
     return timings
 
 
-def _first_since(index: BinaryIO, moment_ms: float) -> tuple[int, int, int] | None:
+def _first_since(index: FileIO, moment_ms: float) -> tuple[int, int, int] | None:
     # of the entries, which are in the order of time: the place of the first that is not before *moment_ms*, and what it says
     low, high = 0, os.fstat(index.fileno()).st_size // _PAIR.size
 

@@ -81,7 +81,7 @@ def of_instance(
     _check_target(target)
     instances, layout = runtime.instances, runtime.layout
     with layout.using(), contextlib.ExitStack() as held:
-        with instances.locked(record) as newest:
+        with instances.locked(record, finish=True) as newest:
             layers, frozen = opened(runtime, newest, runtime.artifact(newest), held, quiesce=quiesce)
         # what follows takes its time, and needs nothing of the instance any more
         written = _write(layers, target, progress)

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Final
 
 from ovms import fsutil, process
-from ovms.errors import InputError, InstanceNotFound, Interrupted, Locked, NameTaken, OvmsError, StateConflict
+from ovms.errors import (
+    GuestError,
+    InputError,
+    InstanceNotFound,
+    Interrupted,
+    Locked,
+    NameTaken,
+    OvmsError,
+    StateConflict,
+)
 from ovms.lazy import dataclass, regex, replace
 from ovms.memory.template import Holder
 from ovms.oci.collector import Needs
@@ -123,11 +132,10 @@ class Instances:
 
     def _load(self, directory: Path) -> Record | None:
         try:
-            info = (directory / FILE).stat()
+            stamp = _stamp(f"{directory}/{FILE}")
         except OSError:
             self._read.pop(directory.name, None)
             return load(directory)
-        stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
         known = self._read.get(directory.name)
         if known is not None and known[0] == stamp:
             return known[1]
@@ -135,6 +143,14 @@ class Instances:
         if record is not None:  # should it have been replaced meanwhile, the stamp is of the one before: read again
             self._read[directory.name] = (stamp, record)
         return record
+
+    def known(self, text: str) -> Record | None:
+        """The instance of a whole ID whose record was read before and has not changed; None where it has to be looked for."""
+        known = self._read.get(text)
+        with contextlib.suppress(OSError):
+            if known is not None and known[0] == _stamp(f"{self.place}/{text}/{FILE}"):
+                return known[1]
+        return None
 
     def by_id(self, text: str) -> Record | None:
         """The instance of a whole ID; None where there is none, or *text* is none."""
@@ -168,19 +184,13 @@ class Instances:
             if record.problem is not None or record.stop_requested:
                 return Status(record, State.ERROR if record.problem is not None else State.STOPPED)
             asked = self.stop_asked(record)
-            if self._locked(record):
+            if self.held(record):
                 return Status(record, State.STOPPING if asked else State.STARTING)
             if (newer := self._newer(record)) is not None:
                 return self.status(newer)
             return Status(record, State.STOPPED if asked else State.ERROR)
         if record.process.alive():
-            if record.stop_requested or self.stop_asked(record):
-                return Status(record, State.STOPPING)
-            # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
-            paused = record.paused or (record.pausing and not self._locked(record))
-            if paused and record.pausing and (newer := self._newer(record)) is not None:
-                return self.status(newer)
-            return Status(record, State.PAUSED if paused else State.RUNNING)
+            return self.living(record)
         files = self.files(record)
         seen = None if record.watcher is None else watch.wait_exit(files, record.watcher, _LAST_WORDS)
         ending = self._vmms(record.vmm).ending(files)
@@ -193,12 +203,23 @@ class Instances:
         status = workload.exit_status(files) if said else None
         return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
 
+    def living(self, record: Record) -> Status:
+        """What an instance does now whose VM lives; unlike :meth:`status` it waits for nobody."""
+        if record.stop_requested or self.stop_asked(record):
+            return Status(record, State.STOPPING)
+        # a snapshot that goes on is no change of state (STA-2); one that was killed has left it paused
+        paused = record.paused or (record.pausing and not self.held(record))
+        if paused and record.pausing and (newer := self._newer(record)) is not None:
+            return self.status(newer)
+        return Status(record, State.PAUSED if paused else State.RUNNING)
+
     def _newer(self, record: Record) -> Record | None:
         # Whoever had the lock may have been done between the reading of the record and the look at the lock.
         newest = self.newest(record)
         return None if newest == record else newest
 
-    def _locked(self, record: Record) -> bool:
+    def held(self, record: Record) -> bool:
+        """Whether somebody has an instance's lock."""
         try:
             with fsutil.file_lock(self.directory(record.id) / LOCK, timeout=0):
                 return False
@@ -246,12 +267,16 @@ class Instances:
     # --- changing ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self, record: Record, *, timeout: float | None = None) -> Iterator[Record]:
+    def locked(self, record: Record, *, timeout: float | None = None, finish: bool = False) -> Iterator[Record]:
         """Holds an instance's lock, and gives its newest record.
+
+        With *finish* what is half done with its guest is finished first (:meth:`finish`): who had the lock before may have been
+        killed while we waited for it, and what is noted of the guest now would be taken for the user's will.
 
         Raises:
             Locked: another command has it.
             InstanceNotFound: it was removed meanwhile.
+            VmmError: it cannot be finished.
         """
         directory = self.directory(record.id)
         with contextlib.ExitStack() as held:
@@ -264,7 +289,7 @@ class Instances:
             newest = load(directory)
             if newest is None:
                 raise self._gone(record)
-            yield newest
+            yield self.finish(newest) if finish else newest
 
     def _gone(self, record: Record) -> InstanceNotFound:
         return InstanceNotFound(f"the instance {record.name} was removed meanwhile", instance=record.name)
@@ -383,7 +408,7 @@ class Instances:
     def stop_left(self, record: Record) -> float | None:
         """How many seconds an instance still has until it is to be ended; None where nobody has marked it."""
         try:
-            return self._stop_mark(record).stat().st_mtime - time.monotonic()
+            return os.stat(f"{self.place}/{record.id}/{STOP}").st_mtime - time.monotonic()
         except OSError:
             return None
 
@@ -456,8 +481,46 @@ class Instances:
             with contextlib.suppress(OvmsError, OSError):
                 self._recover(directory)
 
+    def recover_one(self, instance_id: str) -> None:
+        """The same for one instance."""
+        with contextlib.suppress(OvmsError, OSError):
+            self._recover(self.directory(instance_id))
+
+    def finish(self, record: Record) -> Record:
+        """Lets a guest go on that whoever was killed has left standing still, gives its link back and thaws it (under its lock).
+
+        Returns its record. A guest whose agent does not thaw stays noted, and so does one that the user has paused.
+
+        Raises:
+            VmmError: the VMM refuses.
+        """
+        if not record.half_done or record.process is None:
+            return record
+        if not record.process.alive():
+            return self.save(replace(record, fs_frozen=False)) if record.fs_frozen else record
+        with self.control(record) as control:
+            if record.pausing:
+                if not record.paused:  # by the user's will it goes on standing still
+                    control.resume()
+                record = self.save(replace(record, pausing=False))
+            if record.link_down:
+                control.set_link(True)
+                record = self.save(replace(record, link_down=False))
+            # one whose agent is gone has perhaps been booted anew; one that is paused cannot answer yet
+            if record.fs_frozen and not record.paused and control.agent_listens():
+                from ovms.runtime import quiesce
+
+                with contextlib.suppress(GuestError, Locked):
+                    quiesce.thaw(self.files(record), control, quiesce.THAW_FOUND)
+                    record = self.save(replace(record, fs_frozen=False))
+        return record
+
     def _recover(self, directory: Path) -> None:
         record = load(directory)
+        if record is not None and record.process is not None and record.half_done:
+            # not under the lock that every start needs: a guest's agent may keep us waiting
+            with self.locked(record, timeout=0, finish=True) as newest:
+                record = newest
         if record is not None and not self._needs_recovery(record):
             return
         # A directory without a record is just being made or removed: both happen under this lock.
@@ -470,17 +533,7 @@ class Instances:
                 fsutil.remove_tree(directory)
                 return
             if record.process is None:
-                record = self._adopt(record)
-            if record.pausing and record.process is not None and record.process.alive():
-                with self.control(record) as control:
-                    control.resume()
-                record = self.save(replace(record, pausing=False))
-            if record.link_down and record.process is not None and record.process.alive():
-                with self.control(record) as control:
-                    control.set_link(True)
-                record = self.save(replace(record, link_down=False))
-            if record.fs_frozen:
-                record = self._thaw(record)
+                record = self.finish(self._adopt(record))
             if _ended(record):
                 network.sweep(directory)
             elif self._is_cut_off(record):
@@ -492,25 +545,8 @@ class Instances:
             if record.remove_on_exit and record.process is not None and not self.status(record).state.alive:
                 self.remove(record)
 
-    def _thaw(self, record: Record) -> Record:
-        if record.process is None or not record.process.alive():
-            return self.save(replace(record, fs_frozen=False))
-        from ovms.runtime import quiesce
-
-        with contextlib.suppress(OvmsError), self.control(record) as control:
-            # one whose agent is gone has perhaps been booted anew; one that is paused cannot answer yet
-            if not record.paused and control.agent_listens():
-                quiesce.thaw(self.files(record), control, quiesce.THAW_FOUND)
-                return self.save(replace(record, fs_frozen=False))
-        return record
-
     def _needs_recovery(self, record: Record) -> bool:
-        if (
-            record.pausing
-            or record.link_down
-            or record.fs_frozen
-            or (record.process is None and record.problem is None and not record.stop_requested)
-        ):
+        if record.process is None and record.problem is None and not record.stop_requested:
             return True
         if not _ended(record):
             return self._is_cut_off(record)
@@ -555,6 +591,11 @@ def _directories(place: Path) -> list[Path]:
         return [path for path in place.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
         return []
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    info = os.stat(path)
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def _ended(record: Record) -> bool:

@@ -2,7 +2,8 @@
 
 The agent writes out what the guest has cached, and lets no program write until it thaws (``guest-fsfreeze-freeze``; programs that
 have hooks in ``/etc/qemu/fsfreeze-hook.d`` are told). The record says so before that, so whoever finds a guest that was left frozen,
-and unlocked, thaws it (:meth:`ovms.runtime.instances.Instances.recover`). Where this cannot be had, the disk is as after a power failure.
+and unlocked, thaws it (:meth:`ovms.runtime.instances.Instances.finish`): the next command, or soon a server that runs.
+Where this cannot be had, the disk is as after a power failure.
 
 A RAM snapshot needs none of it: what is missing on its disk is in its memory. Its clones would find their file systems frozen.
 """

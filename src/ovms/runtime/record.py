@@ -140,6 +140,11 @@ class Record:
     still: Still | None = None
 
     @property
+    def half_done(self) -> bool:
+        """Whether somebody is at work with its guest, or was killed at it: it has to go on then, or be thawed."""
+        return self.pausing or self.link_down or self.fs_frozen
+
+    @property
     def watched(self) -> Watched | None:
         """The VMM and its watcher."""
         if self.process is None or self.watcher is None:

@@ -31,7 +31,7 @@ _WELL: Final = 10.0
 COMMAND: Final = "ended"
 _START: Final = (
     "import os, sys; os.environ['PATH'] = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
-    "from ovms.cli.main import main; sys.exit(main())"
+    "from ovms.cli.entry import entry; entry()"
 )
 
 

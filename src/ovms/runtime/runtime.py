@@ -566,7 +566,7 @@ class Runtime:
             VmmError: the VMM refused.
         """
         after(self.instances.status(record).state, Call.PAUSE, record.name)
-        with self.instances.locked(record) as newest:
+        with self.instances.locked(record, finish=True) as newest:
             after(self.instances.status(newest).state, Call.PAUSE, newest.name)
             # Noted first, and asked of the VMM also where it is noted: should we be killed between, 'resume' sets it right.
             paused = self.instances.save(replace(newest, paused=True)) if not newest.paused else newest
@@ -585,7 +585,8 @@ class Runtime:
             after(self.instances.status(newest).state, Call.RESUME, newest.name)
             with self.instances.control(newest) as control:
                 control.resume()
-            return self.instances.save(replace(newest, paused=False)) if newest.paused else newest
+            resumed = self.instances.save(replace(newest, paused=False)) if newest.paused else newest
+            return self.instances.finish(resumed)
 
     def artifact(self, record: Record) -> Artifact:
         """The artifact that an instance was started from."""

@@ -13,7 +13,7 @@ from ovms import fsutil, process
 from ovms.artifact import model, provenance
 from ovms.artifact.parts import ram_annotations
 from ovms.artifact.provenance import Material, Times, Work
-from ovms.errors import InputError, OvmsError, StateConflict
+from ovms.errors import AgentUnavailable, InputError, OvmsError, StateConflict
 from ovms.lazy import asdict, dataclass, replace
 from ovms.memory import capture, chain, compat, content, snapshot, template
 from ovms.oci.descriptor import Descriptor
@@ -91,6 +91,7 @@ def take(
     Raises:
         StateConflict: the instance does not run.
         UsageError, InputError: *encrypt* is wrong, or empty where the memory came from an encrypted snapshot.
+        AgentUnavailable: a killed command may have left its file systems frozen, and its agent does not thaw them.
         AgentUnavailable, GuestError, ResourceError: it cannot be scrubbed; nothing was done.
         DiskFull: said before the guest is paused, wherever the need is known.
         VmmError, HostError: the VMM or the host refused; the guest goes on.
@@ -104,9 +105,10 @@ def take(
         # else the guest would have worked for nothing
         attachments.require_snapshot(record)
         before, zeroed = _scrub(runtime, record)
-    with instances.locked(record) as newest, layout.using(), contextlib.ExitStack() as scratch:
+    with instances.locked(record, finish=True) as newest, layout.using(), contextlib.ExitStack() as scratch:
         state = instances.status(newest).state
         after(state, Call.SNAPSHOT, newest.name)
+        _require_thawed(newest)
         attachments.require_snapshot(newest)
         require_snapshots(runtime.vmm(newest.vmm), newest.name, disk=newest.machine.disk_size is not None)
         source = runtime.artifact(newest)
@@ -164,6 +166,15 @@ def take(
             encrypted=wrapped is not None,
         )
     return replace(taken, reseeds=_reseeds(runtime, source))
+
+
+def _require_thawed(record: Record) -> None:
+    # nobody would know of its clones that they have to be thawed
+    if record.fs_frozen:
+        raise AgentUnavailable(
+            f"the file systems of the guest of {record.name} may stand frozen since a command was killed, and clones would wake up so",
+            hint="try again when its agent answers ('ovm resume' it first if it is paused), or start it anew",
+        )
 
 
 def _wrapped(encrypt: Sequence[str]) -> tuple[Encryption, Cipher] | None:

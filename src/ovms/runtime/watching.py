@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import json
 import os
 import select
 import struct
@@ -23,14 +25,19 @@ from ovms.runtime.document import instance
 from ovms.runtime.instances import STOP, Instances
 from ovms.runtime.record import FILE
 from ovms.runtime.runtime import now
+from ovms.spec import limits
 from ovms.spec.states import State
 from ovms.vmm.model import VmFiles
 
-#: Events that are remembered.
+#: Events that are remembered, and the bytes of their JSON: an error may be long.
 EVENTS_MAX: Final = 4096
+EVENTS_BYTES_MAX: Final = 1 * limits.MIB
+_BLOCK: Final = 16 * limits.KIB
 #: Seconds between two looks at everything, with and without inotify.
 _LOOK: Final = 5.0
 _LOOK_BLIND: Final = 0.5
+#: Seconds between two looks at whether those are alive who have something half done with a guest: nothing tells of their end.
+_LOOK_HALF_DONE: Final = 0.25
 #: Seconds while which further news of an instance are taken together with the first.
 _SETTLE: Final = 0.01
 #: What is written to be woken: for a look at everything, at those that were named.
@@ -47,7 +54,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Numbered events; the latest are remembered.
+    """Numbered events; the latest are remembered, as the text that they are sent as: a quarter of what their objects take.
 
     Numbers begin with the time (ms) of the log's own beginning, so they never fall, not when a server is started anew either,
     and nothing has to be kept for that.
@@ -56,27 +63,58 @@ class EventLog:
     def __init__(self, *, first: int | None = None) -> None:
         self._lock = threading.Lock()
         self._next = int(time.time() * 1000) if first is None else first
-        self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
+        # some hundred lines a block: lines of their own would lie scattered among all that comes and goes, and one of all
+        # would be made anew again and again
+        self._blocks: deque[bytearray] = deque()
+        self._size = 0
+        self._lengths: deque[int] = deque()
         self._listeners: dict[object, Callable[[], object]] = {}
 
     def add(self, kind: str, **fields: Any) -> None:
         """Notes an event; fields that are None are left out."""
         with self._lock:
-            event = {"time": now(), "seq": self._next, "type": kind}
+            line = _line(self._next, kind, {key: value for key, value in fields.items() if value is not None})
             self._next += 1
-            self._events.append(event | {key: value for key, value in fields.items() if value is not None})
+            if not self._blocks or len(self._blocks[-1]) >= _BLOCK:
+                self._blocks.append(bytearray())
+            self._blocks[-1] += line
+            self._lengths.append(len(line))
+            self._size += len(line)
+            while len(self._lengths) > EVENTS_MAX or self._size > EVENTS_BYTES_MAX:
+                self._forget()
         for listener in list(self._listeners.values()):
             listener()
 
+    def _forget(self) -> None:
+        length = self._lengths.popleft()
+        self._size -= length
+        del self._blocks[0][:length]
+        if not self._blocks[0]:
+            self._blocks.popleft()
+
     def after(self, seq: int | None) -> list[Event]:
         """What came after the event *seq* (None: all that is remembered), with ``lost`` first where some is forgotten."""
+        return [json.loads(line) for line in self.text_after(seq)[0].splitlines()]
+
+    def text_after(self, seq: int | None) -> tuple[bytes, int]:
+        """The same as lines of JSON, and the number of the latest event."""
         with self._lock:
-            first = self._next - len(self._events)
+            last = self._next - 1
+            first = self._next - len(self._lengths)
             if seq is None:
-                return list(self._events)
-            if first - 1 <= seq < self._next:
-                return [event for event in self._events if event["seq"] > seq]
-            return [{"time": now(), "seq": first - 1, "type": "lost"}, *self._events]
+                return b"".join(self._blocks), last
+            if first - 1 <= seq <= last:
+                return self._newest(sum(itertools.islice(reversed(self._lengths), last - seq))), last
+            return b"".join((_line(first - 1, "lost", {}), *self._blocks)), last
+
+    def _newest(self, size: int) -> bytes:
+        blocks: list[bytearray] = []
+        for block in reversed(self._blocks):
+            if size <= 0:
+                break
+            blocks.append(block[max(0, len(block) - size) :])
+            size -= len(block)
+        return b"".join(reversed(blocks))
 
     @property
     def last(self) -> int:
@@ -96,6 +134,10 @@ class EventLog:
             self._listeners.pop(key, None)
 
 
+def _line(seq: int, kind: str, fields: dict[str, Any]) -> bytes:
+    return json.dumps({"time": now(), "seq": seq, "type": kind, **fields}).encode() + b"\n"
+
+
 @dataclass()
 class _Seen:
     state: State
@@ -103,11 +145,18 @@ class _Seen:
 
 
 class Watcher:
-    """Turns changes of instances into events. ``run`` is for a thread of its own."""
+    """Turns changes of instances into events. ``run`` is for a thread of its own.
 
-    def __init__(self, instances: Instances, log: EventLog) -> None:
+    *left* is told of an instance whose guest was left paused or frozen by somebody who was killed; again with every look at
+    everything, as long as it is.
+    """
+
+    def __init__(self, instances: Instances, log: EventLog, left: Callable[[str], object] | None = None) -> None:
         self._instances = instances
         self._log = log
+        self._left = left
+        self._half_done: set[str] = set()
+        self._looked = 0.0
         self._seen: dict[str, _Seen] = {}
         self._inotify = _Inotify()
         self._poll = select.poll()
@@ -162,9 +211,12 @@ class Watcher:
     def step(self, timeout: float) -> None:
         """Waits for news, *timeout* seconds at most, and tells them."""
         wait = timeout if self._inotify.whole else min(timeout, _LOOK_BLIND)
-        ready = self._poll.poll(wait * 1000)
-        if not ready:
+        ready = self._poll.poll(1000 * (min(wait, _LOOK_HALF_DONE) if self._half_done else wait))
+        if self._half_done:
+            self._see_whose_makers_live()
+        if time.monotonic() - self._looked >= wait:
             self._look_at_all()
+        if not ready:
             return
         dirty: set[str] = set()
         for fd, _ in ready:
@@ -185,6 +237,17 @@ class Watcher:
             for instance_id in dirty | named:
                 self._look_at(instance_id)
 
+    def _see_whose_makers_live(self) -> None:
+        for instance_id in list(self._half_done):
+            with contextlib.suppress(OvmsError, OSError):
+                record = self._instances.by_id(instance_id)
+                if record is not None and record.half_done and self._instances.held(record):
+                    continue
+                self._half_done.discard(instance_id)
+                # between the two looks it may have come to its end
+                if record is not None and self._left is not None and self._instances.by_id(instance_id) == record:
+                    self._left(instance_id)
+
     def _woken(self) -> None:
         said = b""
         with contextlib.suppress(BlockingIOError):
@@ -196,6 +259,7 @@ class Watcher:
                 self._look_at(self._asked.popleft())
 
     def _look_at_all(self, *, tell: bool = True) -> None:
+        self._looked = time.monotonic()
         with contextlib.suppress(OSError):
             here = {entry.name for entry in os.scandir(self._instances.place) if not entry.name.startswith(".")}
             for instance_id in here | set(self._seen):
@@ -204,22 +268,23 @@ class Watcher:
     def _look_at(self, instance_id: str, *, tell: bool = True) -> None:
         directory = self._instances.directory(instance_id)
         seen = self._seen.get(instance_id)
+        if seen is None:
+            # before the record is read: what changes from here on is told
+            self._inotify.add(str(directory), instance_id)
         try:
             record = self._instances.by_id(instance_id)
             if record is None:
-                if seen is not None:
+                if seen is not None:  # else it is just being made: its record comes
                     self._forget(instance_id)
                     self._log.add("removed", instance_id=instance_id)
-                else:
-                    # just being made: its record comes
-                    self._inotify.add(str(directory), instance_id)
                 return
             status = self._instances.status(record)
         except (OvmsError, OSError):
             return  # damaged, or gone in this moment: looked at again
+        if self._left is not None and record.half_done and status.state.alive:
+            self._half_done.add(instance_id)
         if seen is None:
             seen = self._seen[instance_id] = _Seen(status.state)
-            self._inotify.add(str(directory), instance_id)
             if tell:
                 self._log.add("created", instance_id=instance_id, state=str(status.state))
                 self._tell(instance_id, status.state, instance(status)["error"])

@@ -21,6 +21,7 @@ Check = Callable[[Any], str | None]
 _TIME: Final = regex(
     r"[0-9]{4}(-[0-9]{2}){2}[Tt][0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 )
+_CONTROL: Final = regex(r"[\x00-\x1f\x7f]")
 _KINDS: Final = {
     bool: "a boolean",
     int: "an integer",
@@ -225,7 +226,7 @@ def shown(text: str) -> str:
 
 def has_control_characters(text: str) -> bool:
     """Whether *text* holds what a terminal would act on."""
-    return any(ord(c) < 0x20 or ord(c) == 0x7F for c in text)
+    return _CONTROL.search(text) is not None
 
 
 def from_base64(text: str) -> bytes | None:

@@ -209,6 +209,8 @@ class VmFiles:
     EVENTS: ClassVar[str] = "events.out"
     PID: ClassVar[str] = "vmm.pid"
     EXIT: ClassVar[str] = "exit"
+    #: Behind the name of a log: what was in it before it was begun anew.
+    OLD: ClassVar[str] = ".1"
 
     @property
     def control(self) -> Path:
@@ -237,7 +239,7 @@ class VmFiles:
 
     def old(self, path: Path) -> Path:
         """Where what was in a log goes when it is begun anew."""
-        return path.with_name(f"{path.name}.1")
+        return path.with_name(f"{path.name}{self.OLD}")
 
     @property
     def vmm_log(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import socket
@@ -217,6 +218,9 @@ def test_a_page_is_no_manifest(server: Server, layout: Layout) -> None:
         (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "answers with what is not HTTP"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "answers with what is not HTTP"),
         (OK + b"Content-Length: 1000\r\n\r\nshort", "does not get to the end"),
+        (with_body(gzip.compress(MANIFEST), b"Content-Encoding: gzip"), "answers with compressed bytes"),
+        (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "has no Location"),
+        (b"HTTP/1.1 413 Large\r\nContent-Length: 0\r\n\r\n", "answers with 413"),
         (OK + b"Content-Length: 5000000\r\n\r\n" + bytes(5_000_000), "4194304 bytes to a request for the manifest of"),
     ],
 )
@@ -360,7 +364,12 @@ def test_how_long_the_registry_asks_to_wait_is_said(
     with pytest.raises(RegistryError, match=f"asks to wait {seconds} s") as caught:
         pull(server.host, layout)
     assert caught.value.to_json()["retry_after_s"] == seconds
-    assert str(seconds) in str(caught.value.hint)
+    login = f"; a login may raise the limit: ovm login {server.host}"
+    assert caught.value.hint == f"try again in {seconds} s{login}"
+    server.answers["/v2/x/manifests/1"].insert(0, (401, {"WWW-Authenticate": 'Basic realm="x"'}, b""))
+    with pytest.raises(RegistryError) as caught:
+        pull(server.host, layout, Credential("me", "secret"))
+    assert caught.value.hint == f"try again in {seconds} s"
 
 
 def test_credentials_follow_a_redirect_at_home(server: Server, layout: Layout) -> None:

@@ -162,8 +162,7 @@ def test_one_that_is_needed_comes_with_the_rest(layout: Layout, client: Registry
 def test_room_is_needed_for_what_is_fetched(
     layout: Layout, client: RegistryClient, counter: Counter, ref: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = type("Usage", (), {"free": fsutil.SPACE_RESERVE + len(DISK) + len(RAM) // 2})
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
+    monkeypatch.setattr(fsutil, "free_space", lambda path: fsutil.SPACE_RESERVE + len(DISK) + len(RAM) // 2)
     for gate in (None, fit):
         with pytest.raises(DiskFull):
             pull(layout, client, ref, gate)

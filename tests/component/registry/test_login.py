@@ -20,6 +20,8 @@ from support.registry import HTPASSWD, Registry
 from support.tls import Authority
 from support.tokens import TokenService
 
+from ovms.cli.exitcodes import Exit
+
 SECRET = "secret"
 
 
@@ -137,7 +139,14 @@ def test_a_registry_that_is_none(ovm: Ovm, authfile: Path) -> None:
     assert not authfile.exists()
 
 
-def test_the_prompt_does_not_echo(ovm: Ovm, guarded: Registry, authfile: Path) -> None:
+@pytest.mark.parametrize(
+    ("typed", "said", "code"),
+    [(SECRET.encode() + b"\n", b"logged in to", Exit.OK), (b"\x04", b"no password was typed", Exit.USAGE)],
+    ids=["password", "Ctrl-D"],
+)
+def test_the_prompt_does_not_echo(
+    ovm: Ovm, guarded: Registry, authfile: Path, typed: bytes, said: bytes, code: int
+) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [OVM, "login", guarded.host],
@@ -163,15 +172,15 @@ def test_the_prompt_does_not_echo(ovm: Ovm, guarded: Registry, authfile: Path) -
         until(b"Username: ")
         os.write(master, b"ovms\n")
         until(b"Password: ")
-        os.write(master, SECRET.encode() + b"\n")
-        until(b"logged in to")
-        assert process.wait(timeout=20) == 0
+        os.write(master, typed)
+        until(said)
+        assert process.wait(timeout=20) == code
     finally:
         process.kill()
         process.wait()
         os.close(master)
     assert SECRET.encode() not in shown
-    assert guarded.host in authfile.read_text()
+    assert authfile.exists() == (code == Exit.OK)
 
 
 def test_a_token_service(ovm: Ovm, authfile: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import appending, patience, registry, transfer
+from ovms.oci import appending, partial, patience, registry, transfer
+from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -258,6 +259,32 @@ def test_two_pulls_at_once_fetch_each_blob_once(tmp_path: Path, server: Server) 
     is_whole(Layout(tmp_path / "store"), server)
 
 
+def test_whoever_waits_for_another_pull_is_told_so(layout: Layout, server: Server, client: RegistryClient) -> None:
+    told: list[str] = []
+    descriptor = Descriptor(DISK, of_bytes(BIG), len(BIG))
+    go_on = threading.Event()
+
+    def other() -> None:
+        with partial.receiving(layout, descriptor, lambda: False) as receiver:
+            assert receiver is not None
+            go_on.wait(10)
+            receiver.write(BIG)
+            receiver.commit()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        go_on.set()
+
+    thread = threading.Thread(target=other)
+    with layout.using():
+        thread.start()
+        faulty.wait_until((layout.partial_dir / hex_of(descriptor.digest)).exists)  # which is made under the lock
+        with partial.receiving(layout, descriptor, lambda: False, tell) as receiver:
+            assert receiver is None
+    thread.join(10)
+    assert told == ["another ovm fetches it", ""]
+
+
 PULL = """
 import sys, pathlib
 from ovms.oci import transfer
@@ -297,17 +324,21 @@ def test_a_killed_pull_is_gone_on_with(layout: Layout, server: Server, client: R
     is_whole(layout, server)
 
 
-@pytest.mark.long
-def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout: Layout, tmp_path: Path) -> None:
-    ref = f"sha256:{hashlib.sha256(BIG).hexdigest()}"
+def serve_disk(server: Server) -> str:
+    """Lets the server have an artifact that a command takes. Returns its digest."""
     document = {
         "schemaVersion": 1,
         "mediaType": mediatypes.MANIFEST,
         "name": "x",
         "version": "1",
-        "diskLayers": [{"ref": ref, "format": "raw"}],
+        "diskLayers": [{"ref": of_bytes(BIG), "format": "raw"}],
     }
-    server.serve_artifact({"disk": (DISK, BIG)}, (mediatypes.MANIFEST, json.dumps(document).encode()))
+    return server.serve_artifact({"disk": (DISK, BIG)}, (mediatypes.MANIFEST, json.dumps(document).encode()))
+
+
+@pytest.mark.long
+def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, tmp_path: Path) -> None:
+    serve_disk(server)
     server.faults = [("GET", blob(BIG), faulty.stall(20))]
     ovm = Ovm(tmp_path / "root", tmp_path)
     pull = ovm.popen("--progress", "bar", "pull", f"{server.host}/x:1", stderr=subprocess.PIPE)
@@ -323,6 +354,26 @@ def test_whoever_breaks_a_pull_off_learns_that_it_goes_on(server: Server, layout
     assert str(server.asked("GET", blob(BIG))[-1]).startswith("bytes=2")
 
 
+@pytest.mark.parametrize("progress", ["json", "bar"])
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_pull_does_not_need_whoever_reads_of_its_progress(
+    server: Server, tmp_path: Path, reader: str, progress: str
+) -> None:
+    manifest = serve_disk(server)
+    ovm = Ovm(tmp_path / "root", tmp_path)
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    stderr = ours if reader == "gone" else os.open("/dev/full", os.O_WRONLY)
+    process = ovm.popen(
+        f"--progress={progress}", "pull", "--json", f"{server.host}/x:1", stdout=subprocess.PIPE, stderr=stderr
+    )
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(out)["digest"]) == (0, manifest)
+    process = ovm.popen("pull", f"{server.host}/x:no", stderr=stderr)
+    assert process.wait(30) == Exit.NOT_FOUND
+    os.close(stderr)
+
+
 # --- uploads ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,12 +385,14 @@ def chunked(monkeypatch: pytest.MonkeyPatch, client: RegistryClient) -> Registry
 
 
 def push(layout: Layout, client: RegistryClient, data: bytes) -> Digest:
-    from ovms.oci.descriptor import Descriptor
-
     digest = layout.add_bytes(data)
     body = transfer._Body(layout.path(digest), NULL.task("x"), lambda: False)
     client.push_blob("x", Descriptor("a/b", digest, len(data)), body.open)
     return digest
+
+
+def pass_on(handler: faulty.Handler, body: bytes) -> bool:
+    return False
 
 
 def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: RegistryClient) -> None:
@@ -356,9 +409,6 @@ def test_a_large_blob_goes_in_chunks(layout: Layout, server: Server, chunked: Re
 def test_a_failed_chunk_is_sent_again_alone(
     layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
 ) -> None:
-    def pass_on(handler: faulty.Handler, body: bytes) -> bool:
-        return False
-
     server.blobs.clear()
     server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", fault)]
     digest = push(layout, chunked, BIG)
@@ -405,6 +455,78 @@ def test_a_chunk_that_arrived_although_its_answer_was_lost(
     digest = push(layout, chunked, BIG)
     assert server.blobs[digest] == BIG
     assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_outlasts_a_registry_that_can_t_tell_how_far_it_is(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    on, off = ("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", faulty.hang_up)
+    server.faults = [on, on, on, off, *[("GET", "/uploads/", fault)] * 2]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 6, "what had arrived is not sent again"
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+@pytest.mark.parametrize("fault", [faulty.status(503), faulty.hang_up], ids=["503", "hang-up"])
+def test_an_upload_whose_end_fails_is_ended_again(
+    layout: Layout, server: Server, chunked: RegistryClient, fault: faulty.Fault
+) -> None:
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", fault)] * 2
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("PATCH", "/uploads/")) == 5
+
+
+@pytest.mark.parametrize("size", [len(BIG), len(SMALL)], ids=["in chunks", "in one piece"])
+def test_an_upload_that_has_ended_although_the_answer_was_lost(
+    layout: Layout, server: Server, chunked: RegistryClient, size: int
+) -> None:
+    def swallow(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.partition("?")[0].rpartition("/")[2]
+        data = handler.server.uploads.pop(session) + body
+        handler.server.blobs[faulty.digest_of(data)] = data
+        return faulty.hang_up(handler, body)
+
+    server.blobs.clear()
+    server.faults = [("PUT", "/uploads/", swallow)]
+    digest = push(layout, chunked, BIG[:size])
+    assert server.blobs[digest] == BIG[:size]
+    assert len(server.asked("PUT", "/uploads/")) == 1
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_is_at_another_place_is_asked_for_it(
+    layout: Layout, server: Server, chunked: RegistryClient
+) -> None:
+    def half(handler: faulty.Handler, body: bytes) -> bool:
+        session = handler.path.rpartition("/")[2]
+        handler.server.uploads[session] += body[: len(body) // 2]
+        handler.reply(202, Location=handler.path)
+        return True
+
+    server.blobs.clear()
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", half)]
+    digest = push(layout, chunked, BIG)
+    assert server.blobs[digest] == BIG
+    assert len(server.asked("POST", "/uploads/")) == 1
+
+
+def test_a_registry_that_forgets_every_upload_is_given_up(
+    layout: Layout, server: Server, chunked: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(handler: faulty.Handler, body: bytes) -> bool:
+        handler.server.uploads.clear()
+        return False
+
+    monkeypatch.setattr(chunked, "_backoff", 0.001)
+    server.faults = [("PATCH", "/uploads/", pass_on), ("PATCH", "/uploads/", forget)] * 20
+    with pytest.raises(RegistryError, match="has lost count"):
+        push(layout, chunked, BIG)
+    assert len(server.asked("POST", "/uploads/")) == patience.ATTEMPTS_MAX
 
 
 def test_a_chunk_goes_into_a_socket_and_not_a_byte_more(tmp_path: Path) -> None:

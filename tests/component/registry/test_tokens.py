@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from support.artifacts import small
+from support.artifacts import of_layers, small
 from support.registry import Registry
 from support.tls import Authority
 from support.tokens import TokenService
@@ -114,6 +114,18 @@ def test_push_and_pull(secure: Secure, layout: Layout, other: Layout) -> None:
     # several blobs at once, and one token for each scope
     assert secure.scopes() == [("repository:t/first:pull,push",), ("repository:t/first:pull",)]
     assert {asked.user for asked in secure.tokens.asked} == {"ovms"}
+
+
+def test_many_small_blobs_take_one_token(secure: Secure, layout: Layout, other: Layout) -> None:
+    name = secure.name("t/many")
+    artifact = of_layers(layout, str(name), [b"layer %d" % i * 500 for i in range(12)])
+    with secure.connect() as client:
+        transfer.push(layout, client, name, artifact.digest)
+    secure.tokens.asked.clear()
+    with secure.connect() as client:
+        transfer.pull(other, client, name)
+    assert all(other.has(blob) for blob in artifact.image.blobs)
+    assert secure.scopes() == [("repository:t/many:pull",)]
 
 
 @pytest.mark.parametrize("pair", ["ovms:wrong", "nobody:secret", None])
@@ -246,6 +258,19 @@ def test_a_certificate_of_another_name(authority: Authority, tmp_path: Path) -> 
             client.has_blob("x", of_bytes(b""))
     finally:
         registry.close()
+
+
+def test_a_certificate_that_has_ended(authority: Authority, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r", tls=authority.issue("old", days=-1))
+    authority.trust(tmp_path / "home", registry.host)
+    try:
+        connector = Connector.from_environment({"HOME": str(tmp_path / "home")})
+        with connector(registry.host) as client, pytest.raises(RegistryUnreachable) as caught:
+            client.get_manifest(Reference(registry.host, "x", "1"))
+    finally:
+        registry.close()
+    assert "expired" in caught.value.message
+    assert "clock" in str(caught.value.hint)
 
 
 def test_a_client_certificate(authority: Authority, tmp_path: Path, layout: Layout) -> None:

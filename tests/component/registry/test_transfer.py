@@ -16,6 +16,7 @@ from support.cli import Ovm
 from support.registry import Registry
 from support.stores import damage
 
+from ovms import fsutil
 from ovms.artifact import model, resolve
 from ovms.artifact.resolve import find
 from ovms.errors import (
@@ -26,6 +27,7 @@ from ovms.errors import (
     OvmsError,
     ReferenceNotFound,
     RegistryDenied,
+    RegistryProtocol,
     RegistryUnreachable,
     StoreCorrupt,
     Unsupported,
@@ -144,6 +146,59 @@ def test_an_index_is_followed_to_the_artifact_for_this_machine(
     transfer.push(other, client, replace(ref, tag="again"), descriptor.digest)
 
 
+def test_an_index_that_is_not_whole_here(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {arch: make(layout, f"{arch}:1", arch.encode()) for arch in ("amd64", "arm64")}
+    for arch, artifact in made.items():
+        transfer.push(layout, client, replace(ref, tag=arch), artifact.digest)
+    index = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_INDEX,
+        "manifests": [
+            {**artifact.image.descriptor().to_json(), "platform": {"os": "linux", "architecture": arch}}
+            for arch, artifact in made.items()
+        ],
+    }
+    client.put_manifest(ref.repository, "1", strictjson.canonical(index), mediatypes.OCI_INDEX)
+    transfer.pull(other, client, ref)
+    descriptor = other.find(str(ref))
+    assert descriptor is not None
+    transfer.push(other, client, replace(ref, tag="again"), descriptor.digest)  # the other platform's is there
+    monkeypatch.setattr(client, "_backoff", 60)  # nobody waits for what will not come
+    elsewhere = Reference(ref.registry, f"{ref.repository}/elsewhere", "1")
+    with pytest.raises(BlobNotFound, match=made["arm64"].digest) as caught:
+        transfer.push(other, client, elsewhere, descriptor.digest)
+    assert caught.value.hint == f"push what is here by itself: 'ovm push {made['amd64'].digest} {elsewhere}'"
+    transfer.push(other, client, elsewhere, made["amd64"].digest)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "manifest.list"])
+def test_what_docker_pushes_is_called_by_its_name(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, kind: str
+) -> None:
+    artifact = make(layout, "x:1")
+    transfer.push(layout, client, ref, artifact.digest)
+    docker = "application/vnd.docker.distribution"
+    config = {**artifact.image.config.to_json(), "mediaType": "application/vnd.docker.container.image.v1+json"}
+    image = strictjson.canonical(
+        {"schemaVersion": 2, "mediaType": f"{docker}.manifest.v2+json", "config": config, "layers": []}
+    )
+    client.put_manifest(ref.repository, "1", image, f"{docker}.manifest.v2+json")
+    if kind == "manifest.list":
+        platform = {"os": "linux", "architecture": "amd64"}
+        child = {
+            "mediaType": f"{docker}.manifest.v2+json",
+            "digest": of_bytes(image),
+            "size": len(image),
+            "platform": platform,
+        }
+        listing = {"schemaVersion": 2, "mediaType": f"{docker}.manifest.list.v2+json", "manifests": [child]}
+        client.put_manifest(ref.repository, "1", strictjson.canonical(listing), f"{docker}.manifest.list.v2+json")
+    with pytest.raises(RegistryProtocol, match=f"of the type '{docker}.{kind}.v2.json'"):
+        transfer.pull(other, client, ref)
+
+
 @pytest.mark.spec("OCI-4", "GEN-3")
 def test_a_container_image_is_refused(layout: Layout, other: Layout, client: RegistryClient, ref: Reference) -> None:
     config = layout.add_bytes(b"{}")
@@ -173,8 +228,7 @@ def test_too_little_disk_is_said_before_the_first_blob(
     layout: Layout, other: Layout, client: RegistryClient, ref: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer.push(layout, client, ref, make(layout, str(ref)).digest)
-    usage = type("Usage", (), {"total": 1, "used": 0, "free": 1 << 20})()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(fsutil, "free_space", lambda path: 1 << 20)
     monkeypatch.setattr(client, "read_blob", None)
     with pytest.raises(DiskFull):
         transfer.pull(other, client, ref)

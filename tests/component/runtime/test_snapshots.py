@@ -17,6 +17,7 @@ import pytest
 from support import rfc
 from support.guests import MEMORY, Console
 
+from ovms import fsutil
 from ovms.artifact import model
 from ovms.artifact.resolve import Found, find
 from ovms.errors import (
@@ -245,8 +246,7 @@ def test_a_stopped_instance_is_not_snapshot(runtime: Runtime, running: Record) -
 def test_a_full_disk_is_said_before_the_guest_is_paused(
     runtime: Runtime, running: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = type("Usage", (), {"total": 1, "used": 1, "free": 0})()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr(fsutil, "free_space", lambda path: 0)
     with pytest.raises(DiskFull):
         take(runtime, running, "echo:snap")
     assert runtime.instances.status(runtime.instances.find(running.id)).state is State.RUNNING

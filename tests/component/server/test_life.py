@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import pwd
 import signal
@@ -20,12 +21,13 @@ import pytest
 from support.cli import OVM, Ovm
 from support.faulty import wait_until
 from support.guests import qemu_children
-from support.server import Server
+from support.server import Server, prepare
 
 from ovms.process import terminate
 
 LEAST = {"memory": "32M", "accel": "tcg"}
 START = {"manifest": "echo:1", "overrides": LEAST}
+TESTS = Path(__file__).parents[2]
 TOKEN = "a-token-of-the-test-0123456789"
 
 
@@ -331,6 +333,27 @@ def test_a_start_that_hangs_does_not_hold_the_end_up(server: Server, monkeypatch
         document = server.wait(instance_id, "error")
         assert document["error"]["code"] == "interrupted"
         server.post("/remove", {"instance_id": instance_id})
+
+
+@pytest.mark.long
+def test_nothing_is_left_of_a_start_but_what_is_remembered(
+    tmp_path: Path, echo_kernel: Path, qemu_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted from inside, so that one entry of one container in each cycle is found."""
+    cycles = int(os.environ.get("OVMS_CYCLES", "60"))
+    root = prepare(tmp_path, echo_kernel, qemu_cache)
+    done = subprocess.run(
+        [sys.executable, "-m", "support.growing", str(root), str(cycles)],
+        cwd=TESTS, env={**os.environ, "HOME": str(tmp_path)}, stdout=subprocess.PIPE, timeout=240, check=True,
+    )  # fmt: skip
+    grown = json.loads(done.stdout)
+    assert qemu_children(root) == []
+    assert grown["events"] >= 4 * cycles
+    assert grown["entries"] - grown["events"] < cycles / 2, grown
+    assert grown["blocks"] < 15 * cycles, grown
+    assert grown["event_bytes"] < 1200 * cycles, grown
+    for of_all in ("tasks", "threads", "fds"):
+        assert grown[of_all] <= 3, grown
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import pytest
 from support import artifacts, kernels, qcow2_images
@@ -398,17 +398,11 @@ def test_ovfms_is_refused(builder: Builder, project: Path) -> None:
 # --- space, sizes, races -------------------------------------------------------------------------------------------
 
 
-class Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
-
-
 def test_too_little_disk_is_said_before_the_copy(
     builder: Builder, layout: Layout, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project / "base.img").write_bytes(b"x" * MIB)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, fsutil.SPACE_RESERVE + MIB))
+    monkeypatch.setattr(fsutil, "free_space", lambda path: fsutil.SPACE_RESERVE + MIB)
     with pytest.raises(DiskFull, match="building the artifact needs"):
         builder.build(write_manifest(project))
     assert stored(layout) == set()
@@ -418,7 +412,7 @@ def test_a_build_of_what_is_there_needs_no_disk(
     builder: Builder, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = builder.build(write_manifest(project))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, 0))
+    monkeypatch.setattr(fsutil, "free_space", lambda path: 0)
     assert builder.build(write_manifest(project)).digest == first.digest
     (project / "base.img").write_bytes(b"y" * 4096)  # of the same size as the one that is there
     with pytest.raises(DiskFull, match="adding disk layer 0"):

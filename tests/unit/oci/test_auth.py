@@ -172,6 +172,16 @@ def test_basic_goes_to_the_registry_itself() -> None:
     assert authenticator.header("s", lambda: None) is None
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_who_may_choose_and_has_no_password_gets_a_token(order: int) -> None:
+    challenges = ['Basic realm="x"', 'Bearer realm="https://auth.example.com/token",service="s"'][::order]
+    authenticator = Authenticator("registry.example.com", plain_http=False, fetch=Service())
+    assert authenticator.challenged(challenges, "s")
+    assert authenticator.header("s", lambda: None) == "Bearer t"
+    expected = "Basic " if order == 1 else "Bearer "
+    assert str(authenticator.header("s", lambda: ME)).startswith(expected)
+
+
 def test_a_challenge_that_nobody_can_answer() -> None:
     authenticator = Authenticator("registry.example.com", plain_http=False, fetch=Service())
     assert not authenticator.challenged(["Negotiate", "Bearer", ""], "s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import http.client
@@ -14,8 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.proxy import Proxy
 
+from ovms.oci import connections as _connections
 from ovms.oci.connections import AddressInvalid, Connections, _alive
+from ovms.oci.http import Broken, Transport
+from ovms.oci.proxies import Proxies
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -91,6 +96,25 @@ def connections() -> Iterator[Connections]:
     it = Connections(5, 5)
     yield it
     it.close()
+
+
+def drip(data: bytes, piece: bytes, pause: float = 0.0) -> Iterator[str]:
+    """A server that sends *data*, then *piece* for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    with contextlib.suppress(OSError), sock:
+                        sock.recv(65536)
+                        sock.sendall(data)
+                        while True:
+                            sock.sendall(piece)
+                            time.sleep(pause)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v2/"
 
 
 def get(connections: Connections, url: str, *, again: bool = True, body: bytes | None = None) -> bytes:
@@ -277,3 +301,63 @@ def test_nothing_in_a_url_breaks_the_request(
 ) -> None:
     get(connections, server.url + path)
     assert server.requests[0].splitlines()[0] == b"GET " + target + b" HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    ("data", "piece", "pause"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 50, 0.0),
+        (b"HTTP/1.1 200 OK\r\nA: ", b"a", 0.02),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n", b"A: b\r\n" * 50, 0.0),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nA: ", b"a", 0.02),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;", b"a", 0.02),
+    ],
+    ids=["100s", "a header that drips", "trailers", "a trailer that drips", "a chunk's size that drips"],
+)
+def test_lines_without_end(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch, data: bytes, piece: bytes, pause: float
+) -> None:
+    monkeypatch.setattr(_connections, "LINES_TIME", 0.3)
+    began = time.monotonic()
+    for url in drip(data, piece, pause):
+        with pytest.raises((TimeoutError, http.client.HTTPException)), contextlib.ExitStack() as ended:
+            response, release = connections.request("GET", url, {}, None, None)
+            ended.callback(release, False)
+            response.read()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 100 Continue\r\n\r\n" * 50, b"A: b\r\n"], ids=["100s", "headers"])
+def test_lines_without_end_through_a_proxy(monkeypatch: pytest.MonkeyPatch, piece: bytes) -> None:
+    monkeypatch.setattr(_connections, "LINES_TIME", 0.3)
+    for url in drip(b"" if piece.startswith(b"HTTP") else OK.partition(b"\r\n")[0] + b"\r\n", piece, 0.02):
+        with Proxy() as proxy:
+            transport = Transport(proxies=Proxies({"http_proxy": proxy.url}), plain=lambda _host: True)
+            began = time.monotonic()
+            with pytest.raises(Broken):
+                transport.request("GET", url.replace("127.0.0.1", "registry.example"), {})
+            assert time.monotonic() - began < 5
+            assert proxy.heads
+            transport.close()
+
+
+def test_what_comes_in_small_pieces_is_read(connections: Connections) -> None:
+    answer = (
+        b"HTTP/1.1 100 Continue\r\nA: b\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n3;x=y\r\nay!\r\n0\r\nA: b\r\n\r\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for _ in range(2):
+                    sock.recv(65536)
+                    for at in range(len(answer)):
+                        sock.sendall(answer[at : at + 1])
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/"
+        assert get(connections, url) == b"okay!"
+        assert get(connections, url) == b"okay!", "the connection is used again"

@@ -151,14 +151,31 @@ def test_a_helper_is_a_name_and_no_path(home: Path, name: object) -> None:
 
 def test_a_helper_that_is_not_installed(home: Path) -> None:
     write(home / "home/.docker/config.json", {"credsStore": "nowhere"})
-    with pytest.raises(InputError, match="docker-credential-nowhere is not installed"):
+    with pytest.raises(InputError, match="docker-credential-nowhere is not installed") as caught:
         credentials(home).get(HOST, "x")
+    assert caught.value.hint == "install docker-credential-nowhere, or take it out of that file"
 
 
 def test_a_helper_sees_little_of_the_environment(home: Path) -> None:
     helper(home, "test", 'echo "{\\"Username\\": \\"${SECRET_THING:-clean}\\", \\"Secret\\": \\"$HOME\\"}"')
     write(home / "home/.docker/config.json", {"credsStore": "test"})
     assert credentials(home, SECRET_THING="leak").get(HOST, "x") == Credential("clean", str(home / "home"))
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "GOOGLE_APPLICATION_CREDENTIALS", "HTTPS_PROXY", "no_proxy"])
+def test_a_helper_sees_what_it_logs_in_with(home: Path, name: str) -> None:
+    helper(home, "test", f'echo "{{\\"Username\\": \\"u\\", \\"Secret\\": \\"${{{name}}}\\"}}"')
+    write(home / "home/.docker/config.json", {"credsStore": "test"})
+    assert credentials(home, **{name: "given"}).get(HOST, "x") == Credential("u", "given")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"username": "a", "password": "b"}, {"auth": "YT\npi\n"}, {"auth": "YTpi", "username": "c", "password": "d"}],
+)
+def test_entries_that_docker_takes(home: Path, entry: dict[str, str]) -> None:
+    write(home / "home/.docker/config.json", {"auths": {HOST: entry}})
+    assert credentials(home).get(HOST, "x") == Credential("a", "b")
 
 
 @pytest.mark.spec("SEC-4", "ERR-3")

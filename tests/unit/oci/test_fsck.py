@@ -13,10 +13,12 @@ from support import ram
 from support.stores import add, blobs, damage, files_of
 
 from ovms.errors import Locked, StoreCorrupt
+from ovms.oci import origins
 from ovms.oci.collector import Needs, collect
 from ovms.oci.descriptor import Descriptor, build_manifest
 from ovms.oci.fsck import Fault, Finding, Report, User, Uses, check, open_damaged
 from ovms.oci.layout import Layout
+from ovms.oci.origins import Origin
 from ovms.oci.repair import repair
 from ovms.process import boot_id
 from ovms.spec import mediatypes, ramsnap
@@ -333,6 +335,21 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path, marker: bytes) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_record_of_an_origin_that_cannot_be_read(layout: Layout) -> None:
+    image = add(layout, b"config", name=NAME)
+    origins.add(layout, image.digest, Origin(places=("registry.example/vms/web",)))
+    assert is_sound(layout)
+    record = layout.origin_dir / hex_of(image.digest)
+    record.write_bytes(b"damaged")
+    found = one(check(layout, Uses), Fault.ORIGIN)
+    assert (found.path, found.digest, found.left) == (record, image.digest, True)
+    report = repair(layout, Uses)
+    assert report.sound
+    assert one(report, Fault.ORIGIN).repaired == f"moved to {quarantined(layout)[0]}"
+    assert origins.read(layout, image.digest) is None
+    assert is_sound(layout)
+
+
 # --- with others -----------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +365,14 @@ def test_what_killed_commands_left(layout: Layout) -> None:
     assert (busy.busy, busy.findings) == (True, [])
     assert all(finding.repaired for finding in repair(layout, Uses).findings)
     assert is_sound(layout)
+
+
+def test_what_a_killed_writer_of_an_origin_left(layout: Layout) -> None:
+    image = add(layout, b"config", name=NAME)
+    origins.add(layout, image.digest, Origin(made=True))
+    (layout.origin_dir / f".{hex_of(image.digest)}.0123456789ab.tmp").write_bytes(b"half a record")
+    collect(layout, Needs)
+    assert [path.name for path in layout.origin_dir.iterdir()] == [hex_of(image.digest)]
 
 
 def test_no_repair_beside_a_writer(layout: Layout) -> None:

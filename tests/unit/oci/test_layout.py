@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from support.stores import damage
@@ -222,7 +222,7 @@ def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
     assert len(staged(layout)) == 1
-    with pytest.raises(Locked, match="another ovm process adds or uses blobs"):
+    with pytest.raises(Locked, match=rf"another ovm process \(PID {child.pid}\) adds or uses blobs"):
         collect(layout, Needs, wait=0)
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -337,17 +337,11 @@ def test_a_clone_is_hashed_itself(layout: Layout, tmp_path: Path, monkeypatch: p
     assert add_file(layout, source)[2] is False
 
 
-class Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
-
-
 def test_too_little_disk_is_said_before_the_copy(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "disk").write_bytes(b"x" * MIB)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, fsutil.SPACE_RESERVE))
+    monkeypatch.setattr(fsutil, "free_space", lambda path: fsutil.SPACE_RESERVE)
     monkeypatch.setattr(fsutil, "copy_sparse", lambda *a, **k: pytest.fail("copied"))
     monkeypatch.setattr(fsutil, "reflink", lambda *a: False)
     with pytest.raises(DiskFull, match="adding a file to the store needs"):

@@ -67,9 +67,16 @@ def test_where_each_failure_takes_long_there_are_few(clock: Clock) -> None:
 
 
 def test_what_the_registry_asks_for_is_bounded(clock: Clock) -> None:
-    tries, seconds = clock.give_up(Busy("429", 9e9), worked=True)
+    tries, seconds = clock.give_up(Busy("429", patience.WAIT_MAX), worked=True)
     assert tries >= 3
-    assert seconds <= 3 * patience.WAIT_MAX
+    assert seconds == pytest.approx((tries - 1) * patience.WAIT_MAX)
+    assert clock.give_up(Busy("429", patience.WAIT_MAX + 1), worked=True) == (1, 0.0)
+
+
+def test_who_may_come_back_at_once_waits_all_the_same(clock: Clock) -> None:
+    tries, seconds = clock.give_up(Busy("503", 0.0), worked=True)
+    assert tries == patience.ATTEMPTS_MAX
+    assert seconds >= 30
 
 
 def test_progress_begins_anew(clock: Clock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,21 @@ def test_a_tree_without_end_is_cut_off() -> None:
     asked: list[str | None] = []
     nodes, complete = tree([named(1)], lister({n: range(n * 40, n * 40 + 40) for n in range(1, 2000)}, asked))  # type: ignore[misc]
     assert not complete
-    assert len(asked) <= 26  # a request each
+    assert len(asked) <= 26 + 7  # a request each, and those that are asked with the last
     assert len(nodes) == 40
+
+
+def test_lists_are_asked_for_at_once() -> None:
+    plain = lister({1: [2, 3, 4, 5], 3: [6], 4: [7]})
+    together = threading.Barrier(4)
+
+    def listed(digest: Digest, artifact_type: str | None) -> Listing:
+        if digest in (named(2), named(3), named(4), named(5)):
+            together.wait(5)  # broken where one is asked after the other
+        return plain(digest, artifact_type)
+
+    nodes, complete = tree([named(1)], listed)
+    assert (shape(nodes), complete) == ([(2, []), (3, [(6, [])]), (4, [(7, [])]), (5, [])], True)
 
 
 def test_a_list_that_was_cut_off_makes_the_tree_incomplete() -> None:

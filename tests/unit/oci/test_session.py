@@ -175,6 +175,41 @@ def test_an_upload_that_leads_elsewhere_goes_without_a_token() -> None:
     assert wire.sent == [("PUT", "https://cdn.example.net/v2/upload", None)]
 
 
+@pytest.mark.parametrize(
+    ("host", "location"),
+    [
+        ("registry.example.com", "https://registry.example.com:443/v2/upload"),
+        ("registry.example.com:443", "https://registry.example.com/v2/upload"),
+        ("Registry.example.com", "https://registry.example.com/v2/upload"),
+        ("registry.example.com", "https://registry.example.com/api/upload"),
+    ],
+)
+def test_an_upload_at_home_goes_with_its_token(host: str, location: str) -> None:
+    def reply(method: str, url: str, headers: Mapping[str, str]) -> Answer:
+        if "/token" in url:
+            return Answer(200, b'{"token": "t"}')
+        return Answer(201) if "Authorization" in headers else Answer(401, www_authenticate=CHALLENGE)
+
+    upload = session(host, Wire(reply))
+    assert upload.request("PUT", location, "x", SCOPE, {}, lambda: b"data").status == 201
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://registry.example.com/v2/upload",
+        "https://registry.example.com:444/v2/upload",
+        "https://registry.example.com:80/v2/upload",
+        "https://registry.example.com.evil.example/v2/upload",
+    ],
+)
+def test_another_port_or_scheme_is_another_place(url: str) -> None:
+    wire = Wire(lambda method, url, headers: Answer(200))
+    registry = session("registry.example.com", wire)
+    get(registry)
+    assert not registry.owns(url)
+
+
 def test_how_an_answer_goes_on_is_asked_of_who_gave_it() -> None:
     mirror_wire, wire = (Wire(lambda *_: Answer(200)) for _ in range(2))
     mirror, own = session("mirror.example", mirror_wire), session("registry.example", wire)

@@ -47,6 +47,13 @@ def test_each_host_has_its_own_files(made: list[tuple[Certificates, bool]]) -> N
     assert made == [(OWN, True), (OTHER, True), (Certificates(OWN.ca_files), True)]
 
 
+@pytest.mark.parametrize(("said", "led_to"), [("r.example:443", "r.example"), ("r.example", "r.example:443")])
+def test_the_port_that_goes_without_saying(said: str, led_to: str, made: list[tuple[Certificates, bool]]) -> None:
+    trust = Trust(said, lambda host: OWN if host == said else Certificates())
+    assert trust.context(said) is trust.context(led_to)
+    assert made == [(OWN, True)]
+
+
 def test_insecure_is_one_host(made: list[tuple[Certificates, bool]]) -> None:
     trust = Trust(HOST, insecure=True)
     for host in (HOST, "registry.example:5001", "tokens.example", "registry.example.evil.net"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,46 @@ def test_who_was_moved_meanwhile_is_not_moved_back(tmp_path: Path) -> None:
     with cgroups.at_hand(proc=proc):
         wait(written(point / "after/cgroup.procs"))
     assert not written(point / "before/cgroup.procs")()
+
+
+def test_one_within_another_does_nothing_until_that_has_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, point = groups(tmp_path, 2, "a")
+    procs = point / "a/cgroup.procs"
+    monkeypatch.setattr(cgroups, "_MOVES", 10_000_000)
+    with cgroups.at_hand(proc=proc):
+        wait(written(procs))
+        mover = cgroups._mover.thread
+        with cgroups.at_hand(proc=proc):
+            assert cgroups._mover.thread is mover
+        before = procs.read_text()
+        wait(lambda: procs.read_text() != before)
+    mover.join(10)
+    monkeypatch.setattr(cgroups, "_MOVES", 1)
+    with cgroups.at_hand(proc=proc):
+        (given_up := cgroups._mover.thread).join(10)
+        with cgroups.at_hand(proc=proc):
+            assert cgroups._mover.thread is not given_up
+
+
+def test_each_thread_has_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts in a server: the end of one is no matter of another."""
+    proc, point = groups(tmp_path, 2, "a")
+    monkeypatch.setattr(cgroups, "_MOVES", 10_000_000)
+    with cgroups.at_hand(proc=proc):
+
+        def start() -> None:
+            with cgroups.at_hand(proc=proc):
+                pass
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join(10)
+        procs = point / "a/cgroup.procs"
+        wait(written(procs))
+        before = procs.read_text()
+        wait(lambda: procs.read_text() != before)
 
 
 @pytest.mark.parametrize("missing", ["cgroup", "mountinfo"])

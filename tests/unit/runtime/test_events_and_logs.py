@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,12 +16,16 @@ from pathlib import Path
 import pytest
 from support.records import RECORD
 
+from ovms.errors import Locked, ResourceError
+from ovms.process import ProcessId
 from ovms.runtime import watching
 from ovms.runtime.instances import Instances
 from ovms.runtime.logrecords import LogReader, read_all
 from ovms.runtime.record import Record
 from ovms.runtime.root import Root
 from ovms.runtime.runtime import Runtime
+from ovms.runtime.server.http import HttpError
+from ovms.runtime.server.serve import again
 from ovms.runtime.watching import EventLog, Watcher
 from ovms.spec import limits
 from ovms.vmm.model import VmFiles
@@ -48,6 +54,50 @@ def test_what_is_forgotten_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event["seq"] for event in log.after(101)] == [102, 103, 104]
     # a number of another server, or of one before
     assert [event["type"] for event in log.after(10_000)] == ["lost", "state", "state", "state"]
+
+
+@pytest.mark.spec("RUN-17")
+def test_what_is_remembered_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog()
+    tracemalloc.start()
+    try:
+        for number in range(watching.EVENTS_MAX):
+            log.add("state", instance_id=f"00000000-0000-4000-8000-{number:012x}", state="running")
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        assert len(log.after(None)) == watching.EVENTS_MAX
+    finally:
+        tracemalloc.stop()
+    # an error may say more
+    for _ in range(300):
+        log.add("state", state="error", error={"detail": "x" * 10_000})
+    last = log.last
+    kept = log.after(None)
+    assert (watching.EVENTS_BYTES_MAX - 20_000) // 10_100 < len(kept) < watching.EVENTS_BYTES_MAX // 10_000
+    assert [event["seq"] for event in kept] == list(range(last + 1 - len(kept), last + 1))
+    assert log.after(last - len(kept) - 1)[0]["type"] == "lost"
+    # not even one that would be all
+    monkeypatch.setattr(watching, "EVENTS_BYTES_MAX", 1000)
+    log.add("state", error={"detail": "x" * 1000})
+    assert log.after(None) == []
+    assert [(event["seq"], event["type"]) for event in log.after(last)] == [(last + 1, "lost")]
+    assert log.after(last + 1) == []
+
+
+@pytest.mark.spec("RUN-17")
+def test_every_place_to_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where blocks of remembered events end."""
+    monkeypatch.setattr(watching, "_BLOCK", 300)
+    monkeypatch.setattr(watching, "EVENTS_MAX", 30)
+    log = EventLog(first=1)
+    for number in range(50):
+        log.add("state", state="x" * (number * 7 % 40))
+        for since in range(-1, log.last + 2):
+            first = max(1, log.last - 29)
+            expected = list(range(max(since + 1, first), log.last + 1))
+            if since < first - 1 or since > log.last:
+                expected = [first - 1, *range(first, log.last + 1)]
+            assert [event["seq"] for event in log.after(since)] == expected
+        assert log._size == sum(map(len, log._blocks)) == len(log.text_after(None)[0]) == sum(log._lengths)
 
 
 @pytest.mark.spec("RUN-17")
@@ -109,6 +159,81 @@ def test_who_changed_an_instance_says_so_and_is_heard(watched: tuple[Instances, 
     lock.close()  # it was not started after all: no file says so
     watcher.look(record.id)
     until(log, "error")
+
+
+def test_what_changes_while_an_instance_is_first_looked_at_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_LOOK", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    log = EventLog()
+    by_id, failed = instances.by_id, replace(RECORD, problem={"code": "x"}, process=None)
+
+    def changed_meanwhile(text: str) -> Record | None:
+        record = by_id(text)
+        if record is not None and record.problem is None:
+            instances.save(replace(failed, id=record.id, name=record.name))
+        return record
+
+    monkeypatch.setattr(instances, "by_id", changed_meanwhile)
+    watcher = Watcher(instances, log)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    try:
+        _, lock = added(instances)
+        until(log, "error")
+        lock.close()
+    finally:
+        watcher.stop()
+        thread.join(10)
+
+
+def test_who_left_a_guest_paused_or_frozen_is_missed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_LOOK", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    left: list[str] = []
+    watcher = Watcher(instances, EventLog(), left.append)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    try:
+        record, lock = added(instances)
+        # a VM that lives, as far as it matters
+        record = instances.save(replace(record, process=ProcessId.of(os.getpid()), fs_frozen=True))
+        time.sleep(0.7)
+        assert left == []
+        lock.close()  # as who is killed: no file says so
+        deadline = time.monotonic() + 10
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.7)
+        assert left == [record.id]  # once, until it is looked at everything
+        with instances.locked(record) as newest:
+            instances.save(replace(newest, fs_frozen=False))
+        time.sleep(0.7)
+        assert left == [record.id]
+    finally:
+        watcher.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_nothing_ends_what_is_to_be_done_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    tries: list[BaseException] = [
+        HttpError(ResourceError("the server has too much to do"), 503),
+        Locked("x"),
+        OSError(5, "x"),
+        ValueError("a fault of ours"),
+    ]
+
+    async def work() -> None:
+        if tries:
+            raise tries.pop()
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(again(work, pause=0.0))
+    assert tries == []
+    assert "internal error while tidying up: ValueError: a fault of ours" in capsys.readouterr().err
 
 
 def test_and_is_heard_while_other_news_are_gathered(

@@ -201,16 +201,16 @@ def test_a_root_that_cannot_be_used_says_what_to_set(tmp_path: Path) -> None:
 
 def test_who_starts_it_again_finds_the_same_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a QEMU of another version, which the shell that started the VM had on its PATH, does not know its machine
-    main = tmp_path / "ovms" / "cli" / "main.py"
-    main.parent.mkdir(parents=True)
-    for package in main.parents[:2]:
+    entry = tmp_path / "ovms" / "cli" / "entry.py"
+    entry.parent.mkdir(parents=True)
+    for package in entry.parents[:2]:
         (package / "__init__.py").touch()
-    main.write_text("import os, sys\ndef main(): print(os.environ['PATH'], *sys.argv[1:])\n")
+    entry.write_text("import os, sys\ndef entry(): print(os.environ['PATH'], *sys.argv[1:])\n")
     monkeypatch.setenv("PATH", "/opt/vmm/bin:/usr/bin")
     python, option, start, path, source, *rest = restart.at_end(
         "/root-of-it", replace(RECORD, restart=record.Restart()), Policies(Path("/policy.json"), needed=True)
     )
-    assert Path(source, "ovms", "cli", "main.py").is_file()
+    assert Path(source, "ovms", "cli", "entry.py").is_file()
     done = subprocess.run([python, option, start, path, tmp_path, *rest], env={}, capture_output=True, timeout=60)
     assert done.stdout.decode().split()[0] == "/opt/vmm/bin:/usr/bin", done.stderr
     command = ["--root", "/root-of-it", "--progress", "none", "ended", RECORD.id]

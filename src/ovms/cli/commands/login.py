@@ -133,7 +133,10 @@ def _ask(args: argparse.Namespace) -> tuple[str, str]:
         import getpass
 
         username = args.username or _line("Username: ")
-        password = getpass.getpass()
+        try:
+            password = getpass.getpass()
+        except EOFError:
+            raise UsageError("no password was typed") from None
     if not username or ":" in username or not username.isprintable():
         raise InputError("a user name must not be empty, and holds no ':' and no control characters")
     if not password or len(password) > _SECRET_MAX or not password.isprintable():

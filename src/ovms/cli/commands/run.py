@@ -219,6 +219,14 @@ def _fits_contract(args: argparse.Namespace) -> bool:
 
 
 def _start(args: argparse.Namespace, context: Context) -> Started:
+    from ovms.runtime import cgroups
+
+    # the kernel gets it ready beside our imports; where it is not wanted, it does no harm
+    with cgroups.at_hand():
+        return _started(args, context)
+
+
+def _started(args: argparse.Namespace, context: Context) -> Started:
     from ovms.artifact.resolve import resolve
     from ovms.oci.platform import check_runnable
     from ovms.runtime import ports, restart, volumes

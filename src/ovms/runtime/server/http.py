@@ -206,6 +206,9 @@ class _Connection:
             if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
                 return
             self._h11.start_next_cycle()
+            if self._h11.trailing_data[0]:
+                # who sends many requests at once must not have all of them answered before anybody else's turn
+                await asyncio.sleep(0)
 
     async def say_no(self, error: HttpError) -> None:
         """Answers whatever may come."""
@@ -249,10 +252,11 @@ class _Connection:
                 except TimeoutError:
                     return None
                 event = self._next()
-            async with asyncio.timeout(HEAD_TIMEOUT):
-                while event is h11.NEED_DATA:
-                    await self._receive()
-                    event = self._next()
+            if event is h11.NEED_DATA:
+                async with asyncio.timeout(HEAD_TIMEOUT):
+                    while event is h11.NEED_DATA:
+                        await self._receive()
+                        event = self._next()
         except TimeoutError:
             raise HttpError(InputError(f"the request's head did not come within {HEAD_TIMEOUT:g} s"), 408) from None
         if not isinstance(event, h11.Request):
@@ -268,6 +272,8 @@ class _Connection:
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > most:
             raise _too_large(int(announced), most)
+        if not _has_body(request) and isinstance(self._next(), h11.EndOfMessage):
+            return body
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
                 if self._h11.they_are_waiting_for_100_continue:
@@ -368,6 +374,10 @@ class _Connection:
     async def _write(self, data: bytes | None) -> None:
         if data:
             self._writer.write(data)
+            # mostly the kernel has taken it all
+            transport = self._writer.transport
+            if transport.get_write_buffer_size() == 0 and not transport.is_closing():
+                return
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     await self._writer.drain()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 READERS: Final = 4
 CHANGERS: Final = 16
 LONG: Final = 8
+#: Threads that finish what was left half done: guests whose agents keep them waiting hold up nothing else.
+MENDERS: Final = 2
 #: Work of one kind that waits for a thread; more is refused.
 WAITING_MAX: Final = 512
 #: Seconds to wait for another command that works on the same instance.
@@ -93,12 +95,14 @@ class Jobs:
         self.readers = Pool("read", READERS)
         self.changers = Pool("change", CHANGERS)
         self.long = Pool("long", LONG)
+        self.menders = Pool("mend", MENDERS)
         self._runtime = runtime
         self._log = log
         self._look = look
         self._starts: set[Start] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping: dict[str, asyncio.Task[None]] = {}
+        self._mending: set[str] = set()
         self._closing = False
         self._taken = asyncio.Event()
         runtime.instances.lock_timeout = LOCK_TIMEOUT
@@ -222,6 +226,33 @@ class Jobs:
         for record in await self.readers.run(marked):
             self.see_to(record)
 
+    def beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does what nobody waits for, in a thread that answers questions."""
+        self._keep(asyncio.ensure_future(self._beside(work, *arguments)))
+
+    async def _beside(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(OvmsError, OSError, HttpError):
+            await self.readers.run(work, *arguments)
+
+    # --- what killed commands left -----------------------------------------------------------------------------
+
+    def mend(self, instance_id: str) -> None:
+        """Finishes what was left half done with the guest of an instance: it goes on, and is thawed."""
+        if instance_id not in self._mending and not self._closing:
+            self._mending.add(instance_id)
+            self._keep(asyncio.ensure_future(self._mend(instance_id)))
+
+    async def _mend(self, instance_id: str) -> None:
+        try:
+            with contextlib.suppress(HttpError):
+                await self.menders.run(self._runtime.instances.recover_one, instance_id)
+        finally:
+            self._mending.discard(instance_id)
+
+    async def recover(self) -> None:
+        """Finishes or takes back whatever was left half done."""
+        await self.menders.run(self._runtime.instances.recover)
+
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -253,7 +284,7 @@ class Jobs:
 
     @property
     def _pools(self) -> tuple[Pool, ...]:
-        return (self.readers, self.changers, self.long)
+        return (self.readers, self.changers, self.long, self.menders)
 
 
 class Reported:

@@ -12,7 +12,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ from ovms.runtime import warm
 from ovms.runtime.runtime import Runtime
 from ovms.runtime.server.app import App
 from ovms.runtime.server.gate import Gate, Peers, TlsFiles
-from ovms.runtime.server.http import CONNECTIONS_MAX, HEAD_MAX, Http
+from ovms.runtime.server.http import CONNECTIONS_MAX, HEAD_MAX, Http, HttpError
 from ovms.runtime.server.jobs import Jobs
 from ovms.runtime.warm import Pools
 from ovms.runtime.watching import EventLog, Watcher
@@ -156,6 +156,10 @@ def _listen_tcp(host: str, port: int, held: ExitStack) -> socket.socket:
     return sock
 
 
+#: As Python has it: what a short command saves (``ovms.cli.entry``) would be memory that a server does not give back.
+_GARBAGE_AFTER: Final = (700, 10, 10)
+
+
 class _Server:
     def __init__(self, runtime: Runtime, options: Options, sockets: _Sockets) -> None:
         self._runtime = runtime
@@ -173,18 +177,20 @@ class _Server:
 
     async def run(self, ready: Callable[[list[str]], None]) -> bool:
         most = _connections_max()
-        watcher = Watcher(self._runtime.instances, self._log)
+        loop = asyncio.get_running_loop()
+        watcher = Watcher(
+            self._runtime.instances, self._log, lambda left: loop.call_soon_threadsafe(self._jobs.mend, left)
+        )
         self._jobs = Jobs(self._runtime, self._log, watcher.look)
         pools = self._open_pools()
         app = App(self._runtime, self._log, self._jobs, self._gate, lambda: self._http.connections, pools)
         self._http = Http(app, refuse=self._gate.refuse, most=most)
         thread = threading.Thread(target=watcher.run, name="ovms-watch", daemon=True)
         thread.start()
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        tasks = [asyncio.ensure_future(self._tidy())]
+        tasks = [asyncio.ensure_future(again(work)) for work in (self._jobs.see_to_all, self._jobs.recover)]
         try:
             await self._listen()
             if pools is not None:
@@ -192,6 +198,7 @@ class _Server:
             # what is there now stays for good: a collection that looks through all of it holds everybody up
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*_GARBAGE_AFTER)
             ready(self._sockets.places)
             _notify("READY=1", "STATUS=listening")
             await self._end.wait()
@@ -269,12 +276,17 @@ class _Server:
             for server in before:
                 server.close()
 
-    async def _tidy(self) -> None:
-        while True:
-            with contextlib.suppress(OvmsError, OSError):
-                await self._jobs.see_to_all()
-                await self._jobs.changers.run(self._runtime.instances.recover)
-            await asyncio.sleep(_TIDY)
+
+async def again(work: Callable[[], Awaitable[None]], *, pause: float = _TIDY) -> None:
+    """Does *work* again and again, until it is cancelled: no fault of it, and no want of threads, ends that."""
+    while True:
+        try:
+            await work()
+        except (OvmsError, OSError, HttpError):
+            pass
+        except Exception as exc:  # noqa: BLE001 - what is left of the others would stay for good
+            _say(f"internal error while tidying up: {type(exc).__name__}: {str(exc)[:500]}")
+        await asyncio.sleep(pause)
 
 
 def _say(text: str) -> None:

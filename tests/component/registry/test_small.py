@@ -1,0 +1,178 @@
+"""Many small blobs: asked for several at a time, and fetched in the usual way where a registry does not simply send them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from support import faulty
+
+from ovms.errors import DigestMismatch
+from ovms.oci import small, transfer, workers
+from ovms.oci.descriptor import Descriptor
+from ovms.oci.layout import Layout
+from ovms.oci.reference import Reference
+from ovms.oci.registry import Busy, RegistryClient
+from ovms.spec import mediatypes
+from ovms.spec.digest import Digest, of_bytes
+
+COUNT = 20
+BLOBS = [b"blob %d" % i + bytes(1000 * i) for i in range(COUNT)]
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "store")
+
+
+@pytest.fixture
+def server() -> Iterator[faulty.Server]:
+    with faulty.Server() as server:
+        files = {f"disk{i}": ("a/b", data) for i, data in enumerate(BLOBS)}
+        server.serve_artifact(files, (mediatypes.MANIFEST, b"config"))
+        yield server
+
+
+def pull(server: faulty.Server, layout: Layout, *, backoff: float = 0.001) -> None:
+    with RegistryClient(server.host, read_timeout=5, backoff=backoff) as client:
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
+    for data in BLOBS:
+        assert layout.path(of_bytes(data)).read_bytes() == data
+    assert list(layout.partial_dir.iterdir()) == []
+
+
+def times(server: faulty.Server) -> dict[Digest, int]:
+    """How often each blob was asked for."""
+    return {of_bytes(data): len(server.asked("GET", of_bytes(data))) for data in BLOBS}
+
+
+def test_each_is_asked_for_once_and_a_few_at_a_time(server: faulty.Server, layout: Layout) -> None:
+    # a moment, so that those that were asked for meet here
+    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= workers.PARALLEL, timeout=0.2)
+    pull(server, layout)
+    assert set(times(server).values()) == {1}
+    assert server.most_at_once == workers.PARALLEL
+
+
+def test_they_take_no_thread_each(server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_threads: list[Descriptor] = []
+    read = RegistryClient.read_blob
+
+    def noted(self: RegistryClient, repository: str, blob: Descriptor, offset: int = 0) -> Generator[memoryview]:
+        by_threads.append(blob)
+        return read(self, repository, blob, offset)
+
+    monkeypatch.setattr(RegistryClient, "read_blob", noted)
+    pull(server, layout)
+    assert [blob.media_type for blob in by_threads] == [mediatypes.MANIFEST]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faulty.hang_up,
+        faulty.cut(3),
+        faulty.status(404),
+        faulty.status(500),
+        faulty.status(307, Location="/v2/x/blobs/nowhere"),
+        faulty.status(401, WWW_Authenticate='Bearer realm="http://127.0.0.1:1/"'),
+        faulty.status(204),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 10, COUNT - 1])
+def test_what_does_not_simply_come_is_fetched_as_ever(
+    server: faulty.Server, layout: Layout, fault: faulty.Fault, which: int
+) -> None:
+    # largest first
+    server.faults = [("GET", of_bytes(BLOBS[COUNT - 1 - which]), fault)]
+    pull(server, layout)
+    assert sum(times(server).values()) <= COUNT + workers.PARALLEL
+    assert server.faults == []
+
+
+def test_a_registry_that_sends_elsewhere_is_asked_by_many_at_once(server: faulty.Server, layout: Layout) -> None:
+    """As those do that keep their blobs in an object store: each takes two answers, one after the other."""
+    with faulty.Server() as store:
+        store.blobs = server.blobs
+        server.faults = [
+            ("GET", of_bytes(data), faulty.status(307, Location=f"http://{store.host}/blobs/{of_bytes(data)}"))
+            for data in BLOBS
+            for _ in range(2)
+        ]
+        store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= workers.PARALLEL, timeout=0.2)
+        pull(server, layout)
+        assert sum(times(server).values()) <= COUNT + workers.PARALLEL, "the others were not tried in vain"
+        assert store.most_at_once == workers.PARALLEL
+
+
+def test_wrong_bytes_are_refused_and_nothing_is_left(server: faulty.Server, layout: Layout) -> None:
+    server.faults = [("GET", of_bytes(BLOBS[7]), faulty.wrong_bytes)]
+    with (
+        RegistryClient(server.host, backoff=0.001) as client,
+        pytest.raises(DigestMismatch),
+    ):
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
+    assert list(layout.partial_dir.iterdir()) == []
+    assert [layout.size(of_bytes(data)) for data in BLOBS] == [None] * COUNT
+    assert layout.entries() == []
+    pull(server, layout)
+
+
+def test_a_busy_registry_is_left_alone_as_long_as_it_asks(server: faulty.Server, layout: Layout) -> None:
+    server.faults = [("GET", of_bytes(BLOBS[5]), faulty.status(429, Retry_After="1"))]
+    at: list[float] = []
+    server.pace = lambda _size: at.append(time.monotonic())
+    pull(server, layout)
+    pauses = [after - before for before, after in itertools.pairwise(at)]
+    assert max(pauses) > 0.8
+
+
+def test_one_that_wants_to_be_left_alone_for_too_long_is_given_up(server: faulty.Server) -> None:
+    server.faults = [("GET", "/blobs/", faulty.status(503, Retry_After="0"))] * 200
+    with RegistryClient(server.host, backoff=0.001) as client:
+        client.get_manifest(Reference.parse(f"{server.host}/x:1"))
+        blobs = [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
+        # it waits once, and leaves the rest to who knows when it is enough
+        assert list(small.fetch(client, "x", blobs, 4)) == []
+        assert len(server.asked("GET", "/blobs/")) == 4
+        with pytest.raises(Busy):
+            client.retrying(lambda: b"".join(bytes(piece) for piece in client.read_blob("x", blobs[0])))
+
+
+def test_nobody_is_asked_before_it_is_known_how(server: faulty.Server) -> None:
+    blobs = [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
+    with RegistryClient(server.host) as client:
+        assert list(small.fetch(client, "x", blobs, 4)) == []
+    assert server.seen == []
+
+
+def test_one_that_says_nothing_more_is_not_waited_for_in_vain(
+    server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "READ_TIMEOUT", 0.3)
+
+    def silent(handler: faulty.Handler, body: bytes) -> bool:
+        time.sleep(3)
+        handler.close_connection = True
+        return True
+
+    server.faults = [("GET", "/blobs/", silent) for _ in range(4)]
+    server.faults.insert(0, ("GET", of_bytes(b"config"), lambda _handler, _body: False))
+    began = time.monotonic()
+    pull(server, layout)
+    assert time.monotonic() - began < 3
+
+
+def test_an_answer_that_nobody_takes_is_closed(server: faulty.Server) -> None:
+    with RegistryClient(server.host) as client:
+        client.get_manifest(Reference.parse(f"{server.host}/x:1"))
+        blobs = [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
+        some = small.fetch(client, "x", blobs, 4)
+        assert next(some)[1] in BLOBS
+        some.close()  # type: ignore[attr-defined]
+        # what was under way is read by nobody else
+        for data, blob in zip(BLOBS, blobs, strict=True):
+            assert b"".join(bytes(piece) for piece in client.read_blob("x", blob)) == data
