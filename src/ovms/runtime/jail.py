@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +29,8 @@ from ovms.vmm.qemu.binary import Cache, stamp_of
 #: The first of the users that VMs get, and how many there are: above what distributions hand out to containers.
 UID_FIRST: Final = 0x7A00_0000
 UID_COUNT: Final = 0x0010_0000
+#: Each root directory begins elsewhere among them, so that the VMs of two have different users, too.
+_UID_STEP: Final = 0x400
 #: Descriptors that a VMM may have open: its disks, sockets and the guest's notifiers.
 NOFILE_MAX: Final = 4096
 #: Threads: one for each virtual CPU, 64 for block requests, some of its own.
@@ -87,12 +89,13 @@ def plan(
     cache: Cache,
     own_network: bool,
     taken: Container[int],
+    place: Path,
     root: bool | None = None,
 ) -> Jail:
     """The jail for a new VM; its cgroups exist then.
 
     *own_network*: whether the VM's network comes from outside its process, so that this can do without the host's.
-    *taken*: users that other VMs have. *root*: whether we can become any user (None: find out).
+    *taken*: users that other VMs have. *place*: the root directory, by which users are chosen. *root*: whether we can become any user (None: find out).
     """
     is_root = process.is_root() if root is None else root
     can, why_not = able(cache, is_root)
@@ -112,7 +115,7 @@ def plan(
         missing.setdefault(
             str(Part.NETWORK), "the network is QEMU's own, in its process: passt, where installed, has it outside"
         )
-    user: User | None = _user(machine, is_root, taken)
+    user: User | None = _user(machine, is_root, taken, place)
     if Part.USER in options.off:
         namespaces -= {Namespace.USER}
         user = None
@@ -162,10 +165,17 @@ def _limits() -> Mapping[int, int]:
     return {resource.RLIMIT_NOFILE: files, resource.RLIMIT_CORE: 0}
 
 
-def _user(machine: Machine, is_root: bool, taken: Container[int]) -> User:
+def users_of(place: Path) -> Iterator[int]:
+    """The users for VMs of a root directory, in the order in which they are given."""
+    info = place.stat()
+    begin = (info.st_dev * 31 + info.st_ino) * _UID_STEP
+    return (UID_FIRST + (begin + number) % UID_COUNT for number in range(UID_COUNT))
+
+
+def _user(machine: Machine, is_root: bool, taken: Container[int], place: Path) -> User:
     if not is_root:
         return User(os.geteuid(), os.getegid())
-    uid = next(uid for uid in range(UID_FIRST, UID_FIRST + UID_COUNT) if uid not in taken)
+    uid = next(uid for uid in users_of(place) if uid not in taken)
     if machine.accel is Accel.KVM:
         info = _KVM.stat()
         if info.st_mode & 0o006 != 0o006:

@@ -196,6 +196,7 @@ class Runtime:
                     cache=Cache(self.root.cache / "host.json"),
                     own_network=plan.network.kind is not network.Kind.SLIRP,
                     taken=self.instances.users(),
+                    place=self.root.path,
                 ),
                 volumes=options.volumes,
                 user_data=attachments.may_hold_secrets(plan.machine, told),

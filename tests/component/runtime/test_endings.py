@@ -16,7 +16,7 @@ from ovms.artifact.resolve import Found, find
 from ovms.cli import view
 from ovms.errors import InstanceNotFound, Interrupted, StateConflict, UsageError
 from ovms.oci.reference import Reference
-from ovms.runtime import cgroups, document, restart, security, snapshots
+from ovms.runtime import cgroups, document, jail, restart, security, snapshots
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -273,6 +273,17 @@ def test_two_vms_have_two_users(runtime: Runtime, echo: Found) -> None:
         pytest.skip("only root has users to give away")
     users = [security.in_force(runtime.start(echo, TCG).record)["user"]["uid"] for _ in range(2)]
     assert len(set(users)) == 2
+
+
+def test_vms_of_two_roots_have_two_users(tmp_path: Path) -> None:
+    places = [tmp_path / f"root-{number}" for number in range(20)]
+    for place in places:
+        place.mkdir()
+    firsts = {next(jail.users_of(place)) for place in places}
+    assert len(firsts) > 10, "by their inodes, so that some may meet"
+    every = list(jail.users_of(places[0]))
+    assert set(every) == set(range(jail.UID_FIRST, jail.UID_FIRST + jail.UID_COUNT))
+    assert len({number // 0x400 for number in every[:0x400]}) == 1, "those of one are side by side"
 
 
 @pytest.mark.parametrize("part", ["seccomp", "cgroups", "limits", "root", "namespaces", "user"])

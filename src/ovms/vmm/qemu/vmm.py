@@ -127,7 +127,7 @@ class QemuVmm:
             undo.callback(_remove_channels, files)
             began = time.monotonic()
             watched = self._spawn(config, files)
-            undo.callback(watched.vmm.kill)
+            undo.callback(_end, watched, files)
             spawned = time.monotonic()
             try:
                 loaded = _wait_until_running(files, config)
@@ -355,8 +355,13 @@ def _explain(exc: VmmError, watched: Watched, config: VmConfig, files: VmFiles) 
     return VmmError(f"QEMU did not start ({process.describe_exit(ended.returncode)}): {process.tail(said)}")
 
 
+def _end(watched: Watched, files: VmFiles) -> None:
+    watched.vmm.kill()
+    # only now: should we be interrupted before, it is by this that it is found, and ended
+    files.pid.unlink(missing_ok=True)
+
+
 def _remove_channels(files: VmFiles) -> None:
-    # not what tells who it is: should we be interrupted before we know, it is found by that, and ended
     for path in (files.control, files.console, files.agent):
         path.unlink(missing_ok=True)
 
