@@ -134,11 +134,13 @@ def pull(
     gate: Gate | None = None,
     tally: Tally | None = None,
     guard: Guard | None = None,
+    parallel: int | None = None,
 ) -> Found:
     """Fetches an artifact from its registry or a place on disk, checks it, and names it in the store.
 
     *name* is what it is called there, else what it is called where it comes from. *gate* is asked before the bulk whether
-    its RAM snapshot is needed (None: it is). *tally* is counted up. *guard* is asked whether it may come at all.
+    its RAM snapshot is needed (None: it is). *tally* is counted up. *guard* is asked whether it may come at all. *parallel* is
+    how many connections to a registry it takes (None: the usual number).
 
     Raises:
         Untrusted: and its kinds: *guard* does not let it pass.
@@ -148,7 +150,7 @@ def pull(
         Unsupported, ManifestInvalid: what came is no OVMS artifact, or none for the platform.
     """
     from ovms.artifact import places, ram
-    from ovms.oci import transfer
+    from ovms.oci import transfer, workers
 
     source = transport.parse(text)
     named = None if name is None else str(transport.new_name(name))
@@ -172,6 +174,7 @@ def pull(
         name=named,
         platform=platform,
         tally=tally,
+        parallel=parallel or workers.PARALLEL,
     )
     return ram.marked(find(layout, named or str(source), platform), leave)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ovms.errors import RegistryProtocol
+from ovms.errors import OvmsError, RegistryProtocol
 from ovms.lazy import dataclass, field, replace
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 
 _SIZE_MAX = 2**63 - 1
+#: Bytes of a manifest that is worth being remembered, and whose like cannot fill a server's memory.
+_REMEMBERED_MAX: Final = 64 * limits.KIB
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,19 @@ def parse_manifest(raw: bytes, where: str) -> ImageManifest | ImageIndex:
         JsonInvalid: not strict JSON, or too large.
         RegistryProtocol: not an OCI manifest or index.
     """
+    if len(raw) <= _REMEMBERED_MAX:
+        with contextlib.suppress(OvmsError):  # which is to tell where
+            return _remembered(raw)
+    return _parse(raw, where)
+
+
+@functools.lru_cache(maxsize=16)
+def _remembered(raw: bytes) -> ImageManifest | ImageIndex:
+    # a pull or a start meets the same manifest several times: from the registry, from the store, for a policy
+    return _parse(raw, "a manifest")
+
+
+def _parse(raw: bytes, where: str) -> ImageManifest | ImageIndex:
     value = strictjson.parse(raw, where, max_size=limits.OCI_MANIFEST_MAX)
     if not isinstance(value, dict):
         raise RegistryProtocol(f"{where} is not an object", rule="OCI-1")

@@ -96,12 +96,14 @@ def pull(
     name: str | None = None,
     platform: Platform | None = None,
     tally: Tally | None = None,
+    parallel: int = workers.PARALLEL,
 ) -> Descriptor:
     """Fetches an artifact, and lets *name* (or the reference) stand for it. Returns the descriptor of what it stands for.
 
     *check* is asked when both manifests are in the store, and nothing else: with the manifest, and with the descriptor of what
     the reference stands for. What it raises ends the pull before the bulk is fetched; then *leave* says which RAM snapshots
-    are not fetched at all. *platform* is the one to take of an index; None: this host's. *tally* is counted up.
+    are not fetched at all. *platform* is the one to take of an index; None: this host's. *tally* is counted up. *parallel* is
+    how many connections it takes.
 
     Raises:
         ReferenceNotFound, BlobNotFound: the registry does not have it, or not all of it.
@@ -113,7 +115,7 @@ def pull(
     with fsutil.noticing_full_disk(f"pulling {reference}", layout.root), layout.using():
         manifest, top, raws = manifests(client, reference, platform)
         missing = to_fetch(layout, manifest.blobs, reference)
-        download = _Download(layout, client, reference.repository, progress, tally)
+        download = _Download(layout, client, reference.repository, progress, tally, parallel)
         documents = [blob for blob in manifest.blobs if blob.media_type == mediatypes.MANIFEST]
         if leave is None:
             _require_space(layout, missing, reference)
@@ -262,13 +264,20 @@ def label(blob: Descriptor) -> str:
 
 class _Download:
     def __init__(
-        self, layout: Layout, client: RegistryClient, repository: str, progress: Progress, tally: Tally | None = None
+        self,
+        layout: Layout,
+        client: RegistryClient,
+        repository: str,
+        progress: Progress,
+        tally: Tally | None = None,
+        parallel: int = workers.PARALLEL,
     ) -> None:
         self._layout = layout
         self._client = client
         self._repository = repository
         self._progress = progress
         self._tally = tally or Tally()
+        self._parallel = parallel
         self._unfinished = 0
         self._several = True
         self._lock = threading.Lock()
@@ -306,7 +315,7 @@ class _Download:
         self._fetch_all_small([blob for blob in wanted if blob.size <= _SMALL])
         large = [blob for blob in wanted if blob.size > _SMALL]
         self._unfinished = len(large)
-        workers.run_all([self._job(blob) for blob in large])
+        workers.run_all([self._job(blob) for blob in large], parallel=self._parallel)
 
     def _fetch_all_small(self, blobs: list[Descriptor]) -> None:
         # Not worth files that could be gone on with: each comes whole, or again. They are made durable together.
@@ -334,19 +343,19 @@ class _Download:
 
             left = {blob.digest: blob for blob in blobs}
             at_once = blobs if len(blobs) > _FEW else []
-            for blob, data in small.fetch(self._client, self._repository, at_once, workers.PARALLEL):
+            for blob, data in small.fetch(self._client, self._repository, at_once, self._parallel):
                 with self._progress.task(label(blob), blob.size) as task:
                     keep(blob, data)
                     task.advance(len(data))
                 left.pop(blob.digest, None)
-            workers.run_all([job(blob) for blob in left.values()])
+            workers.run_all([job(blob) for blob in left.values()], parallel=self._parallel)
             self._layout.commit_all(writers)
 
     def _spare(self) -> int:
         # connections that no blob is waiting for, shared out among those at work
         if not self._several:
             return 0
-        return max(0, workers.PARALLEL - self._unfinished) // max(1, self._unfinished)
+        return max(0, self._parallel - self._unfinished) // max(1, self._unfinished)
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def fetch(stopped: Callable[[], bool]) -> None:

@@ -6,17 +6,21 @@ breaks; unknown fields are kept (they live on in ``document``), because what is 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final
 
-from ovms.errors import Problem
+from ovms.errors import OvmsError, Problem
 from ovms.lazy import dataclass, field, regex
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import is_digest
 from ovms.spec.document import Reader, check_time, invalid, shown
 
 SCHEMA_VERSION: Final = 1
+#: Bytes of a manifest that is worth being remembered, and whose like cannot fill a server's memory.
+_REMEMBERED_MAX: Final = 64 * limits.KIB
 
 _HEX_ADDRESS: Final = regex(r"0x[0-9a-fA-F]{1,16}")
 _WORD: Final = regex(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -216,6 +220,19 @@ def parse(data: bytes, what: str = "the manifest") -> Manifest:
         JsonInvalid: not strict JSON.
         ManifestInvalid: breaks the specification; names every problem.
     """
+    if len(data) <= _REMEMBERED_MAX:
+        with contextlib.suppress(OvmsError):  # which is to tell of what
+            return _remembered(data)
+    return _parse(data, what)
+
+
+@functools.lru_cache(maxsize=16)
+def _remembered(data: bytes) -> Manifest:
+    # checked as it comes, and looked up as it is used: the same bytes, in the same command
+    return _parse(data, "the manifest")
+
+
+def _parse(data: bytes, what: str) -> Manifest:
     return check(strictjson.parse(data, what, max_size=limits.MANIFEST_MAX), what)
 
 

@@ -29,7 +29,7 @@ class Stub:
 def run(
     monkeypatch: pytest.MonkeyPatch, one: Callable[[str], dict[str, Any]], *references: str, json: bool = True
 ) -> int:
-    monkeypatch.setattr(pull, "_pull", lambda reference, *_: one(reference))
+    monkeypatch.setattr(pull, "_pull", lambda reference, _args, _context, parallel: one(reference))
     args = argparse.Namespace(tag=None, references=list(references), json=json)
     return pull.run(args, Stub())  # type: ignore[arg-type]
 
@@ -38,10 +38,10 @@ def answer(reference: str) -> dict[str, Any]:
     return {"name": reference, "digest": f"digest-of-{reference}"}
 
 
-def test_two_are_pulled_at_once_and_told_in_order(
+def test_four_are_pulled_at_once_and_told_in_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = threading.Barrier(2, timeout=20)
+    all_of_them = threading.Barrier(4, timeout=20)
     most, now, lock = 0, 0, threading.Lock()
 
     def one(reference: str) -> dict[str, Any]:
@@ -49,16 +49,30 @@ def test_two_are_pulled_at_once_and_told_in_order(
         with lock:
             now += 1
             most = max(most, now)
-        both.wait()
+        all_of_them.wait()
         if reference == "a":
             time.sleep(0.05)
         with lock:
             now -= 1
         return answer(reference)
 
-    assert run(monkeypatch, one, "a", "b", "c", "d") == 0
-    assert [value["name"] for value in json.loads(capsys.readouterr().out)] == ["a", "b", "c", "d"]
-    assert most == 2
+    assert run(monkeypatch, one, *"abcdefgh") == 0
+    assert [value["name"] for value in json.loads(capsys.readouterr().out)] == [*"abcdefgh"]
+    assert most == 4
+
+
+@pytest.mark.parametrize(("count", "each"), [(1, None), (2, 4), (3, 2), (4, 2), (20, 2)])
+def test_they_share_the_connections(monkeypatch: pytest.MonkeyPatch, count: int, each: int | None) -> None:
+    asked: list[int | None] = []
+
+    def one(reference: str, _args: object, _context: object, parallel: int | None = None) -> dict[str, Any]:
+        asked.append(parallel)
+        return answer(reference)
+
+    monkeypatch.setattr(pull, "_pull", one)
+    args = argparse.Namespace(tag=None, references=[str(i) for i in range(count)], json=True)
+    pull.run(args, Stub())  # type: ignore[arg-type]
+    assert asked == [each] * count
 
 
 def test_after_one_that_failed_none_is_begun_and_those_at_work_end(
@@ -66,9 +80,11 @@ def test_after_one_that_failed_none_is_begun_and_those_at_work_end(
 ) -> None:
     begun: list[str] = []
     failed = threading.Event()
+    all_of_them = threading.Barrier(4, timeout=20)
 
     def one(reference: str) -> dict[str, Any]:
         begun.append(reference)
+        all_of_them.wait()
         if reference == "b":
             failed.set()
             raise ReferenceNotFound("b")
@@ -77,9 +93,9 @@ def test_after_one_that_failed_none_is_begun_and_those_at_work_end(
         return answer(reference)
 
     with pytest.raises(ReferenceNotFound):
-        run(monkeypatch, one, "a", "b", "c", "d", json=False)
-    assert sorted(begun) == ["a", "b"]
-    assert capsys.readouterr().out == "a@digest-of-a\n"
+        run(monkeypatch, one, *"abcdefgh", json=False)
+    assert sorted(begun) == [*"abcd"]
+    assert capsys.readouterr().out.splitlines() == [f"{name}@digest-of-{name}" for name in "acd"]
 
 
 def test_the_first_error_in_their_order_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 REF is HOST[:PORT]/NAME[:TAG][@DIGEST], oci:DIR[:TAG] or oci-archive:FILE[:TAG]; the last two are what skopeo and podman
 read and write. TAG is what the layout calls the artifact; it can be left out where there is only one. Several are fetched
-two at a time, over the same connections; after the first that fails, no other is begun.
+four at a time, over eight connections in all; after the first that fails, no other is begun.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
 
-#: Artifacts that are pulled at once: while one is made durable, the other keeps the registry busy.
-_AT_ONCE: Final = 2
+#: Artifacts that are pulled at once: while one begins, or is made durable, the others keep the registry busy.
+_AT_ONCE: Final = 4
+#: Connections that they share out among them.
+_CONNECTIONS: Final = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +71,8 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
     if len(references) == 1:
         yield _pull(references[0], args, context)
         return
-    # made here, and not by both
+    at_once = min(_AT_ONCE, len(references))
+    # made here, and not by each
     context.layout, context.guard, context.progress, context.connector  # noqa: B018
     todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
     for numbered in enumerate(references):
@@ -82,12 +85,14 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
             while True:
                 number, reference = todo.get_nowait()
                 try:
-                    done.put((number, None if failed.is_set() else _pull(reference, args, context)))
+                    done.put(
+                        (number, None if failed.is_set() else _pull(reference, args, context, _CONNECTIONS // at_once))
+                    )
                 except BaseException as exc:  # noqa: BLE001 - raised again where it can be seen
                     failed.set()
                     done.put((number, exc))
 
-    for _ in range(_AT_ONCE):
+    for _ in range(at_once):
         threading.Thread(target=work, name="pull", daemon=True).start()
     came: dict[int, dict[str, Any] | BaseException | None] = {}
     error: BaseException | None = None
@@ -103,7 +108,7 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
         raise error
 
 
-def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[str, Any]:
+def _pull(reference: str, args: argparse.Namespace, context: Context, parallel: int | None = None) -> dict[str, Any]:
     from ovms.artifact import ram
     from ovms.artifact.resolve import pull
     from ovms.oci.transfer import Tally
@@ -119,6 +124,7 @@ def _pull(reference: str, args: argparse.Namespace, context: Context) -> dict[st
         gate=ram.unwanted if args.no_ram else None,
         tally=tally,
         guard=context.guard,
+        parallel=parallel,
     )
     artifact = found.artifact
     value: dict[str, Any] = {
