@@ -32,6 +32,9 @@ _CUT_OFF: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 #: How a kept connection shows that it had been closed, before a byte of an answer.
 _GONE: Final = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
 
+#: Seconds in which hardly any server closes a connection that it has kept. One that does makes the answer fail, and no worse.
+_FRESH: Final = 0.5
+
 #: Gives a connection back: it can be used again, or not.
 Release = Callable[[bool], None]
 _Key = tuple[str, str, int, "ssl.SSLContext | None"]
@@ -68,7 +71,8 @@ class Connections:
         """Both in seconds: until a connection is there, and between two pieces of an answer."""
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
-        self._idle: dict[_Key, list[http.client.HTTPConnection]] = {}
+        #: … and since when nobody uses them.
+        self._idle: dict[_Key, list[tuple[http.client.HTTPConnection, float]]] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -76,7 +80,7 @@ class Connections:
         with self._lock:
             idle, self._idle = self._idle, {}
         for connections in idle.values():
-            for connection in connections:
+            for connection, _ in connections:
                 connection.close()
 
     def __del__(self) -> None:
@@ -117,9 +121,11 @@ class Connections:
     def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
         """Sends a GET, and does not wait for the answer. Raises as :meth:`request`, and tries nothing twice."""
         key, target = _parse(url, context)
-        connection = self._idle_one(key) or self._open(key)
+        connection = self._idle_one(key, fresh=_FRESH) or self._open(key)
         with _closed_on_error(connection):
-            connection.sock.settimeout(self._read_timeout)
+            # one that was used before may have a shorter time: who sends is told when something comes
+            if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
+                connection.sock.settimeout(self._read_timeout)
             _send(connection, "GET", target, headers, None)
 
         def read() -> tuple[http.client.HTTPResponse, Release]:
@@ -173,14 +179,15 @@ class Connections:
             raise
         return connection
 
-    def _idle_one(self, key: _Key) -> http.client.HTTPConnection | None:
+    def _idle_one(self, key: _Key, *, fresh: float = 0.0) -> http.client.HTTPConnection | None:
+        # one that was in use *fresh* seconds ago is not looked at
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
-                connection = idle.pop()
-            if _alive(connection.sock):
+                connection, since = idle.pop()
+            if time.monotonic() - since < fresh or _alive(connection.sock):
                 return connection
             connection.close()
 
@@ -188,7 +195,7 @@ class Connections:
         with self._lock:
             idle = self._idle.setdefault(key, [])
             if len(idle) < _IDLE_MAX:
-                idle.append(connection)
+                idle.append((connection, time.monotonic()))
                 return
         connection.close()
 

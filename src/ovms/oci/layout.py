@@ -82,6 +82,8 @@ class BlobWriter:
         self._path = path
         self._hasher = hashlib.sha256()
         self.size = 0
+        #: Whether it has its name, and the file is no longer where it was made.
+        self.shown = False
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends *data*. Raises :class:`~ovms.errors.DiskFull` when the file system has no room."""
@@ -131,7 +133,6 @@ class BlobWriter:
         The kernel begins to write it, and is not waited for: many files are durable sooner so than one by one.
         """
         self.check(expected)
-        os.ftruncate(self._fd, self.size)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def wait(self) -> None:
@@ -141,6 +142,7 @@ class BlobWriter:
     def show(self) -> None:
         """Gives it its name."""
         os.replace(self._path, self._layout.path(from_hasher(self._hasher)))
+        self.shown = True
 
 
 class Layout:
@@ -306,11 +308,13 @@ class Layout:
         """Like :meth:`writer`, for a small blob: one file, which the collector sweeps where its writer is killed."""
         path = self.partial_dir / f"{hex_of(digest)}.{fsutil.unique(4)}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        writer = BlobWriter(self, fd, path)
         try:
-            yield BlobWriter(self, fd, path)
+            yield writer
         finally:
             os.close(fd)
-            path.unlink(missing_ok=True)
+            if not writer.shown:
+                path.unlink(missing_ok=True)
 
     def add_bytes(self, data: bytes) -> Digest:
         """Adds a small blob."""

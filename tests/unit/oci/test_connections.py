@@ -141,7 +141,7 @@ def test_one_that_the_server_has_closed_is_not(connections: Connections) -> None
         for _ in range(2):
             assert get(connections, server.url) == b"ok"
             # until its end has come here
-            while any(_alive(kept.sock) for idle in connections._idle.values() for kept in idle):
+            while any(_alive(kept.sock) for idle in connections._idle.values() for kept, _ in idle):
                 os.sched_yield()
         assert server.connections == 2
     finally:
