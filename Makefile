@@ -44,7 +44,7 @@ setup-tools: setup-system
 	@scripts/fetch-tools.sh
 
 .PHONY: setup-interop
-setup-interop: setup ## get other people's tools for the tests; all but cosign need Go (what can't be had is left out)
+setup-interop: setup ## get other people's tools for the tests; all but cosign and virtiofsd need Go (what can't be had is left out)
 	@scripts/fetch-tools.sh interop
 
 .PHONY: setup-fuzz

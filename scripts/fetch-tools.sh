@@ -16,6 +16,7 @@
 #   tools/kernel/                vmlinuz, version, modules/NN-NAME.ko in the order of loading, -> linux_VERSION/
 #   tools/oras, crane            built by Go             -> NAME_VERSION/
 #   tools/cosign, cosign-2       cosign 3 and 2          -> NAME_VERSION/
+#   tools/virtiofsd              that of Debian 13, with its libraries, where the host has none -> virtiofsd_VERSION/bin/
 #   tools/referrers-registry     a registry with the referrers API, of tests/support/ -> referrers-registry_CHECKSUM/
 #   tools/.checked-*             newer than apt's lists: nothing to look up
 # Every version has a directory of its own, which appears whole or not at all.
@@ -28,14 +29,19 @@ what=${1:-all}
 say() { printf 'fetch-tools: %s\n' "$*" >&2; }
 die() { printf 'fetch-tools: error: %s\n' "$*" >&2; exit 1; }
 
-wanted= built= signing=
+wanted= built= signing= serving=
 case "$what" in
     all) wanted='docker-registry busybox kernel' ;;
     registry) wanted='docker-registry' ;;
-    interop) built='oras crane referrers-registry' signing='cosign cosign-2' ;;
+    interop) built='oras crane referrers-registry' signing='cosign cosign-2' serving=virtiofsd ;;
     cosign) signing='cosign cosign-2' ;;
     *) die "usage: ${0##*/} [all | registry | interop | cosign]" ;;
 esac
+
+# the host's own will do, where it is not the one that QEMU brought
+for path in /usr/libexec/virtiofsd /usr/lib/virtiofsd; do
+    [ ! -x "$path" ] || serving=
+done
 
 mkdir -p "$cache/tools"
 cache=$(cd "$cache" && pwd)
@@ -76,6 +82,7 @@ fresh() {
     for name in $signing; do
         [ -x "$tools/$name" ] && [ "$tools/.checked-cosign" -nt "$here/fetch-tools.sh" ] || return 1
     done
+    [ -z "$serving" ] || [ "$tools/.checked-virtiofsd" -nt "$here/fetch-tools.sh" ] || return 1
     [ -n "$wanted" ] || return 0
     for name in $wanted; do
         [ -e "$tools/$name" ] || return 1
@@ -255,25 +262,48 @@ debian_source() (
     [ ! -e "$keyring" ] || printf 'Signed-By: %s\n' "$keyring"
 )
 
-# Of a release that is not the host's: nothing is installed, and apt learns nothing of it. A package's program is all that is
-# taken, and its libc is the host's or an older one.
-cosign_of_debian() {
-    release=$(debian_release "$1")
+# of_debian RELEASE PACKAGE...: unpacked into $work/root, of a release that is not the host's. Nothing is installed, and apt learns
+# nothing of it.
+of_debian() {
+    release=$1
+    shift
     rm -rf "$work/apt" "$work/debs" "$work/root" "$work/new"
     mkdir -p "$work/apt/lists/partial" "$work/apt/cache/archives/partial" "$work/debs" "$work/new" || return 1
     debian_source "$release" >"$work/apt/its.sources" || return 1
-    say "getting cosign of Debian $release"
+    say "getting $1 of Debian $release"
     their_apt() {
         apt apt-get -o Dir::Etc::SourceList="$work/apt/its.sources" -o Dir::Etc::SourceParts=/dev/null \
             -o Dir::State::Lists="$work/apt/lists" -o Dir::Cache="$work/apt/cache" -o Acquire::Languages=none \
             -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
             -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false "$@" >/dev/null
     }
-    their_apt update && (cd "$work/debs" && their_apt download cosign) || return 1
-    deb=$(find "$work/debs" -name '*.deb')
-    [ -n "$deb" ] && dpkg-deb -x "$deb" "$work/root" && mv "$work/root/usr/bin/cosign" "$work/new/$1" &&
-        "$work/new/$1" version >/dev/null 2>&1 || return 1
-    publish "${1}_$(dpkg-deb -f "$deb" Version | tr ':/' '__')" "$1" "/$1"
+    their_apt update && (cd "$work/debs" && their_apt download "$@") || return 1
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root" || return 1
+    done
+    version=$(dpkg-deb -f "$work/debs/$1"_*.deb Version | tr ':/' '__')
+}
+
+# A package's program is all that is taken, and its libc is the host's or an older one.
+cosign_of_debian() {
+    of_debian "$(debian_release "$1")" cosign || return 1
+    mv "$work/root/usr/bin/cosign" "$work/new/$1" && "$work/new/$1" version >/dev/null 2>&1 || return 1
+    publish "${1}_$version" "$1" "/$1"
+}
+
+# Its libc is newer than that of Debian 12, so the libraries and the loader that it needs come along.
+virtiofsd_of_debian() {
+    [ "$(uname -m)" = x86_64 ] || return 1
+    of_debian trixie virtiofsd libc6 libgcc-s1 libcap-ng0 libseccomp2 || return 1
+    dir=virtiofsd_$version
+    mv "$work/root" "$work/theirs" && mv "$work/new" "$work/made" && get patchelf && mv "$work/made" "$work/new" || return 1
+    mkdir "$work/new/bin" "$work/new/lib" && mv "$work/theirs/usr/libexec/virtiofsd" "$work/new/bin" || return 1
+    for name in ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libgcc_s.so.1 libcap-ng.so.0 libseccomp.so.2; do
+        cp -L "$work/theirs/usr/lib/x86_64-linux-gnu/$name" "$work/new/lib" || return 1
+    done
+    "$work/root/usr/bin/patchelf" --set-interpreter "$tools/$dir/lib/ld-linux-x86-64.so.2" \
+        --force-rpath --set-rpath '$ORIGIN/../lib' "$work/new/bin/virtiofsd" || return 1
+    publish "$dir" virtiofsd /bin/virtiofsd && "$tools/virtiofsd" --version >/dev/null 2>&1
 }
 
 find_kernel() {
@@ -320,6 +350,10 @@ for name in $signing; do
     [ -x "$tools/$name" ] || say "could not get $name, of Debian or by Go: going on without; the tests that need it are skipped"
 done
 [ -z "$signing" ] || touch "$tools/.checked-cosign"
+if [ -n "$serving" ]; then
+    virtiofsd_of_debian || say "could not get virtiofsd of Debian: going on without; the tests that need it are skipped"
+    touch "$tools/.checked-virtiofsd"
+fi
 [ -n "$wanted" ] || exit 0
 
 failed=

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import guests, share_guest
+from support import guests, share_guest, tools
 from support.cli import OVM, Ovm
 from support.guests import Console
 
@@ -74,8 +74,13 @@ sync
 """
 
 
+@pytest.fixture(autouse=True)
+def lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools.lend_virtiofsd(monkeypatch)
+
+
 @pytest.fixture(params=[BY_9P, BY_VIRTIOFS])
-def via(request: pytest.FixtureRequest) -> str:
+def via(request: pytest.FixtureRequest, lent: None) -> str:
     """Each way to share a directory that this host has."""
     if request.param == BY_VIRTIOFS:
         try:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import tools
 from support.guests import MEMORY, hmp
 
 from ovms.artifact.resolve import Found
@@ -39,6 +40,11 @@ def why_not() -> OvmsError | None:
     except (ToolMissing, Unsupported) as exc:
         return exc
     return None
+
+
+@pytest.fixture(autouse=True)
+def lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools.lend_virtiofsd(monkeypatch)
 
 
 @pytest.fixture
@@ -74,7 +80,10 @@ def problem(runtime: Runtime, record: Record) -> str | None:
     return shown["volumes"][0].get("problem")  # type: ignore[no-any-return]
 
 
-def test_a_host_without_one_is_told(runtime: Runtime, echo: Found, options: RunOptions) -> None:
+def test_a_host_without_one_is_told(
+    runtime: Runtime, echo: Found, options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"].partition(":")[2])  # without the one that is lent
     missing = why_not()
     if missing is None:
         pytest.skip("this host has one")
