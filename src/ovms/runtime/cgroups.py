@@ -121,6 +121,7 @@ def at_hand(*, proc: Path = Path("/proc/self")) -> Iterator[None]:
         yield
     finally:
         done.set()
+        _mover.thread = None  # it may take a moment to end, and the next one is not within this one
 
 
 def _hierarchies(proc: Path) -> list[_Hierarchy]:
