@@ -297,8 +297,8 @@ def test_sigterm_powers_the_guest_down(ovm: Ovm, built: str) -> None:
         (["rm", "nobody"], 4, "instance-not-found"),
         (["logs", "nobody"], 4, "instance-not-found"),
         (["snapshot", "nobody", "-t", "x"], 4, "instance-not-found"),
-        (["pull", "localhost:1/x:1"], 6, "registry-unreachable"),
         # who waits for a registry, waits
+        pytest.param(["pull", "localhost:1/x:1"], 6, "registry-unreachable", marks=pytest.mark.long),
         pytest.param(["run", "-d", "localhost:1/x:1"], 6, "registry-unreachable", marks=pytest.mark.long),
         (["run", "-d", "UPPER"], 3, "reference-invalid"),
         (["build", "/nonexistent/ovms.yaml"], 3, "file-missing"),

@@ -135,6 +135,7 @@ def test_attaching_to_nothing(layout: Layout, client: RegistryClient, ref: Refer
     assert list(layout.staging_root.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.spec("OCI-20")
 def test_many_writers_at_once_are_all_listed(
     client: RegistryClient, ref: Reference, base: ImageManifest, sbom: Path, tmp_path: Path

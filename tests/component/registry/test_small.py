@@ -51,7 +51,7 @@ def times(server: faulty.Server) -> dict[Digest, int]:
 
 def test_each_is_asked_for_once_and_a_few_at_a_time(server: faulty.Server, layout: Layout) -> None:
     # a moment, so that those that were asked for meet here
-    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= workers.PARALLEL, timeout=0.2)
+    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= workers.PARALLEL, timeout=0.05)
     pull(server, layout)
     assert set(times(server).values()) == {1}
     assert server.most_at_once == workers.PARALLEL
@@ -102,7 +102,7 @@ def test_a_registry_that_sends_elsewhere_is_asked_by_many_at_once(server: faulty
             for data in BLOBS
             for _ in range(2)
         ]
-        store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= workers.PARALLEL, timeout=0.2)
+        store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= workers.PARALLEL, timeout=0.05)
         pull(server, layout)
         assert sum(times(server).values()) <= COUNT + workers.PARALLEL, "the others were not tried in vain"
         assert store.most_at_once == workers.PARALLEL

@@ -59,6 +59,7 @@ def test_a_life(ovm: Ovm, server: Server) -> None:
     assert ovm("inspect", "life").code == 4
 
 
+@pytest.mark.long
 def test_guests_that_do_not_listen_are_waited_for_together(ovm: Ovm, server: Server) -> None:
     names = ("deaf-1", "deaf-2", "deaf-3", "listens")
     for name in names:
