@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import select
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Final
 
 from ovms.errors import OvmsError
@@ -23,7 +23,7 @@ _READY_MAX: Final = 32
 
 def fetch(
     client: RegistryClient, repository: str, blobs: Iterable[Descriptor], parallel: int
-) -> Iterator[tuple[Descriptor, bytes]]:
+) -> Generator[tuple[Descriptor, bytes], None, None]:
     """Those of *blobs* that a registry simply sends, as they come, not yet checked; *parallel* are asked for at once.
 
     At the first that it does not simply send (a redirect, a challenge, an error, a connection that breaks) no more are asked

@@ -343,11 +343,12 @@ class _Download:
 
             left = {blob.digest: blob for blob in blobs}
             at_once = blobs if len(blobs) > _FEW else []
-            for blob, data in small.fetch(self._client, self._repository, at_once, self._parallel):
-                with self._progress.task(label(blob), blob.size) as task:
-                    keep(blob, data)
-                    task.advance(len(data))
-                left.pop(blob.digest, None)
+            with contextlib.closing(small.fetch(self._client, self._repository, at_once, self._parallel)) as coming:
+                for blob, data in coming:
+                    with self._progress.task(label(blob), blob.size) as task:
+                        keep(blob, data)
+                        task.advance(len(data))
+                    left.pop(blob.digest, None)
             workers.run_all([job(blob) for blob in left.values()], parallel=self._parallel)
             self._layout.commit_all(writers)
 

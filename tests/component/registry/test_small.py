@@ -172,7 +172,7 @@ def test_an_answer_that_nobody_takes_is_closed(server: faulty.Server) -> None:
         blobs = [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
         some = small.fetch(client, "x", blobs, 4)
         assert next(some)[1] in BLOBS
-        some.close()  # type: ignore[attr-defined]
+        some.close()
         # what was under way is read by nobody else
         for data, blob in zip(BLOBS, blobs, strict=True):
             assert b"".join(bytes(piece) for piece in client.read_blob("x", blob)) == data
