@@ -84,6 +84,7 @@ class BlobWriter:
         self.size = 0
         #: Whether it has its name, and the file is no longer where it was made.
         self.shown = False
+        self._durable = False
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends *data*. Raises :class:`~ovms.errors.DiskFull` when the file system has no room."""
@@ -136,8 +137,13 @@ class BlobWriter:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def wait(self) -> None:
-        """Until what came is durable."""
-        os.fsync(self._fd)
+        """Until what came is durable; a second time it costs nothing. Raises as :meth:`write`."""
+        if not self._durable:
+            try:
+                os.fsync(self._fd)  # where some file systems first find that they are full
+            except OSError as exc:
+                raise (fsutil.disk_full(exc, "adding a blob to the store", self._path) or exc) from exc
+            self._durable = True
 
     def show(self) -> None:
         """Gives it its name."""
@@ -158,6 +164,7 @@ class Layout:
         """
         self.root = root
         self.blob_dir = root / "blobs" / "sha256"
+        self._blobs = f"{self.blob_dir}/"
         self.derived_dir = root / "ovms.blobs"
         self.staging_root = root / "ovms.tmp"
         self.partial_dir = root / "ovms.partial"
@@ -229,7 +236,7 @@ class Layout:
     def size(self, digest: Digest) -> int | None:
         """A blob's size in bytes, None when it is not here; :data:`NO_FILE` for what is no file."""
         try:
-            info = self.path(digest).lstat()
+            info = os.lstat(self._blobs + hex_of(digest))  # asked of each blob, many times
         except FileNotFoundError:
             return None
         return info.st_size if stat.S_ISREG(info.st_mode) else NO_FILE
@@ -418,7 +425,7 @@ class Layout:
         """
         try:
             for writer in writers:
-                writer.wait()  # where some file systems first find that they are full
+                writer.wait()
             for writer in writers:
                 writer.show()
         except OSError as exc:

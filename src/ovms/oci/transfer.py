@@ -53,6 +53,8 @@ _NAMED_MAX: Final = 3
 _SMALL: Final = 256 * limits.KIB
 #: Up to so many of them, it does not matter how.
 _FEW: Final = 2
+#: Of them, so many are made durable together: one by one, each would be a transaction of the file system.
+_DURABLE_AT_ONCE: Final = 16
 
 
 class _Stopped(OvmsError):
@@ -331,6 +333,10 @@ class _Download:
                 writer.finish(blob)
                 writers.append(writer)
                 self._count(len(data))
+                if len(writers) % _DURABLE_AT_ONCE == 0:
+                    # while the others come, and not all of them at the end
+                    for one in writers[-_DURABLE_AT_ONCE:]:
+                        one.wait()
 
             def job(blob: Descriptor) -> workers.Job:
                 def fetch(stopped: Callable[[], bool]) -> None:

@@ -49,7 +49,12 @@ def to_fetch(layout: Layout, blobs: Iterable[Descriptor], what: object) -> list[
     Raises:
         DigestMismatch: a blob here is sound, and it is the manifest that says another size.
     """
-    return [blob for blob in blobs if layout.size(blob.digest) != blob.size and not _is_sound(layout, blob, what)]
+    return [blob for blob in blobs if not _is_here(layout, blob, what)]
+
+
+def _is_here(layout: Layout, blob: Descriptor, what: object) -> bool:
+    size = layout.size(blob.digest)
+    return size is not None and (size == blob.size or _is_sound(layout, blob, what))
 
 
 def _is_sound(layout: Layout, blob: Descriptor, what: object) -> bool:

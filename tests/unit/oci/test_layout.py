@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -206,6 +207,44 @@ def test_a_disk_that_is_full_only_when_it_is_synced(layout: Layout, monkeypatch:
         layout.add_bytes(b"abc")
     assert blobs(layout) == set()
     assert staged(layout) == []
+
+
+def test_all_of_several_are_durable_before_any_has_a_name(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(fd: int) -> None:
+        did.append(f"fsync {fd}")
+        fsync(fd)
+
+    def noted_rename(old: Path, new: Path) -> None:
+        did.append("name")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    contents = [b"x" * 5000, bytes(5000), b""]
+    with contextlib.ExitStack() as held:
+        writers = [held.enter_context(layout.loose(of_bytes(data))) for data in contents]
+        for writer, data in zip(writers, contents, strict=True):
+            writer.write(data)
+            writer.finish(Descriptor("a/b", of_bytes(data), len(data)))
+        writers[0].wait()
+        assert blobs(layout) == set()
+        layout.commit_all(writers)
+        assert [what.split()[0] for what in did] == ["fsync"] * 3 + ["name"] * 3
+        assert len(set(did)) == 4, "each is waited for once"
+    assert [layout.path(of_bytes(data)).read_bytes() for data in contents] == contents
+    assert stat.S_IMODE(layout.path(of_bytes(contents[0])).stat().st_mode) == 0o444
+    assert list(layout.partial_dir.iterdir()) == []
+
+
+def test_what_is_not_committed_with_the_others_is_gone(layout: Layout) -> None:
+    with pytest.raises(DigestMismatch), layout.loose(of_bytes(b"a")) as writer:
+        writer.write(b"b")
+        writer.finish(Descriptor("a/b", of_bytes(b"a"), 1))
+    assert list(layout.partial_dir.iterdir()) == []
+    assert blobs(layout) == set()
 
 
 def test_a_killed_writer_s_work_is_swept(layout: Layout) -> None:
