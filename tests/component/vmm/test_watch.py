@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +89,7 @@ def started(
     share: Path | None = None,
     until: int | None = None,
     shares: Mapping[str, tuple[int, Path]] | None = None,
+    trees: Mapping[str, Path] | None = None,
 ) -> Iterator[Vm]:
     directory.mkdir(exist_ok=True)
     files = VmFiles(directory)
@@ -101,7 +103,15 @@ def started(
             held.callback(os.close, opened)
             shares = {"shared/0": (opened, share)}
         launch = watch.Launch(
-            argv, keep, *fds, hold, at_end=at_end, read_only=read_only or {}, shares=shares or {}, until=until
+            argv,
+            keep,
+            *fds,
+            hold,
+            at_end=at_end,
+            read_only=read_only or {},
+            shares=shares or {},
+            until=until,
+            trees=trees or {},
         )
         try:
             watched = watch.start(launch, jail, files)
@@ -197,6 +207,18 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(VmmError, match="No such file"), started(tmp_path, ["/nowhere/qemu"]):
         pass
     assert not VmFiles(tmp_path).pid.exists()
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/var/tmp"])
+def test_a_program_with_a_place_of_its_own(tmp_path: Path, jail: Jail, place: str) -> None:
+    """Also below /tmp, where its root has a directory of its own."""
+    with tempfile.TemporaryDirectory(dir=place) as directory:
+        program = Path(directory) / "bin" / "true"
+        program.parent.mkdir()
+        Path(directory).chmod(0o755)  # a VM's user looks into it
+        shutil.copy("/usr/bin/true", program)
+        with started(tmp_path / "vm", [str(program)], jail, trees=watch.program_trees(program)) as vm:
+            assert vm.end().returncode == 0
 
 
 def test_what_the_console_prints_is_kept_with_its_time(tmp_path: Path) -> None:

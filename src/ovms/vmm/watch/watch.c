@@ -473,6 +473,10 @@ static void make_root(void)
     must(sys(SYS_mount, 0, "/", 0, MS_REC | MS_PRIVATE, 0), "mount-private");
     must(sys(SYS_mount, "root", o.root, "tmpfs", MS_NOSUID | MS_NODEV, "size=4m,nr_inodes=1k,mode=755"), "root");
     must(sys(SYS_chdir, o.root, 0, 0, 0, 0), "root");
+    /* before the trees: one of them may lie in the host's, a program that was built there */
+    sys(SYS_mkdirat, AT_FDCWD, "tmp", 01777, 0, 0);
+    must(sys(SYS_mount, "tmp", "tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=1m,nr_inodes=64,mode=1777"),
+         "tmp");
     for (int i = 0; i < o.trees.count; i++)
         bind(&o.trees.item[i], MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
     for (int i = 0; i < o.shares.count; i++)
@@ -486,10 +490,7 @@ static void make_root(void)
         must(sys(SYS_symlinkat, o.links.item[i].path, AT_FDCWD, o.links.item[i].name, 0, 0), "link");
     }
     sys(SYS_mkdirat, AT_FDCWD, "proc", 0755, 0, 0);
-    sys(SYS_mkdirat, AT_FDCWD, "tmp", 01777, 0, 0);
     must(sys(SYS_mount, "proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0), "proc");
-    must(sys(SYS_mount, "tmp", "tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=1m,nr_inodes=64,mode=1777"),
-         "tmp");
     must(sys(SYS_pivot_root, ".", ".", 0, 0, 0), "pivot");
     must(sys(SYS_umount2, ".", MNT_DETACH, 0, 0, 0), "pivot");
     must(sys(SYS_chdir, "/", 0, 0, 0, 0), "pivot");
