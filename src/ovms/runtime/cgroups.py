@@ -262,8 +262,10 @@ def sweep(instances: Container[str], *, proc: Path = Path("/proc/self"), age: fl
 def _end_all(directory: Path) -> None:
     # what is beside a VMM ends with it; nobody leaves a group, so what does not is found here
     with contextlib.suppress(OSError, ValueError):
-        for pid in (directory / _PROCS).read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in map(int, (directory / _PROCS).read_text().split()):
+            # 0 is what a process of another PID namespace is called here; as a number to kill, it is all of us
+            if pid > 0:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _remove(directory: Path) -> None:

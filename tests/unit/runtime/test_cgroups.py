@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -112,6 +113,16 @@ def test_each_thread_has_one_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
         wait(written(procs))
         before = procs.read_text()
         wait(lambda: procs.read_text() != before)
+
+
+def test_what_is_left_in_a_group_is_ended_and_never_we_ourselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _number: ended.append(pid))
+    (tmp_path / "cgroup.procs").write_text("0\n4321\n0\n4322\n")
+    cgroups._end_all(tmp_path)
+    assert ended == [4321, 4322]
 
 
 @pytest.mark.parametrize("missing", ["cgroup", "mountinfo"])
