@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from support.artifacts import of_layers
 from support.registry import Registry
 
 from ovms.artifact import model
@@ -101,10 +101,6 @@ def make(layout: Layout, scratch: Path, sizes: Sequence[int], name: str) -> None
             digest, size, _ = layout.add_file(file.fileno(), "noise")
         path.unlink()
         disks.append(model.part_descriptor(PartKind.DISK, digest, size, format=DiskFormat.QCOW2, number=i))
-    publish(layout, disks, name)
-
-
-def publish(layout: Layout, disks: list[Any], name: str) -> None:
     document = {
         "schemaVersion": 1,
         "mediaType": mediatypes.MANIFEST,
@@ -234,13 +230,7 @@ def small(scratch: Path, registry: Registry) -> dict[str, float]:
     name = f"{registry.host}/small"
     env = {"OVMS_ROOT": str(scratch / "small")}
     for number in range(4):
-        disks = []
-        for i in range(50):
-            data = os.urandom(4096)
-            disks.append(
-                model.part_descriptor(PartKind.DISK, layout.add_bytes(data), 4096, format=DiskFormat.QCOW2, number=i)
-            )
-        publish(layout, disks, f"{name}:{number}")
+        of_layers(layout, f"{name}:{number}", [os.urandom(4096) for _ in range(50)])
         run([OVM, "push", f"{name}:{number}"], **env)
     names = [f"{name}:{number}" for number in range(4)]
     crane = find("crane")
