@@ -45,6 +45,8 @@ _DELIMITER: Final = b"\xff"
 _LEAST: Final = 1.0
 #: Seconds after which we look whether the guest has opened the port at all.
 _LOOK: Final = 0.3
+#: Seconds of silence after which a session is begun once more; each time after twice as many.
+_AGAIN: Final = 1.0
 
 
 class AgentRefused(GuestError):
@@ -158,6 +160,7 @@ class Agent:
         self._since = time.monotonic()
 
     def _connect(self, deadline: float) -> None:
+        began = time.monotonic()
         try:
             sock = fsutil.connect_unix(self._files.agent, timeout=max(0.001, deadline - time.monotonic()))
         except OSError as exc:  # also a time-out
@@ -168,13 +171,12 @@ class Agent:
             ) from exc
         self._held.callback(sock.close)
         self._sock = sock
-        number = int.from_bytes(os.urandom(4), "big") >> 1
-        # the delimiter at the front makes the agent forget half a command
-        self._send(_DELIMITER + _request("guest-sync-delimited", {"id": number}), deadline)
-        looked = self._patient
+        number = self._sync(deadline)
+        look, again = self._patient, time.monotonic() + _AGAIN
         skipped = 0
         while True:
-            until = deadline if looked else min(deadline, time.monotonic() + _LOOK)
+            now = time.monotonic()
+            until = min(deadline, again) if look else min(deadline, again, now + _LOOK)
             try:
                 skipped += self._skip(until, SKIP_MAX - skipped)
             except _Silent:
@@ -183,11 +185,21 @@ class Agent:
                     raise _no_agent() from None
                 if late:
                     raise
-                looked = True
+                look = True
+                if time.monotonic() >= again:
+                    # one that was just starting, or that had somebody else's words in its ear, has heard nothing of the first
+                    number, again = self._sync(deadline), 2 * time.monotonic() - began
                 continue
             with contextlib.suppress(GuestError):
                 if _result("guest-sync-delimited", _parse(self._line(deadline, ANSWER_MAX), ANSWER_MAX)) == number:
                     return
+
+    def _sync(self, deadline: float) -> int:
+        # The delimiter at the front makes the agent forget half a command. Each has a number of its own, and the answer to the
+        # latest alone is waited for: it is the last that comes.
+        number = int.from_bytes(os.urandom(4), "big") >> 1
+        self._send(_DELIMITER + _request("guest-sync-delimited", {"id": number}), deadline)
+        return number
 
     def _skip(self, deadline: float, most: int) -> int:
         # Throws away what comes before the delimiter, and the delimiter. Returns how much that was.

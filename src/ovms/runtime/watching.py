@@ -226,7 +226,7 @@ class Watcher:
                 instance_id = self._pidfds[fd]
                 self._unfollow(self._seen[instance_id])  # else it would stay ready for ever
                 dirty.add(instance_id)
-        if [fd for fd, _ in ready] == [self._wake_read]:
+        if self._stopped or [fd for fd, _ in ready] == [self._wake_read]:
             return
         if self._settling.poll(_SETTLE * 1000):
             self._woken()

@@ -26,6 +26,7 @@ from ovms.vmm.model import VmFiles
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agents, "_LEAST", 0.2)
+    monkeypatch.setattr(agents, "_AGAIN", 0.1)
 
 
 @pytest.fixture
@@ -70,6 +71,21 @@ def test_an_agent_that_does_not_sync_is_given_up(play: Callable[..., Played], sy
     with pytest.raises(AgentUnavailable, match="does not answer in time"):
         ask(play(sync=sync), wait=0.2)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["it heard nothing of the first", "it answers all of them, late"])
+def test_an_agent_that_was_not_there_yet_is_asked_again(play: Callable[..., Played], late: bool) -> None:
+    unanswered: list[int] = []
+
+    def sync(number: int) -> bytes:
+        unanswered.append(number)
+        if len(unanswered) < 3:
+            return b""
+        answered = unanswered if late else unanswered[-1:]
+        return b"".join(b'\xff{"return": %d}\n' % number for number in answered)
+
+    assert ask(play(lambda name, arguments: "mine", sync=sync), wait=30) == "mine"
+    assert len(set(unanswered)) == 3
 
 
 @pytest.mark.spec("SEC-6")

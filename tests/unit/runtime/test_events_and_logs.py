@@ -249,6 +249,22 @@ def test_and_is_heard_while_other_news_are_gathered(
     until(log, "error")
 
 
+def test_and_ends_at_once_when_it_is_told_to_together_with_other_news(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_SETTLE", 60.0)
+    instances = Runtime(Root(tmp_path / "root")).instances
+    watcher = Watcher(instances, EventLog())
+    _, lock = added(instances)
+    watcher.stop()
+    stepping = threading.Thread(target=watcher.step, args=(60.0,), daemon=True)
+    stepping.start()
+    stepping.join(10)
+    assert not stepping.is_alive()
+    watcher.close()
+    lock.close()
+
+
 def test_how_long_an_instance_has_is_not_moved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instances = Runtime(Root(tmp_path / "root")).instances
     record, lock = added(instances)
