@@ -114,7 +114,7 @@ def complete(
     missing = [] if gate is None else left_out(layout, found.artifact)
     if gate is None or not missing:
         return found
-    from ovms.oci import transfer
+    from ovms.oci import download, transfer
     from ovms.spec import ramsnap
 
     artifact = found.artifact
@@ -138,7 +138,7 @@ def complete(
     def control() -> Control:
         raw = _here(layout, newest) or absent.control_part(layout, newest)
         if raw is None:
-            raw = from_somewhere(lambda client, where: transfer.read_control(client, where, newest, progress))
+            raw = from_somewhere(lambda client, where: download.read_control(client, where, newest, progress))
             absent.note(layout, newest, raw)
         return ramsnap.parse_control(raw)
 

@@ -20,8 +20,9 @@ from ovms.spec.digest import Digest, is_digest
 
 if TYPE_CHECKING:
     from ovms.artifact.ram import Gate
+    from ovms.oci.download import Tally
     from ovms.oci.registry import RegistryClient
-    from ovms.oci.transfer import Tally
+    from ovms.oci.small import Pool
 
 #: Opens a client for a registry's ``host[:port]``.
 Connect = Callable[[str], "RegistryClient"]
@@ -134,13 +135,13 @@ def pull(
     gate: Gate | None = None,
     tally: Tally | None = None,
     guard: Guard | None = None,
-    parallel: int | None = None,
+    pool: Pool | None = None,
 ) -> Found:
     """Fetches an artifact from its registry or a place on disk, checks it, and names it in the store.
 
     *name* is what it is called there, else what it is called where it comes from. *gate* is asked before the bulk whether
-    its RAM snapshot is needed (None: it is). *tally* is counted up. *guard* is asked whether it may come at all. *parallel* is
-    how many connections to a registry it takes (None: the usual number).
+    its RAM snapshot is needed (None: it is). *tally* is counted up. *guard* is asked whether it may come at all. *pool* are
+    the connections that it shares with others that are pulled with it (None: it has the usual number to itself).
 
     Raises:
         Untrusted: and its kinds: *guard* does not let it pass.
@@ -150,7 +151,7 @@ def pull(
         Unsupported, ManifestInvalid: what came is no OVMS artifact, or none for the platform.
     """
     from ovms.artifact import places, ram
-    from ovms.oci import transfer, workers
+    from ovms.oci import transfer
 
     source = transport.parse(text)
     named = None if name is None else str(transport.new_name(name))
@@ -174,7 +175,7 @@ def pull(
         name=named,
         platform=platform,
         tally=tally,
-        parallel=parallel or workers.PARALLEL,
+        pool=pool,
     )
     return ram.marked(find(layout, named or str(source), platform), leave)
 

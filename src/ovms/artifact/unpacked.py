@@ -25,10 +25,9 @@ from ovms.artifact.parts import UNPACKED_MANIFEST, blob_name
 from ovms.artifact.resolve import Found
 from ovms.errors import FileProblem, OvmsError
 from ovms.oci import exporting
-from ovms.oci.descriptor import Descriptor, ImageManifest
+from ovms.oci.descriptor import Descriptor, ImageManifest, label
 from ovms.oci.layout import Layout
 from ovms.oci.referrers import local_lister
-from ovms.oci.transfer import label
 from ovms.progress import NULL, Progress
 from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest

@@ -11,7 +11,7 @@ from typing import Any, Final
 from ovms.errors import OvmsError, RegistryProtocol
 from ovms.lazy import dataclass, field, replace
 from ovms.spec import limits, mediatypes, strictjson
-from ovms.spec.digest import Digest, is_digest, of_bytes
+from ovms.spec.digest import Digest, hex_of, is_digest, of_bytes
 
 _SIZE_MAX = 2**63 - 1
 #: Bytes of a manifest that is worth being remembered, and whose like cannot fill a server's memory.
@@ -257,3 +257,11 @@ def with_subject(manifest: ImageManifest | ImageIndex, subject: Descriptor) -> I
     value = strictjson.parse(manifest.raw, "the manifest", max_size=limits.OCI_MANIFEST_MAX)
     value["subject"] = Descriptor(subject.media_type, subject.digest, subject.size).to_json()
     return parse_manifest(strictjson.canonical(value), "the manifest")
+
+
+def label(blob: Descriptor) -> str:
+    """What progress calls a blob."""
+    title = blob.annotations.get(mediatypes.TITLE_ANNOTATION)
+    if title is None:
+        title = "config" if blob.media_type == mediatypes.MANIFEST else "blob"
+    return f"{title[:16]} {hex_of(blob.digest)[:7]}"

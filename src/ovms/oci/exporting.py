@@ -19,9 +19,8 @@ from ovms import fsutil
 from ovms.errors import BlobNotFound, Conflict, FileProblem, InputError, StoreCorrupt
 from ovms.lazy import dataclass, replace
 from ovms.oci import absent, source, tar
-from ovms.oci.descriptor import Descriptor, ImageIndex
+from ovms.oci.descriptor import Descriptor, ImageIndex, label
 from ovms.oci.layout import REPAIR, Layout
-from ovms.oci.transfer import label
 from ovms.oci.transport import Kind, Place
 from ovms.progress import NULL, Progress
 from ovms.spec import mediatypes, strictjson

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from ovms import fsutil
 from ovms.errors import RegistryProtocol
 from ovms.oci import absent, source, workers
-from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest
+from ovms.oci.descriptor import Descriptor, ImageIndex, ImageManifest, label
 from ovms.oci.layout import Layout
 from ovms.oci.platform import Platform, fitting
 from ovms.oci.source import Entry, Source
-from ovms.oci.transfer import Leave, check_image, label
+from ovms.oci.transfer import Leave, check_image
 from ovms.oci.transport import Place
 from ovms.oci.whole import to_fetch
 from ovms.progress import NULL, Progress

@@ -1,15 +1,17 @@
-"""Many small blobs: several requests under way at once, and one thread that takes the answers as they come.
+"""Many small blobs, of all artifacts that are pulled together: several requests under way, and one thread that takes the answers.
 
-A thread for each request would be simpler. But Python's threads take turns, and what one of 4 KiB needs is so little that
-most of it was the taking of turns.
+A thread for each request would be simpler, and so would one for each artifact. But Python's threads take turns, and what a blob of
+4 KiB needs is so little that most of it was the taking of turns.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import select
-from collections.abc import Generator, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from ovms.errors import OvmsError
@@ -17,71 +19,274 @@ from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import READ_TIMEOUT, Asked
 from ovms.oci.registry import Busy, RegistryClient
 
-#: Answers that are kept before the registry has to wait.
+#: Answers that are kept before a registry has to wait.
 _READY_MAX: Final = 32
 
 
-def fetch(
-    client: RegistryClient, repository: str, blobs: Iterable[Descriptor], parallel: int
-) -> Generator[tuple[Descriptor, bytes], None, None]:
-    """Those of *blobs* that a registry simply sends, as they come, not yet checked; *parallel* are asked for at once.
+#: Takes a blob, not yet checked. What it raises ends the fetch. Called by the pool's thread, and to be done soon.
+Keep = Callable[[Descriptor, bytes], object]
+
+
+class Fetch:
+    """Blobs that are asked for, in their order, as long as the registry simply sends them.
 
     At the first that it does not simply send (a redirect, a challenge, an error, a connection that breaks) no more are asked
-    for, and nothing is raised: what was not given is to be fetched in the usual way, which knows what to do about all that.
-    A registry that is busy is left alone for a while, all the same.
-
-    Raises:
-        Busy: it wants to be left alone for longer than anybody waits.
+    for, and nothing is raised: what was not given to *keep* is to be fetched in the usual way, which knows what to do about all
+    that. A registry that is busy is left alone for a while, all the same.
     """
-    left = iter(blobs)
-    waiting: dict[int, tuple[Asked, Descriptor]] = {}
-    answers = select.poll()
 
-    def ask() -> bool:
-        blob = next(left, None)
-        if blob is None:
-            return False
+    def __init__(
+        self,
+        client: RegistryClient,
+        repository: str,
+        blobs: Iterable[Descriptor],
+        keep: Keep,
+        ended: Callable[[BaseException | None], object],
+    ) -> None:
+        """*ended* is called once, when no more will come: with what *keep* raised, or with Busy where nobody waits so long."""
+        self._client = client
+        self._repository = repository
+        self._left = collections.deque(blobs)
+        self._keep = keep
+        self._ended = ended
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._cancelled = False
+        #: Asked for, and not kept yet.
+        self.under_way = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is more to ask for."""
+        return bool(self._left)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants any more of it."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """From here on nothing is given to *keep*."""
+        with self._lock:
+            self._cancelled = True
+            self.stop()
+
+    def stop(self) -> None:
+        """Asks for no more."""
+        self._left.clear()
+
+    def ask(self) -> tuple[Asked, Descriptor] | None:
+        """Asks for the next blob. None: it cannot be asked for so."""
         try:
-            asked = client.send_blob(repository, blob)
-        except OvmsError:
-            return False
+            blob = self._left.popleft()
+        except IndexError:  # cancelled in this moment
+            return None
+        asked = None
+        with contextlib.suppress(OvmsError):
+            asked = self._client.send_blob(self._repository, blob)
         if asked is None:
-            return False
-        waiting[asked.fileno] = asked, blob
-        answers.register(asked.fileno, select.POLLIN)
-        return True
+            self.stop()
+            return None
+        self.under_way += 1
+        return asked, blob
 
-    ready: collections.deque[tuple[Descriptor, bytes]] = collections.deque()
-    try:
-        going = True
-        while True:
-            while going and len(waiting) < parallel:
-                going = ask()
-            if not waiting:
-                break
-            # whoever takes them writes files, which takes as long as an answer: that is for when there is none
-            come = answers.poll(0 if ready else READ_TIMEOUT * 1000)
-            if not come and not ready:
-                return
-            if not come or len(ready) == _READY_MAX:
-                yield ready.popleft()
-            for fileno, _ in come:
-                answers.unregister(fileno)
-                asked, blob = waiting.pop(fileno)
-                data = None
+    def receive(self, asked: Asked, blob: Descriptor) -> bytes | None:
+        """What came of it."""
+        data = None
+        try:
+            data = self._client.receive_blob(asked, blob)
+        except Busy as exc:
+            # of several that are told so, the first has waited for all of them
+            if self._left:
                 try:
-                    data = client.receive_blob(asked, blob)
-                except Busy as exc:
-                    if going:
-                        client.patience().bear(exc)
-                except OvmsError:
-                    pass
-                if data is not None:
-                    ready.append((blob, data))
-                # the registry works on the next one meanwhile
-                going = going and data is not None and ask()
-        yield from ready
-    finally:
-        for asked, _ in waiting.values():
-            with contextlib.suppress(OSError):
-                asked.close()
+                    self._client.patience().bear(exc)
+                except Busy as enough:
+                    self.fail(enough)
+        except OvmsError:
+            pass
+        if data is None:
+            self.lost()
+        return data
+
+    def lost(self) -> None:
+        """What was asked for does not come."""
+        self.under_way -= 1
+        self.stop()
+
+    def keep(self, blob: Descriptor, data: bytes) -> None:
+        """Hands on what came."""
+        self.under_way -= 1
+        try:
+            with self._lock:
+                if not self._cancelled:
+                    self._keep(blob, data)
+        except BaseException as exc:  # noqa: BLE001 - raised again by whoever waits for it
+            self.fail(exc)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it, with an error."""
+        self._error = self._error or error
+        self.cancel()
+
+    def end(self) -> None:
+        """Tells that no more will come."""
+        self._ended(self._error)
+
+
+class Pool:
+    """The connections that pulls which run together may take, shared out among them. Several threads may use it at once."""
+
+    def __init__(self, connections: int, pulls: int = 1) -> None:
+        """*connections* in all, for *pulls* at once."""
+        self._connections = connections
+        #: Those of one pull, for its large blobs.
+        self.each = max(1, connections // pulls)
+        self._elsewhere = 0
+        self._lock = threading.Lock()
+        self._fetches: list[Fetch] = []
+        self._loop: _Loop | None = None
+
+    @contextlib.contextmanager
+    def large(self) -> Iterator[int]:
+        """While a pull fetches large blobs: gives the number of its own connections, which are not for small ones then."""
+        with self._lock:
+            self._elsewhere += self.each
+        try:
+            yield self.each
+        finally:
+            with self._lock:
+                self._elsewhere -= self.each
+
+    @property
+    def for_small(self) -> int:
+        """Connections that are left for small blobs."""
+        return max(self.each, self._connections - self._elsewhere)
+
+    def begin(self, fetch: Fetch) -> None:
+        """Lets a fetch begin. The one that began first is asked for first: so that it is at its end while others still come."""
+        with self._lock:
+            if self._loop is None:
+                loop = _Loop(self)
+                threading.Thread(target=loop.run, name="small blobs", daemon=True).start()
+                self._loop = loop
+            else:
+                self._loop.wake()
+            self._fetches.append(fetch)
+
+    def cancel(self, fetch: Fetch) -> None:
+        """Ends a fetch; from here on it keeps nothing. Fine for one that has ended."""
+        fetch.cancel()
+        with self._lock:
+            if self._loop is not None:
+                self._loop.wake()
+
+    # --- for the loop ------------------------------------------------------------------------------------------
+
+    def fetches(self) -> list[Fetch]:
+        """Those that have begun and not ended."""
+        with self._lock:
+            return list(self._fetches)
+
+    def over(self) -> list[Fetch]:
+        """Takes those that are at their end."""
+        with self._lock:
+            ended = [fetch for fetch in self._fetches if not fetch.asks and not fetch.under_way]
+            if ended:
+                self._fetches = [fetch for fetch in self._fetches if fetch not in ended]
+            return ended
+
+    def closed(self) -> bool:
+        """Whether none is left: then the loop ends, and the next fetch begins another."""
+        with self._lock:
+            if not self._fetches:
+                self._loop = None
+            return not self._fetches
+
+    def gone(self) -> list[Fetch]:
+        """All that are left, where the loop ends before them."""
+        with self._lock:
+            left, self._fetches, self._loop = self._fetches, [], None
+            return left
+
+
+class _Loop:
+    """The thread of a pool, as long as there is something to fetch."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._answers = select.poll()
+        self._answers.register(self._waker, select.POLLIN)
+        self._under_way: dict[int, tuple[Fetch, Asked, Descriptor]] = {}
+        self._ready: collections.deque[tuple[Fetch, Descriptor, bytes]] = collections.deque()
+
+    def wake(self) -> None:
+        """Something has begun, or is cancelled. Under the pool's lock, under which the loop also ends."""
+        os.eventfd_write(self._waker, 1)
+
+    def run(self) -> None:
+        """Until nothing is left to fetch."""
+        try:
+            while not self._pool.closed():
+                self._ask()
+                self._tell_ended()
+                if self._under_way or self._ready:
+                    self._step()
+        except BaseException as exc:  # noqa: BLE001 - raised again by whoever waits for a fetch
+            for fetch in self._pool.gone():
+                fetch.fail(exc)
+                fetch.end()
+        finally:
+            for _, asked, _ in self._under_way.values():
+                with contextlib.suppress(OSError):
+                    asked.close()
+            os.close(self._waker)
+
+    def _ask(self) -> None:
+        if len(self._under_way) >= self._pool.for_small:
+            return
+        for fetch in self._pool.fetches():
+            while fetch.asks:
+                if len(self._under_way) >= self._pool.for_small:
+                    return
+                if (asked := fetch.ask()) is not None:
+                    self._under_way[asked[0].fileno] = fetch, *asked
+                    self._answers.register(asked[0].fileno, select.POLLIN)
+
+    def _step(self) -> None:
+        # whoever takes them writes files, which takes as long as an answer: that is for when there is none
+        come = self._answers.poll(0 if self._ready else READ_TIMEOUT * 1000)
+        if not come and not self._ready:
+            self._drop(lambda _fetch: True)  # nothing more is said
+        if self._ready and (not come or len(self._ready) >= _READY_MAX):
+            fetch, blob, data = self._ready.popleft()
+            fetch.keep(blob, data)
+        for fileno, _ in come:
+            if fileno == self._waker:
+                os.eventfd_read(self._waker)
+                self._drop(lambda fetch: fetch.cancelled)
+            elif fileno in self._under_way:
+                self._receive(fileno)
+
+    def _receive(self, fileno: int) -> None:
+        fetch, asked, blob = self._under_way.pop(fileno)
+        self._answers.unregister(fileno)
+        data = fetch.receive(asked, blob)
+        # the registry works on the next one meanwhile
+        self._ask()
+        if data is not None:
+            self._ready.append((fetch, blob, data))
+
+    def _drop(self, wanted: Callable[[Fetch], bool]) -> None:
+        for fileno, (fetch, asked, _) in list(self._under_way.items()):
+            if wanted(fetch):
+                del self._under_way[fileno]
+                self._answers.unregister(fileno)
+                with contextlib.suppress(OSError):
+                    asked.close()
+                fetch.lost()
+
+    def _tell_ended(self) -> None:
+        # while the others go on
+        for fetch in self._pool.over():
+            fetch.end()

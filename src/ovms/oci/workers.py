@@ -7,12 +7,18 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from ovms.errors import OvmsError
+
 #: Transfers at once. More does not help on one link, and registries count connections.
 PARALLEL: Final = 4
 #: Seconds that a broken-off transfer gets to notice.
 _GRACE: Final = 1.0
 
 Job = Callable[[Callable[[], bool]], None]
+
+
+class Stopped(OvmsError):
+    """Another transfer of the same artifact has failed; its error is the one to show."""
 
 
 def run_all(jobs: Iterable[Job], *, parallel: int = PARALLEL) -> None:

@@ -29,7 +29,7 @@ from ovms.errors import (
     SnapshotIncompatible,
     SnapshotInvalid,
 )
-from ovms.oci import absent, control, transfer
+from ovms.oci import absent, control, download, transfer
 from ovms.oci.collector import Needs, Options, collect
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.fsck import Uses, check
@@ -375,7 +375,7 @@ def test_nothing_of_the_data_region_is_asked_for(source: Layout, server: Server)
     artifact = artifacts.with_ram(source, "test:1", RAM, disk=DISK, annotated=False)
     serve(server, source, artifact)
     with RegistryClient(server.host) as client:
-        raw = transfer.read_control(client, "x", artifact.blob(of_bytes(RAM)), NULL)
+        raw = download.read_control(client, "x", artifact.blob(of_bytes(RAM)), NULL)
     assert raw == RAM[:CONTROL]
     asked = server.asked("GET", hex_of(of_bytes(RAM)))
     assert asked == ["bytes=0-127", f"bytes=128-{CONTROL - 1}"]

@@ -23,7 +23,7 @@ from support.faulty import Server
 
 from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, OvmsError, RegistryError, RegistryProtocol
-from ovms.oci import appending, partial, patience, registry, transfer
+from ovms.oci import appending, partial, patience, registry, transfer, upload
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -386,7 +386,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch, client: RegistryClient) -> Registry
 
 def push(layout: Layout, client: RegistryClient, data: bytes) -> Digest:
     digest = layout.add_bytes(data)
-    body = transfer._Body(layout.path(digest), NULL.task("x"), lambda: False)
+    body = upload._Body(layout.path(digest), NULL.task("x"), lambda: False)
     client.push_blob("x", Descriptor("a/b", digest, len(data)), body.open)
     return digest
 
@@ -533,7 +533,7 @@ def test_a_chunk_goes_into_a_socket_and_not_a_byte_more(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(b"0123456789")
     told: list[int] = []
-    with contextlib.closing(transfer._Reader(path, 3, 4, told.append)) as reader:
+    with contextlib.closing(upload._Reader(path, 3, 4, told.append)) as reader:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             reader.send_to(ours)

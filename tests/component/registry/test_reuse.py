@@ -18,7 +18,7 @@ from support.registry import Registry
 from support.stores import damage
 
 from ovms.errors import RegistryError
-from ovms.oci import patience, ranges, reuse, transfer
+from ovms.oci import download, patience, ranges, reuse, transfer
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
 from ovms.oci.registry import RegistryClient
@@ -82,8 +82,8 @@ def serve(server: Server, source: Layout, blob: bytes, name: str = "1") -> Refer
     return Reference(server.host, "x", name)
 
 
-def pull(layout: Layout, client: RegistryClient, ref: Reference) -> transfer.Tally:
-    tally = transfer.Tally()
+def pull(layout: Layout, client: RegistryClient, ref: Reference) -> download.Tally:
+    tally = download.Tally()
     transfer.pull(layout, client, ref, tally=tally)
     return tally
 

@@ -12,12 +12,15 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ovms.cli import output, values
 from ovms.cli.context import Context
 from ovms.cli.exitcodes import Exit
 from ovms.errors import UsageError
+
+if TYPE_CHECKING:
+    from ovms.oci.small import Pool
 
 #: Artifacts that are pulled at once: while one begins, or is made durable, the others keep the registry busy.
 _AT_ONCE: Final = 4
@@ -71,6 +74,8 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
     if len(references) == 1:
         yield _pull(references[0], args, context)
         return
+    from ovms.oci.small import Pool
+
     at_once = min(_AT_ONCE, len(references))
     # made here, and not by each
     context.layout, context.guard, context.progress, context.connector  # noqa: B018
@@ -79,15 +84,14 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
         todo.put(numbered)
     done: queue.SimpleQueue[tuple[int, dict[str, Any] | BaseException | None]] = queue.SimpleQueue()
     failed = threading.Event()
+    pool = Pool(_CONNECTIONS, at_once)
 
     def work() -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 number, reference = todo.get_nowait()
                 try:
-                    done.put(
-                        (number, None if failed.is_set() else _pull(reference, args, context, _CONNECTIONS // at_once))
-                    )
+                    done.put((number, None if failed.is_set() else _pull(reference, args, context, pool)))
                 except BaseException as exc:  # noqa: BLE001 - raised again where it can be seen
                     failed.set()
                     done.put((number, exc))
@@ -108,10 +112,10 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
         raise error
 
 
-def _pull(reference: str, args: argparse.Namespace, context: Context, parallel: int | None = None) -> dict[str, Any]:
+def _pull(reference: str, args: argparse.Namespace, context: Context, pool: Pool | None = None) -> dict[str, Any]:
     from ovms.artifact import ram
     from ovms.artifact.resolve import pull
-    from ovms.oci.transfer import Tally
+    from ovms.oci.download import Tally
 
     tally = Tally()
     found = pull(
@@ -124,7 +128,7 @@ def _pull(reference: str, args: argparse.Namespace, context: Context, parallel: 
         gate=ram.unwanted if args.no_ram else None,
         tally=tally,
         guard=context.guard,
-        parallel=parallel,
+        pool=pool,
     )
     artifact = found.artifact
     value: dict[str, Any] = {
