@@ -364,7 +364,7 @@ class Coming:
         self._lock = threading.Lock()
         self._new: list[tuple[Descriptor, BlobWriter]] = []
         self._come: queue.SimpleQueue[list[tuple[Descriptor, BlobWriter]] | None] = queue.SimpleQueue()
-        self._finished: list[BlobWriter] = []
+        self._finished: dict[Digest, BlobWriter] = {}
         self._error: BaseException | None = None
         self._fetch: small.Fetch | None = None
 
@@ -407,13 +407,13 @@ class Coming:
         """Waits for those that were to come first; they are in the store then. Raises like :func:`ovms.oci.transfer.pull`."""
         self._wait(self._first)
         self._fetch_as_ever([blob for digest, blob in self._left.items() if digest in self._first])
-        self._commit()
+        self._commit(self._first)
 
     def finish(self) -> None:
         """Waits for all of them; they are in the store then. Raises like :func:`ovms.oci.transfer.pull`."""
         self._wait(None)
         self._fetch_as_ever(list(self._left.values()))
-        self._commit()
+        self._commit(list(self._finished))
 
     def _wait(self, wanted: Collection[Digest] | None) -> None:
         # for those that are wanted (None: for all), or until no more come
@@ -425,7 +425,7 @@ class Coming:
                 return
             for blob, writer in come:
                 writer.wait()
-                self._finished.append(writer)
+                self._finished[blob.digest] = writer
                 self._left.pop(blob.digest, None)
 
     def _fetch_as_ever(self, blobs: list[Descriptor]) -> None:
@@ -436,7 +436,7 @@ class Coming:
                     with self._lock:
                         if stopped():
                             return
-                        self._finished.append(self._keep(blob, data))
+                        self._finished[blob.digest] = self._keep(blob, data)
                         del self._left[blob.digest]
                     task.advance(len(data))
 
@@ -452,9 +452,9 @@ class Coming:
         self._download.count(len(data))
         return writer
 
-    def _commit(self) -> None:
-        self._download.layout.commit_all(self._finished)
-        self._finished = []
+    def _commit(self, digests: Collection[Digest]) -> None:
+        finished = [self._finished.pop(digest) for digest in digests if digest in self._finished]
+        self._download.layout.commit_all(finished)
 
 
 def read_control(client: RegistryClient, repository: str, blob: Descriptor, progress: Progress = NULL) -> bytes:

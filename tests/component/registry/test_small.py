@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -193,3 +194,151 @@ def test_an_answer_that_nobody_takes_is_closed(server: faulty.Server) -> None:
         # what was under way is read by nobody else
         for data, blob in zip(BLOBS, blobs, strict=True):
             assert b"".join(bytes(piece) for piece in client.read_blob("x", blob)) == data
+
+
+# --- several artifacts together ----------------------------------------------------------------------------------------
+
+
+class Taken:
+    """One of several fetches: what came, and when it was at its end."""
+
+    def __init__(self, pool: small.Pool, client: RegistryClient, blobs: list[Descriptor]) -> None:
+        self.came: list[Descriptor] = []
+        self.threads: set[int] = set()
+        self._ended = queue.SimpleQueue[BaseException | None]()
+        self.fetch = small.Fetch(client, "x", blobs, self._keep, self._ended.put)
+        pool.begin(self.fetch)
+
+    def _keep(self, blob: Descriptor, _data: bytes) -> None:
+        self.came.append(blob)
+        self.threads.add(threading.get_ident())
+
+    def end(self) -> BaseException | None:
+        return self._ended.get(timeout=30)
+
+
+@pytest.fixture
+def client(server: faulty.Server) -> Iterator[RegistryClient]:
+    with RegistryClient(server.host, read_timeout=5, backoff=0.001) as client:
+        client.get_manifest(Reference.parse(f"{server.host}/x:1"))
+        yield client
+
+
+@pytest.fixture
+def blobs() -> list[Descriptor]:
+    return [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
+
+
+def test_several_share_a_thread_and_the_connections(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
+) -> None:
+    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= 3, timeout=0.05)
+    pool = small.Pool(3, 2)
+    taken = [Taken(pool, client, blobs[at : at + 5]) for at in (0, 5, 10, 15)]
+    assert [one.end() for one in taken] == [None] * 4
+    assert [sorted(blob.size for blob in one.came) for one in taken] == [
+        sorted(blob.size for blob in blobs[at : at + 5]) for at in (0, 5, 10, 15)
+    ]
+    assert len(set().union(*(one.threads for one in taken))) == 1
+    assert server.most_at_once == 3
+
+
+def test_the_first_is_at_its_end_while_others_come(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
+) -> None:
+    ended = threading.Event()
+    last = blobs[-1]
+    server.faults = [("GET", last.digest, lambda _handler, _body: ended.wait(20) and False)]
+    pool = small.Pool(2)
+    first, second = Taken(pool, client, blobs[:5]), Taken(pool, client, [last, *blobs[5:10]])
+    assert first.end() is None
+    assert len(first.came) == 5
+    ended.set()
+    assert second.end() is None
+    assert len(second.came) == 6
+
+
+def test_one_that_cannot_go_on_leaves_the_others_alone(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
+) -> None:
+    server.faults = [("GET", blobs[2].digest, faulty.status(404))]
+    pool = small.Pool(2)
+    first, second = Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])
+    assert [first.end(), second.end()] == [None, None]
+    assert len(first.came) < 10
+    assert blobs[2] not in first.came
+    assert len(second.came) == 10
+
+
+def test_what_nobody_wants_any_more_is_not_kept(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
+) -> None:
+    going = threading.Event()
+    server.faults = [("GET", blob.digest, lambda _handler, _body: going.wait(20) and False) for blob in blobs[:2]]
+    pool = small.Pool(2)
+    first = Taken(pool, client, blobs[:10])
+    faulty.wait_until(lambda: len(server.asked("GET", "/blobs/")) == 2, timeout=10)
+    second = Taken(pool, client, blobs[10:])
+    pool.cancel(first.fetch)
+    # its connections are given up at once, and the others do not wait for what it had asked for
+    assert second.end() is None
+    assert len(second.came) == 10
+    assert first.end() is None
+    assert first.came == []
+    going.set()
+
+
+def test_a_pool_without_work_has_no_thread_and_begins_anew(client: RegistryClient, blobs: list[Descriptor]) -> None:
+    pool = small.Pool(4)
+    for _ in range(5):
+        one = Taken(pool, client, blobs)
+        assert one.end() is None
+        assert len(one.came) == COUNT
+        faulty.wait_until(lambda: "small blobs" not in [thread.name for thread in threading.enumerate()], timeout=10)
+
+
+def test_a_fault_of_ours_ends_all_and_nobody_waits_for_ever(
+    client: RegistryClient, blobs: list[Descriptor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: RegistryClient, _asked: object, _blob: object) -> bytes:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(RegistryClient, "receive_blob", broken)
+    pool = small.Pool(4)
+    taken = [Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])]
+    assert [str(one.end()) for one in taken] == ["a fault of ours"] * 2
+    monkeypatch.undo()
+    assert Taken(pool, client, blobs).end() is None
+
+
+def test_large_blobs_have_connections_of_their_own() -> None:
+    pool = small.Pool(8, 4)
+    assert (pool.each, pool.for_small) == (2, 8)
+    with pool.large() as own, pool.large():
+        assert (own, pool.for_small) == (2, 4)
+    assert pool.for_small == 8
+    with pool.large(), pool.large(), pool.large(), pool.large():
+        assert pool.for_small == 2, "whoever begins may begin"
+
+
+def test_small_ones_come_while_the_manifest_is_looked_at(server: faulty.Server, layout: Layout) -> None:
+    def check(*_: object) -> None:
+        assert layout.size(of_bytes(b"config")) is not None
+        faulty.wait_until(lambda: len(server.asked("GET", "/blobs/")) > 2, timeout=10)
+        assert layout.size(of_bytes(BLOBS[-1])) is None
+
+    with RegistryClient(server.host) as client:
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"), check=check)
+    assert layout.size(of_bytes(BLOBS[-1])) == len(BLOBS[-1])
+
+
+def test_and_nothing_of_them_is_left_where_it_does_not_pass(server: faulty.Server, layout: Layout) -> None:
+    def check(*_: object) -> None:
+        faulty.wait_until(lambda: len(server.asked("GET", "/blobs/")) > 2, timeout=10)
+        raise ValueError("no")
+
+    with RegistryClient(server.host) as client, pytest.raises(ValueError, match="no"):
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"), check=check)
+    assert [layout.size(of_bytes(data)) for data in BLOBS] == [None] * COUNT
+    assert list(layout.partial_dir.iterdir()) == []
+    assert layout.entries() == []

@@ -14,6 +14,7 @@ import pytest
 
 from ovms.cli.commands import pull
 from ovms.errors import OvmsError, ReferenceNotFound
+from ovms.oci.small import Pool
 
 
 class Stub:
@@ -63,16 +64,17 @@ def test_four_are_pulled_at_once_and_told_in_order(
 
 @pytest.mark.parametrize(("count", "each"), [(1, None), (2, 4), (3, 2), (4, 2), (20, 2)])
 def test_they_share_the_connections(monkeypatch: pytest.MonkeyPatch, count: int, each: int | None) -> None:
-    asked: list[int | None] = []
+    asked: list[Pool | None] = []
 
-    def one(reference: str, _args: object, _context: object, parallel: int | None = None) -> dict[str, Any]:
-        asked.append(parallel)
+    def one(reference: str, _args: object, _context: object, pool: Pool | None = None) -> dict[str, Any]:
+        asked.append(pool)
         return answer(reference)
 
     monkeypatch.setattr(pull, "_pull", one)
     args = argparse.Namespace(tag=None, references=[str(i) for i in range(count)], json=True)
     pull.run(args, Stub())  # type: ignore[arg-type]
-    assert asked == [each] * count
+    assert [pool and pool.each for pool in asked] == [each] * count
+    assert len(set(asked)) == 1, "one pool"
 
 
 def test_after_one_that_failed_none_is_begun_and_those_at_work_end(
