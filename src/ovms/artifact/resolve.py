@@ -150,18 +150,20 @@ def pull(
         RegistryError, ReferenceNotFound, DigestMismatch, DiskFull: as the transfer met them.
         Unsupported, ManifestInvalid: what came is no OVMS artifact, or none for the platform.
     """
-    from ovms.artifact import places, ram
-    from ovms.oci import transfer
-
     source = transport.parse(text)
     named = None if name is None else str(transport.new_name(name))
     if isinstance(source, transport.Place):
+        from ovms.artifact import places
+
         return places.pull(layout, source, progress, name=named, platform=platform, gate=gate, guard=guard)
     if source.registry is None:
         raise InputError(
             f"{source} names no registry",
             hint=f"write the registry's host before it, such as registry.example/{source}",
         )
+    from ovms.artifact import ram
+    from ovms.oci import transfer
+
     client = connect(source.registry)
     admission = Admission(guard, source, client)
     leave = None if gate is None else ram.Choice(layout, admission.gate(gate), platform)

@@ -14,10 +14,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 
 from ovms.lazy import regex
+from ovms.oci import plain
 from ovms.oci.appending import BUFFER
 
 if TYPE_CHECKING:
@@ -50,18 +51,51 @@ class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
 
 
-class Sent(NamedTuple):
-    """A request whose answer is still to come.
+class Sent:
+    """A request whose answer is still to come."""
 
-    Attributes:
-        fileno: the descriptor that can be read when the answer comes.
-        read: the answer up to its body, waited for; to be called once.
-        close: what to call instead where nobody wants it any more.
-    """
+    def __init__(self, connection: http.client.HTTPConnection, keep: Callable[[], None]) -> None:
+        """*keep* lets the connection be used again."""
+        self._connection = connection
+        self._keep = keep
+        self._plain = plain.Answer(connection.sock)
+        #: The descriptor that can be read when something comes.
+        self.fileno: int = connection.sock.fileno()
 
-    fileno: int
-    read: Callable[[], tuple[http.client.HTTPResponse, Release]]
-    close: Callable[[], None]
+    def take(self, size: int) -> bytes | None:
+        """What came; see :meth:`ovms.oci.plain.Answer.take`. With the last of it, or an error, the connection is let go."""
+        try:
+            body = self._plain.take(size)
+        except plain.Unlike:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        if body is not None:
+            if self._plain.clean:
+                self._keep()
+            else:
+                self.close()
+        return body
+
+    def read(self) -> tuple[http.client.HTTPResponse, Release]:
+        """The answer up to its body, waited for; to be called once. Whoever is given it lets the connection go."""
+        with _closed_on_error(self._connection):
+            response = Response(self._plain.ahead(), method="GET")
+            response.begin()
+
+        def release(again: bool) -> None:
+            if again and response.isclosed() and not response.will_close:
+                self._keep()
+            else:
+                response.close()
+                self.close()
+
+        return response, release
+
+    def close(self) -> None:
+        """Closes the connection: nobody wants the answer any more."""
+        self._connection.close()
 
 
 class Connections:
@@ -126,14 +160,8 @@ class Connections:
             # one that was used before may have a shorter time: who sends is told when something comes
             if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
                 connection.sock.settimeout(self._read_timeout)
-            _send(connection, "GET", target, headers, None)
-
-        def read() -> tuple[http.client.HTTPResponse, Release]:
-            with _closed_on_error(connection):
-                response = connection.getresponse()
-            return response, self._release(key, connection, response)
-
-        return Sent(connection.sock.fileno(), read, connection.close)
+            connection.sock.sendall(_get(connection, target, headers))
+        return Sent(connection, lambda: self._keep(key, connection))
 
     def _release(
         self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
@@ -266,6 +294,17 @@ def _send(
             raise
 
 
+def _get(connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]) -> bytes:
+    # as the standard library writes it, which takes longer to do so than a registry to find a small blob
+    host = f"[{connection.host}]" if ":" in connection.host else connection.host
+    port = "" if connection.port == connection.default_port else f":{connection.port}"
+    lines = [f"GET {target} HTTP/1.1", f"Host: {host}{port}", "Accept-Encoding: identity"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if any(not _LINE.fullmatch(line) for line in lines):
+        raise ValueError("a header of a request has a line break, or what is no text")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
 class Response(http.client.HTTPResponse):
     """An answer whose lines have an end.
 
@@ -310,6 +349,8 @@ class Response(http.client.HTTPResponse):
 
 #: The beginning of a head that no other follows, as one does after a 100.
 _FINAL: Final = regex(rb"HTTP/1\.[01] [2-5][0-9][0-9] ")
+#: A line of a request.
+_LINE: Final = regex(r"[\t -~\x80-\xff]+")
 #: Of one line that nobody wants.
 _LINE_MAX: Final = 64 * 1024
 

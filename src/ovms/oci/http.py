@@ -192,12 +192,15 @@ class Asked(NamedTuple):
     """A request whose answer is still to come.
 
     Attributes:
-        fileno: the descriptor that can be read when the answer comes.
+        fileno: the descriptor that can be read when something comes.
+        take: what came then of a blob of so many bytes: the blob when it is whole, else None. Raises
+            :class:`ovms.oci.plain.Unlike` where *answer* has to read it, and as :meth:`Transport.request`.
         answer: waits for it; to be called once. Raises as :meth:`Transport.request`; a redirect is an answer.
         close: what to call instead where nobody wants it any more.
     """
 
     fileno: int
+    take: Callable[[int], bytes | None]
     answer: Callable[[], Answer]
     close: Callable[[], None]
 
@@ -345,7 +348,11 @@ class Transport:
                 response, release = sent.read()
             return Answer(response, url, release)
 
-        return Asked(sent.fileno, answer, sent.close)
+        def take(size: int) -> bytes | None:
+            with _translated(url, reached=True):
+                return sent.take(size)
+
+        return Asked(sent.fileno, take, answer, sent.close)
 
     def _check_plain(self, url: str, sender: str) -> None:
         try:

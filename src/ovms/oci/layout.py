@@ -327,7 +327,7 @@ class Layout:
         """Adds a small blob."""
         digest = of_bytes(data)
         if not self._holds(digest, data):
-            with self.writer() as writer:
+            with self.loose(digest) as writer:
                 writer.write(data)
                 writer.commit()
         return digest

@@ -280,7 +280,7 @@ class RegistryClient:
         return data
 
     def send_blob(self, repository: str, descriptor: Descriptor) -> Asked | None:
-        """Asks for a small blob, and does not wait for the answer, which :meth:`receive_blob` reads.
+        """Asks for a small blob, and does not wait for the answer. It is taken as it comes, or :meth:`receive_blob` reads it.
 
         None where :meth:`read_blob` has to ask for it. Raises as that.
         """

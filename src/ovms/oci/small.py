@@ -11,16 +11,20 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from ovms.errors import OvmsError
 from ovms.oci.descriptor import Descriptor
-from ovms.oci.http import READ_TIMEOUT, Asked
+from ovms.oci.http import RATE_MIN, READ_TIMEOUT, Asked
+from ovms.oci.plain import Unlike
 from ovms.oci.registry import Busy, RegistryClient
 
 #: Answers that are kept before a registry has to wait.
 _READY_MAX: Final = 32
+#: Seconds between two looks for what comes too slowly.
+_LOOK: Final = 1.0
 
 
 #: Takes a blob, not yet checked. What it raises ends the fetch. Called by the pool's thread, and to be done soon.
@@ -90,8 +94,22 @@ class Fetch:
         self.under_way += 1
         return asked, blob
 
-    def receive(self, asked: Asked, blob: Descriptor) -> bytes | None:
-        """What came of it."""
+    def receive(self, asked: Asked, blob: Descriptor) -> tuple[bool, bytes | None]:
+        """Something has come of it: whether there is no more to come, and all of it if so. Not even then if it is lost."""
+        data = None
+        try:
+            data = asked.take(blob.size)
+            if data is None:
+                return False, None
+        except Unlike:
+            data = self._other(asked, blob)
+        except OvmsError:
+            pass
+        if data is None:
+            self.lost()
+        return True, data
+
+    def _other(self, asked: Asked, blob: Descriptor) -> bytes | None:
         data = None
         try:
             data = self._client.receive_blob(asked, blob)
@@ -104,8 +122,6 @@ class Fetch:
                     self.fail(enough)
         except OvmsError:
             pass
-        if data is None:
-            self.lost()
         return data
 
     def lost(self) -> None:
@@ -209,6 +225,15 @@ class Pool:
             return left
 
 
+class _UnderWay(NamedTuple):
+    """A blob that was asked for, and when it is given up (monotonic)."""
+
+    fetch: Fetch
+    asked: Asked
+    blob: Descriptor
+    until: float
+
+
 class _Loop:
     """The thread of a pool, as long as there is something to fetch."""
 
@@ -217,7 +242,8 @@ class _Loop:
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._answers = select.poll()
         self._answers.register(self._waker, select.POLLIN)
-        self._under_way: dict[int, tuple[Fetch, Asked, Descriptor]] = {}
+        self._under_way: dict[int, _UnderWay] = {}
+        self._looked = time.monotonic()
         self._ready: collections.deque[tuple[Fetch, Descriptor, bytes]] = collections.deque()
 
     def wake(self) -> None:
@@ -237,9 +263,9 @@ class _Loop:
                 fetch.fail(exc)
                 fetch.end()
         finally:
-            for _, asked, _ in self._under_way.values():
+            for one in self._under_way.values():
                 with contextlib.suppress(OSError):
-                    asked.close()
+                    one.asked.close()
             os.close(self._waker)
 
     def _ask(self) -> None:
@@ -249,42 +275,50 @@ class _Loop:
             while fetch.asks:
                 if len(self._under_way) >= self._pool.for_small:
                     return
-                if (asked := fetch.ask()) is not None:
-                    self._under_way[asked[0].fileno] = fetch, *asked
-                    self._answers.register(asked[0].fileno, select.POLLIN)
+                if (sent := fetch.ask()) is not None:
+                    asked, blob = sent
+                    until = time.monotonic() + READ_TIMEOUT + blob.size / RATE_MIN
+                    self._under_way[asked.fileno] = _UnderWay(fetch, asked, blob, until)
+                    self._answers.register(asked.fileno, select.POLLIN)
 
     def _step(self) -> None:
         # whoever takes them writes files, which takes as long as an answer: that is for when there is none
         come = self._answers.poll(0 if self._ready else READ_TIMEOUT * 1000)
         if not come and not self._ready:
-            self._drop(lambda _fetch: True)  # nothing more is said
+            self._drop(lambda _one: True)  # nothing more is said
         if self._ready and (not come or len(self._ready) >= _READY_MAX):
             fetch, blob, data = self._ready.popleft()
             fetch.keep(blob, data)
         for fileno, _ in come:
             if fileno == self._waker:
                 os.eventfd_read(self._waker)
-                self._drop(lambda fetch: fetch.cancelled)
+                self._drop(lambda one: one.fetch.cancelled)
             elif fileno in self._under_way:
                 self._receive(fileno)
+        if (now := time.monotonic()) - self._looked > _LOOK:
+            self._looked = now
+            self._drop(lambda one: one.until < now)
 
     def _receive(self, fileno: int) -> None:
-        fetch, asked, blob = self._under_way.pop(fileno)
+        fetch, asked, blob, _ = self._under_way[fileno]
+        whole, data = fetch.receive(asked, blob)
+        if not whole:
+            return
+        del self._under_way[fileno]
         self._answers.unregister(fileno)
-        data = fetch.receive(asked, blob)
         # the registry works on the next one meanwhile
         self._ask()
         if data is not None:
             self._ready.append((fetch, blob, data))
 
-    def _drop(self, wanted: Callable[[Fetch], bool]) -> None:
-        for fileno, (fetch, asked, _) in list(self._under_way.items()):
-            if wanted(fetch):
+    def _drop(self, which: Callable[[_UnderWay], bool]) -> None:
+        for fileno, one in list(self._under_way.items()):
+            if which(one):
                 del self._under_way[fileno]
                 self._answers.unregister(fileno)
                 with contextlib.suppress(OSError):
-                    asked.close()
-                fetch.lost()
+                    one.asked.close()
+                one.fetch.lost()
 
     def _tell_ended(self) -> None:
         # while the others go on

@@ -13,7 +13,7 @@ import pytest
 from support import faulty
 
 from ovms.errors import DigestMismatch
-from ovms.oci import small, transfer, workers
+from ovms.oci import plain, small, transfer, workers
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -300,10 +300,10 @@ def test_a_pool_without_work_has_no_thread_and_begins_anew(client: RegistryClien
 def test_a_fault_of_ours_ends_all_and_nobody_waits_for_ever(
     client: RegistryClient, blobs: list[Descriptor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: RegistryClient, _asked: object, _blob: object) -> bytes:
-        raise ValueError("a fault of ours")
+    def broken(self: plain.Answer, _size: int) -> bytes:
+        raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(RegistryClient, "receive_blob", broken)
+    monkeypatch.setattr(plain.Answer, "take", broken)
     pool = small.Pool(4)
     taken = [Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])]
     assert [str(one.end()) for one in taken] == ["a fault of ours"] * 2
