@@ -76,7 +76,7 @@ class Download:
         self._repository = repository
         self._progress = progress
         self._tally = tally or Tally()
-        self._pool = pool or small.Pool(workers.PARALLEL)
+        self._pool = pool or small.Pool()
         self._parallel = self._pool.each
         self._unfinished = 0
         self._several = True

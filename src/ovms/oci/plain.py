@@ -23,7 +23,7 @@ _BEGINS: Final = b"HTTP/1.1 200 "
 #: Lines as they should be, without any of the liberties that were once allowed.
 _HEAD: Final = regex(rb"HTTP/1\.1 200 [^\r\n\0]*\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n)+)\r\n")
 #: What makes a body anything but so many bytes, after which the next answer comes.
-_NOT_PLAIN: Final = frozenset({b"transfer-encoding", b"connection", b"content-encoding", b"trailer", b"upgrade"})
+_NOT_PLAIN: Final = frozenset({b"transfer-encoding", b"content-encoding", b"trailer", b"upgrade"})
 
 
 class Unlike(Exception):
@@ -86,7 +86,7 @@ class Answer:
             name = name.lower()
             if name == b"content-length":
                 lengths.append(value.strip(b" \t"))
-            elif name in _NOT_PLAIN:
+            elif name in _NOT_PLAIN or (name == b"connection" and value.strip(b" \t").lower() != b"keep-alive"):
                 raise Unlike
         if lengths != [b"%d" % size]:
             raise Unlike

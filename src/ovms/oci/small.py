@@ -16,11 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from ovms.errors import OvmsError
+from ovms.oci import workers
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import RATE_MIN, READ_TIMEOUT, Asked
 from ovms.oci.plain import Unlike
 from ovms.oci.registry import Busy, RegistryClient
 
+#: Connections for small blobs. What they wait for is not the link but each answer: more of them are faster here (sixteen than
+#: eight by a twentieth, thirty-two by as much again), and registries count them.
+CONNECTIONS: Final = 16
 #: Answers that are kept before a registry has to wait.
 _READY_MAX: Final = 32
 #: Seconds between two looks for what comes too slowly.
@@ -56,6 +60,7 @@ class Fetch:
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._cancelled = False
+        self._waited = False
         #: Asked for, and not kept yet.
         self.under_way = 0
 
@@ -115,7 +120,8 @@ class Fetch:
             data = self._client.receive_blob(asked, blob)
         except Busy as exc:
             # of several that are told so, the first has waited for all of them
-            if self._left:
+            if not self._waited:
+                self._waited = True
                 try:
                     self._client.patience().bear(exc)
                 except Busy as enough:
@@ -152,11 +158,10 @@ class Fetch:
 class Pool:
     """The connections that pulls which run together may take, shared out among them. Several threads may use it at once."""
 
-    def __init__(self, connections: int, pulls: int = 1) -> None:
-        """*connections* in all, for *pulls* at once."""
+    def __init__(self, each: int = workers.PARALLEL, connections: int = CONNECTIONS) -> None:
+        """*each*: those of one pull, for its large blobs. *connections*: in all, as far as small ones are fetched."""
         self._connections = connections
-        #: Those of one pull, for its large blobs.
-        self.each = max(1, connections // pulls)
+        self.each = each
         self._elsewhere = 0
         self._lock = threading.Lock()
         self._fetches: list[Fetch] = []

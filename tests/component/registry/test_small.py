@@ -48,7 +48,7 @@ def pull(server: faulty.Server, layout: Layout, *, backoff: float = 0.001) -> No
 
 def fetch(client: RegistryClient, blobs: list[Descriptor]) -> list[tuple[Descriptor, bytes]]:
     """What comes of blobs by requests that are not waited for one by one."""
-    pool, came, ended = small.Pool(4), [], queue.SimpleQueue[BaseException | None]()
+    pool, came, ended = small.Pool(1, 4), [], queue.SimpleQueue[BaseException | None]()
     pool.begin(small.Fetch(client, "x", blobs, lambda blob, data: came.append((blob, data)), ended.put))
     assert ended.get(timeout=30) is None
     return came
@@ -61,10 +61,10 @@ def times(server: faulty.Server) -> dict[Digest, int]:
 
 def test_each_is_asked_for_once_and_a_few_at_a_time(server: faulty.Server, layout: Layout) -> None:
     # a moment, so that those that were asked for meet here
-    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= workers.PARALLEL, timeout=0.05)
+    server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= small.CONNECTIONS, timeout=0.05)
     pull(server, layout)
     assert set(times(server).values()) == {1}
-    assert server.most_at_once == workers.PARALLEL
+    assert workers.PARALLEL < server.most_at_once <= small.CONNECTIONS
 
 
 def test_they_take_no_thread_each(server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_what_does_not_simply_come_is_fetched_as_ever(
     # largest first
     server.faults = [("GET", of_bytes(BLOBS[COUNT - 1 - which]), fault)]
     pull(server, layout)
-    assert sum(times(server).values()) <= COUNT + workers.PARALLEL
+    assert sum(times(server).values()) <= COUNT + small.CONNECTIONS
     assert server.faults == []
 
 
@@ -114,7 +114,7 @@ def test_a_registry_that_sends_elsewhere_is_asked_by_many_at_once(server: faulty
         ]
         store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= workers.PARALLEL, timeout=0.05)
         pull(server, layout)
-        assert sum(times(server).values()) <= COUNT + workers.PARALLEL, "the others were not tried in vain"
+        assert sum(times(server).values()) <= COUNT + small.CONNECTIONS, "the others were not tried in vain"
         assert store.most_at_once == workers.PARALLEL
 
 
@@ -169,7 +169,7 @@ def test_one_that_says_nothing_more_is_not_waited_for_in_vain(
         handler.close_connection = True
         return True
 
-    server.faults = [("GET", "/blobs/", silent) for _ in range(4)]
+    server.faults = [("GET", "/blobs/", silent) for _ in range(small.CONNECTIONS)]
     server.faults.insert(0, ("GET", of_bytes(b"config"), lambda _handler, _body: False))
     began = time.monotonic()
     pull(server, layout)
@@ -180,7 +180,7 @@ def test_an_answer_that_nobody_takes_is_closed(server: faulty.Server) -> None:
     with RegistryClient(server.host) as client:
         client.get_manifest(Reference.parse(f"{server.host}/x:1"))
         blobs = [Descriptor("a/b", of_bytes(data), len(data)) for data in BLOBS]
-        pool, ended = small.Pool(4), queue.SimpleQueue[BaseException | None]()
+        pool, ended = small.Pool(1, 4), queue.SimpleQueue[BaseException | None]()
         came: list[bytes] = []
 
         def keep(_blob: Descriptor, data: bytes) -> None:
@@ -233,7 +233,7 @@ def test_several_share_a_thread_and_the_connections(
     server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
 ) -> None:
     server.pace = lambda _size: faulty.wait_until(lambda: server.at_once >= 3, timeout=0.05)
-    pool = small.Pool(3, 2)
+    pool = small.Pool(connections=3, each=1)
     taken = [Taken(pool, client, blobs[at : at + 5]) for at in (0, 5, 10, 15)]
     assert [one.end() for one in taken] == [None] * 4
     assert [sorted(blob.size for blob in one.came) for one in taken] == [
@@ -249,7 +249,7 @@ def test_the_first_is_at_its_end_while_others_come(
     ended = threading.Event()
     last = blobs[-1]
     server.faults = [("GET", last.digest, lambda _handler, _body: ended.wait(20) and False)]
-    pool = small.Pool(2)
+    pool = small.Pool(1, 2)
     first, second = Taken(pool, client, blobs[:5]), Taken(pool, client, [last, *blobs[5:10]])
     assert first.end() is None
     assert len(first.came) == 5
@@ -262,7 +262,7 @@ def test_one_that_cannot_go_on_leaves_the_others_alone(
     server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
 ) -> None:
     server.faults = [("GET", blobs[2].digest, faulty.status(404))]
-    pool = small.Pool(2)
+    pool = small.Pool(1, 2)
     first, second = Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])
     assert [first.end(), second.end()] == [None, None]
     assert len(first.came) < 10
@@ -275,7 +275,7 @@ def test_what_nobody_wants_any_more_is_not_kept(
 ) -> None:
     going = threading.Event()
     server.faults = [("GET", blob.digest, lambda _handler, _body: going.wait(20) and False) for blob in blobs[:2]]
-    pool = small.Pool(2)
+    pool = small.Pool(1, 2)
     first = Taken(pool, client, blobs[:10])
     faulty.wait_until(lambda: len(server.asked("GET", "/blobs/")) == 2, timeout=10)
     second = Taken(pool, client, blobs[10:])
@@ -289,7 +289,7 @@ def test_what_nobody_wants_any_more_is_not_kept(
 
 
 def test_a_pool_without_work_has_no_thread_and_begins_anew(client: RegistryClient, blobs: list[Descriptor]) -> None:
-    pool = small.Pool(4)
+    pool = small.Pool(1, 4)
     for _ in range(5):
         one = Taken(pool, client, blobs)
         assert one.end() is None
@@ -304,7 +304,7 @@ def test_a_fault_of_ours_ends_all_and_nobody_waits_for_ever(
         raise ZeroDivisionError("a fault of ours")
 
     monkeypatch.setattr(plain.Answer, "take", broken)
-    pool = small.Pool(4)
+    pool = small.Pool(1, 4)
     taken = [Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])]
     assert [str(one.end()) for one in taken] == ["a fault of ours"] * 2
     monkeypatch.undo()
@@ -312,7 +312,7 @@ def test_a_fault_of_ours_ends_all_and_nobody_waits_for_ever(
 
 
 def test_large_blobs_have_connections_of_their_own() -> None:
-    pool = small.Pool(8, 4)
+    pool = small.Pool(2, connections=8)
     assert (pool.each, pool.for_small) == (2, 8)
     with pool.large() as own, pool.large():
         assert (own, pool.for_small) == (2, 4)

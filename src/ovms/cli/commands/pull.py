@@ -2,7 +2,7 @@
 
 REF is HOST[:PORT]/NAME[:TAG][@DIGEST], oci:DIR[:TAG] or oci-archive:FILE[:TAG]; the last two are what skopeo and podman
 read and write. TAG is what the layout calls the artifact; it can be left out where there is only one. Several are fetched
-four at a time, over eight connections in all; after the first that fails, no other is begun.
+four at a time, over sixteen connections at the most; after the first that fails, no other is begun.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Artifacts that are pulled at once: while one begins, or is made durable, the others keep the registry busy.
 _AT_ONCE: Final = 4
-#: Connections that they share out among them.
-_CONNECTIONS: Final = 8
+#: Connections for large blobs that they share out among them.
+_LARGE: Final = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def _pull_all(args: argparse.Namespace, context: Context) -> Iterator[dict[str, 
         todo.put(numbered)
     done: queue.SimpleQueue[tuple[int, dict[str, Any] | BaseException | None]] = queue.SimpleQueue()
     failed = threading.Event()
-    pool = Pool(_CONNECTIONS, at_once)
+    pool = Pool(_LARGE // at_once)
 
     def work() -> None:
         with contextlib.suppress(queue.Empty):
