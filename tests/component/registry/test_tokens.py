@@ -21,8 +21,8 @@ from support.tls import Authority
 from support.tokens import TokenService
 
 from ovms.errors import RegistryDenied, RegistryUnreachable
+from ovms.oci import plain, transfer
 from ovms.oci import registry as registry_module
-from ovms.oci import transfer
 from ovms.oci.connect import Connector
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
@@ -116,9 +116,21 @@ def test_push_and_pull(secure: Secure, layout: Layout, other: Layout) -> None:
     assert {asked.user for asked in secure.tokens.asked} == {"ovms"}
 
 
-def test_many_small_blobs_take_one_token(secure: Secure, layout: Layout, other: Layout) -> None:
+def test_many_small_blobs_take_one_token(
+    secure: Secure, layout: Layout, other: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And come through TLS as they come without it: also what is longer than one record of it."""
+    plainly: list[int] = []
+    take = plain.Answer.take
+
+    def noted(self: plain.Answer, size: int) -> bytes | None:
+        if (body := take(self, size)) is not None:
+            plainly.append(len(body))
+        return body
+
+    monkeypatch.setattr(plain.Answer, "take", noted)
     name = secure.name("t/many")
-    artifact = of_layers(layout, str(name), [b"layer %d" % i * 500 for i in range(12)])
+    artifact = of_layers(layout, str(name), [b"layer %02d" % i * (500 + 2300 * i) for i in range(12)])
     with secure.connect() as client:
         transfer.push(layout, client, name, artifact.digest)
     secure.tokens.asked.clear()
@@ -126,6 +138,7 @@ def test_many_small_blobs_take_one_token(secure: Secure, layout: Layout, other: 
         transfer.pull(other, client, name)
     assert all(other.has(blob) for blob in artifact.image.blobs)
     assert secure.scopes() == [("repository:t/many:pull",)]
+    assert sorted(plainly) == sorted(blob.size for blob in artifact.image.blobs)
 
 
 @pytest.mark.parametrize("pair", ["ovms:wrong", "nobody:secret", None])
