@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import ssl
 
 #: Connections without work that are kept for each server.
-_IDLE_MAX: Final = 8
+_IDLE_MAX: Final = 16
 #: What may stand in a request's target as it is. All else is encoded: nothing that a server sends us to breaks a line.
 _AS_IT_IS: Final = "!#$%&'()*+,/:;=?@[]~"
 #: A server that has said no before it read the whole body: its answer is what counts.
@@ -49,6 +49,14 @@ _TRAILERS_MAX: Final = 100
 
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class NoneIdle(Exception):
+    """No connection is there that could be used at once. ``open`` makes one, which is used next; it waits, and raises as that went."""
+
+    def __init__(self, open_one: Callable[[], None]) -> None:
+        super().__init__()
+        self.open = open_one
 
 
 class Sent:
@@ -153,9 +161,16 @@ class Connections:
         return response, self._release(key, connection, response)
 
     def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
-        """Sends a GET, and does not wait for the answer. Raises as :meth:`request`, and tries nothing twice."""
+        """Sends a GET, and waits for nothing. Tries nothing twice.
+
+        Raises:
+            NoneIdle: there is no connection to the server yet, or none without work.
+            AddressInvalid, OSError: as :meth:`request`.
+        """
         key, target = _parse(url, context)
-        connection = self._idle_one(key, fresh=_FRESH) or self._open(key)
+        connection = self._idle_one(key, fresh=_FRESH)
+        if connection is None:
+            raise NoneIdle(lambda: self._keep(key, self._open(key)))
         with _closed_on_error(connection):
             # one that was used before may have a shorter time: who sends is told when something comes
             if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:

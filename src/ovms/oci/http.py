@@ -45,7 +45,9 @@ REDIRECTS_MAX: Final = 5
 BUFFER: Final = 256 * 1024
 _SHOWN_MAX: Final = 300
 _OWN_PORTS: Final = {"http": ":80", "https": ":443"}
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_ASTRAY: Final = "it may be no registry, or what lies between (a proxy, a firewall) changes what it says"
+#: Statuses that lead elsewhere.
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
 class Refused(RegistryUnreachable):
@@ -196,12 +198,15 @@ class Asked(NamedTuple):
         take: what came then of a blob of so many bytes: the blob when it is whole, else None. Raises
             :class:`ovms.oci.plain.Unlike` where *answer* has to read it, and as :meth:`Transport.request`.
         answer: waits for it; to be called once. Raises as :meth:`Transport.request`; a redirect is an answer.
+        follow: sends the same to where a redirect leads, given its Location, under the rules of :meth:`Transport.request`; raises
+            as :meth:`Transport.send`.
         close: what to call instead where nobody wants it any more.
     """
 
     fileno: int
     take: Callable[[int], bytes | None]
     answer: Callable[[], Answer]
+    follow: Callable[[str | None], Asked | None]
     close: Callable[[], None]
 
 
@@ -325,19 +330,27 @@ class Transport:
         sent = dict(headers)
         for _ in range(REDIRECTS_MAX + 1):
             answer = self._send(method, url, sent, body)
-            if method not in ("GET", "HEAD") or answer.status not in _REDIRECTS:
+            if method not in ("GET", "HEAD") or answer.status not in REDIRECTS:
                 return answer
             with answer:
                 target = next_url(url, answer.header("location"))
             self._check_plain(target, host_of(url))
-            if origin(target) != origin(url):
-                sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
+            sent = _without_secrets(sent, url, target)
             url = target
-        raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times")
+        raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times", hint=_ASTRAY)
 
-    def send(self, url: str, headers: Mapping[str, str]) -> Asked | None:
-        """Sends a GET, and does not wait for the answer; None where a proxy is in between. Raises as :meth:`request`."""
-        self._check_plain(url, self._registry)
+    def send(self, url: str, headers: Mapping[str, str], *, sender: str | None = None, hops: int = 0) -> Asked | None:
+        """Sends a GET, and waits for nothing; None where a proxy is in between.
+
+        *sender* is who leads to the URL, after so many *hops*.
+
+        Raises:
+            ovms.oci.connections.NoneIdle: there is no connection yet.
+            RegistryUnreachable, RegistryProtocol: as :meth:`request`.
+        """
+        if hops > REDIRECTS_MAX:
+            raise RegistryProtocol(f"{host_of(url)} redirects more than {REDIRECTS_MAX} times", hint=_ASTRAY)
+        self._check_plain(url, sender or self._registry)
         with _translated(url):
             if self._proxies is not None and self._proxies.find(url) is not None:
                 return None
@@ -352,7 +365,11 @@ class Transport:
             with _translated(url, reached=True):
                 return sent.take(size)
 
-        return Asked(sent.fileno, take, answer, sent.close)
+        def follow(location: str | None) -> Asked | None:
+            target = next_url(url, location)
+            return self.send(target, _without_secrets(headers, url, target), sender=host_of(url), hops=hops + 1)
+
+        return Asked(sent.fileno, take, answer, follow, sent.close)
 
     def _check_plain(self, url: str, sender: str) -> None:
         try:
@@ -416,6 +433,13 @@ def host_of(url: str) -> str:
         return "the registry"
 
 
+def _without_secrets(headers: Mapping[str, str], url: str, target: str) -> dict[str, str]:
+    # what may follow from one to the other
+    if origin(target) == origin(url):
+        return dict(headers)
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+
+
 def next_url(url: str, location: str | None) -> str:
     """Where a ``Location`` leads, seen from *url*.
 
@@ -432,12 +456,14 @@ def next_url(url: str, location: str | None) -> str:
     if not location:
         raise RegistryProtocol(
             f"{host_of(url)} does not say where to go on: its answer has no Location",
-            hint="it may be no registry, or what lies between (a proxy, a firewall) changes what it says",
+            hint=_ASTRAY,
         )
     if bad:
-        raise RegistryProtocol(f"{host_of(url)} sends us to {shown(str(location))!a}, which is no address")
+        raise RegistryProtocol(
+            f"{host_of(url)} sends us to {shown(str(location))!a}, which is no address", hint=_ASTRAY
+        )
     if urlsplit(url).scheme == "https" and parts.scheme == "http":
-        raise RegistryProtocol(f"{host_of(url)} sends us from TLS to plain text, at {parts.netloc}")
+        raise RegistryProtocol(f"{host_of(url)} sends us from TLS to plain text, at {parts.netloc}", hint=_ASTRAY)
     return target
 
 

@@ -28,6 +28,7 @@ from ovms.oci.http import (
     BUFFER,
     CONNECT_TIMEOUT,
     READ_TIMEOUT,
+    REDIRECTS,
     Answer,
     Asked,
     Broken,
@@ -46,6 +47,15 @@ from ovms.spec import limits, mediatypes, strictjson
 from ovms.spec.digest import Digest, is_digest, of_bytes
 
 T = TypeVar("T")
+
+
+class Elsewhere(Exception):
+    """A request is sent elsewhere. ``send`` asks there; None where that has to be done in the usual way."""
+
+    def __init__(self, send: Callable[[], Asked | None]) -> None:
+        super().__init__()
+        self.send = send
+
 
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
@@ -292,13 +302,18 @@ class RegistryClient:
         Raises:
             Broken: the connection broke, or brings nothing.
             Busy: the registry is.
+            Elsewhere: the registry sends us there.
         """
         with asked.answer() as answer:
             if answer.status in BUSY:
                 raise busy(answer, f"the blob {descriptor.digest}")
-            if answer.status != 200 or answer.length() != descriptor.size:
-                return None
-            return b"".join(bytes(piece) for piece in answer.chunks())
+            if answer.status == 200 and answer.length() == descriptor.size:
+                return b"".join(bytes(piece) for piece in answer.chunks())
+            location = answer.header("location")
+        # when the connection is free again
+        if answer.status in REDIRECTS:
+            raise Elsewhere(lambda: asked.follow(location))
+        return None
 
     def read_range(self, repository: str, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """*size* bytes of a blob from *offset* on, which lie within it; not yet checked. One attempt.

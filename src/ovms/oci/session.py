@@ -126,17 +126,24 @@ class Session:
     def send(self, path: str, repository: str, scope: str) -> Asked | None:
         """Sends a GET, and does not wait for the answer, which may be a challenge; *path* is below ``/v2/``.
 
-        None where it is not known yet how the host is spoken to, or a proxy is in between. Raises as :meth:`request`.
+        None where it is not known yet how the host is spoken to, or a proxy is in between. Raises as
+        :meth:`ovms.oci.http.Transport.send`, and as :meth:`request` where a token has to be fetched first.
         """
         with self._lock:
             base, authenticator = self._base, self._auth
         if authenticator is None or self._guessed:
             return None
         authorization = authenticator.header(scope, lambda: self._credential(repository))
-        asked = self._transport.send(base + path, {} if authorization is None else {"Authorization": authorization})
+        headers = {} if authorization is None else {"Authorization": authorization}
+        return self._noting(self._transport.send(base + path, headers), repository)
+
+    def _noting(self, asked: Asked | None, repository: str) -> Asked | None:
         if asked is None:
             return None
-        return asked._replace(answer=lambda: self._noted(asked.answer(), repository))
+        return asked._replace(
+            answer=lambda: self._noted(asked.answer(), repository),
+            follow=lambda location: self._noting(asked.follow(location), repository),
+        )
 
     def _noted(self, answer: Answer, repository: str) -> Answer:
         answer.asked, answer.home = self.host, origin(self._base)

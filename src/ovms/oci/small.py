@@ -17,10 +17,11 @@ from typing import Final, NamedTuple
 
 from ovms.errors import OvmsError
 from ovms.oci import workers
+from ovms.oci.connections import NoneIdle
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.http import RATE_MIN, READ_TIMEOUT, Asked
 from ovms.oci.plain import Unlike
-from ovms.oci.registry import Busy, RegistryClient
+from ovms.oci.registry import Busy, Elsewhere, RegistryClient
 
 #: Connections for small blobs. What they wait for is not the link but each answer: more of them are faster here (sixteen than
 #: eight by a twentieth, thirty-two by as much again), and registries count them.
@@ -33,6 +34,18 @@ _LOOK: Final = 1.0
 
 #: Takes a blob, not yet checked. What it raises ends the fetch. Called by the pool's thread, and to be done soon.
 Keep = Callable[[Descriptor, bytes], object]
+
+
+class _Lost(Exception):
+    """What was asked for does not come."""
+
+
+class _Wanted(NamedTuple):
+    """A blob, and how it is asked for: of the registry, or of where that sends us. None: that can't be done so."""
+
+    fetch: Fetch
+    blob: Descriptor
+    send: Callable[[], Asked | None]
 
 
 class Fetch:
@@ -84,51 +97,48 @@ class Fetch:
         """Asks for no more."""
         self._left.clear()
 
-    def ask(self) -> tuple[Asked, Descriptor] | None:
-        """Asks for the next blob. None: it cannot be asked for so."""
+    def next(self) -> _Wanted | None:
+        """The next blob to be asked for."""
         try:
             blob = self._left.popleft()
         except IndexError:  # cancelled in this moment
             return None
-        asked = None
-        with contextlib.suppress(OvmsError):
-            asked = self._client.send_blob(self._repository, blob)
-        if asked is None:
-            self.stop()
-            return None
         self.under_way += 1
-        return asked, blob
+        return _Wanted(self, blob, lambda: self._client.send_blob(self._repository, blob))
 
-    def receive(self, asked: Asked, blob: Descriptor) -> tuple[bool, bytes | None]:
-        """Something has come of it: whether there is no more to come, and all of it if so. Not even then if it is lost."""
-        data = None
+    def receive(self, asked: Asked, blob: Descriptor) -> bytes | _Wanted | None:
+        """Something has come: all of a blob, or where to ask for it. None: there is more to come.
+
+        Raises:
+            _Lost: it is anything else.
+        """
         try:
-            data = asked.take(blob.size)
-            if data is None:
-                return False, None
+            return asked.take(blob.size)
         except Unlike:
-            data = self._other(asked, blob)
-        except OvmsError:
             pass
-        if data is None:
-            self.lost()
-        return True, data
-
-    def _other(self, asked: Asked, blob: Descriptor) -> bytes | None:
-        data = None
+        except OvmsError:
+            raise _Lost from None
         try:
             data = self._client.receive_blob(asked, blob)
+        except Elsewhere as exc:
+            return _Wanted(self, blob, exc.send)
         except Busy as exc:
-            # of several that are told so, the first has waited for all of them
-            if not self._waited:
-                self._waited = True
-                try:
-                    self._client.patience().bear(exc)
-                except Busy as enough:
-                    self.fail(enough)
+            self._wait(exc)
+            raise _Lost from None
         except OvmsError:
-            pass
+            raise _Lost from None
+        if data is None:
+            raise _Lost
         return data
+
+    def _wait(self, busy: Busy) -> None:
+        # of several that are told so, the first has waited for all of them
+        if not self._waited:
+            self._waited = True
+            try:
+                self._client.patience().bear(busy)
+            except Busy as enough:
+                self.fail(enough)
 
     def lost(self) -> None:
         """What was asked for does not come."""
@@ -240,7 +250,11 @@ class _UnderWay(NamedTuple):
 
 
 class _Loop:
-    """The thread of a pool, as long as there is something to fetch."""
+    """The thread of a pool, as long as there is something to fetch.
+
+    It waits for answers alone. A connection that is not there yet is made by a thread of its own: over a long way, or with TLS, that
+    takes as long as several answers over one that is there.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -248,20 +262,25 @@ class _Loop:
         self._answers = select.poll()
         self._answers.register(self._waker, select.POLLIN)
         self._under_way: dict[int, _UnderWay] = {}
-        self._looked = time.monotonic()
+        #: For which there is no connection yet.
+        self._waiting: collections.deque[_Wanted] = collections.deque()
         self._ready: collections.deque[tuple[Fetch, Descriptor, bytes]] = collections.deque()
+        self._opening = 0
+        self._opened: collections.deque[bool] = collections.deque()
+        self._may_open = True
+        self._looked = time.monotonic()
 
     def wake(self) -> None:
-        """Something has begun, or is cancelled. Under the pool's lock, under which the loop also ends."""
+        """Something has begun, or is cancelled; under the pool's lock, under which the loop also ends. Or a connection is there."""
         os.eventfd_write(self._waker, 1)
 
     def run(self) -> None:
         """Until nothing is left to fetch."""
         try:
-            while not self._pool.closed():
+            while self._opening or not self._pool.closed():
                 self._ask()
                 self._tell_ended()
-                if self._under_way or self._ready:
+                if self._under_way or self._ready or self._opening:
                     self._step()
         except BaseException as exc:  # noqa: BLE001 - raised again by whoever waits for a fetch
             for fetch in self._pool.gone():
@@ -271,20 +290,84 @@ class _Loop:
             for one in self._under_way.values():
                 with contextlib.suppress(OSError):
                     one.asked.close()
-            os.close(self._waker)
+            if not self._opening:  # else a number that is another's by then would be written to
+                os.close(self._waker)
+
+    # --- asking ------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        if len(self._under_way) >= self._pool.for_small:
+        for _ in range(len(self._waiting)):
+            if not self._send(self._waiting.popleft()):
+                break
+        most = self._pool.for_small
+        if len(self._under_way) + len(self._waiting) >= most:
             return
         for fetch in self._pool.fetches():
             while fetch.asks:
-                if len(self._under_way) >= self._pool.for_small:
+                if len(self._under_way) + len(self._waiting) >= most:
                     return
-                if (sent := fetch.ask()) is not None:
-                    asked, blob = sent
-                    until = time.monotonic() + READ_TIMEOUT + blob.size / RATE_MIN
-                    self._under_way[asked.fileno] = _UnderWay(fetch, asked, blob, until)
-                    self._answers.register(asked.fileno, select.POLLIN)
+                if (wanted := fetch.next()) is not None:
+                    self._send(wanted)
+
+    def _send(self, wanted: _Wanted) -> bool:
+        """False where it has to wait for a connection."""
+        fetch, blob, send = wanted
+        if fetch.cancelled:
+            fetch.lost()
+            return True
+        asked = None
+        try:
+            asked = send()
+        except NoneIdle as exc:
+            if not self._wait_for_one(wanted, exc.open):
+                fetch.lost()
+            return False
+        except OvmsError:
+            pass
+        if asked is None:
+            fetch.lost()
+            return True
+        until = time.monotonic() + READ_TIMEOUT + blob.size / RATE_MIN
+        self._under_way[asked.fileno] = _UnderWay(fetch, asked, blob, until)
+        self._answers.register(asked.fileno, select.POLLIN)
+        return True
+
+    def _wait_for_one(self, wanted: _Wanted, make: Callable[[], None]) -> bool:
+        if self._may_open and self._opening <= len(self._waiting):
+            try:
+                threading.Thread(target=self._open, args=(make,), name="small blobs' connection", daemon=True).start()
+                self._opening += 1
+            except RuntimeError:  # no more threads
+                self._may_open = False
+        if not self._opening and not self._under_way:
+            return False
+        self._waiting.append(wanted)
+        return True
+
+    def _open(self, make: Callable[[], None]) -> None:
+        # in a thread of its own
+        came = False
+        try:
+            make()
+            came = True
+        except Exception:  # noqa: BLE001, S110 - whoever asks for it in the usual way is told
+            pass
+        finally:
+            self._opened.append(came)
+            self.wake()
+
+    def _see_opened(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                came = self._opened.popleft()
+                self._opening -= 1
+                # what has refused one refuses the next
+                self._may_open = self._may_open and came
+        if not self._opening and not self._under_way and not self._may_open:
+            while self._waiting:
+                self._waiting.popleft().fetch.lost()
+
+    # --- answers -----------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         # whoever takes them writes files, which takes as long as an answer: that is for when there is none
@@ -297,6 +380,7 @@ class _Loop:
         for fileno, _ in come:
             if fileno == self._waker:
                 os.eventfd_read(self._waker)
+                self._see_opened()
                 self._drop(lambda one: one.fetch.cancelled)
             elif fileno in self._under_way:
                 self._receive(fileno)
@@ -306,14 +390,20 @@ class _Loop:
 
     def _receive(self, fileno: int) -> None:
         fetch, asked, blob, _ = self._under_way[fileno]
-        whole, data = fetch.receive(asked, blob)
-        if not whole:
-            return
+        try:
+            data = fetch.receive(asked, blob)
+            if data is None:
+                return
+        except _Lost:
+            fetch.lost()
+            data = None
         del self._under_way[fileno]
         self._answers.unregister(fileno)
+        if isinstance(data, _Wanted):
+            self._send(data)
         # the registry works on the next one meanwhile
         self._ask()
-        if data is not None:
+        if isinstance(data, bytes):
             self._ready.append((fetch, blob, data))
 
     def _drop(self, which: Callable[[_UnderWay], bool]) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from support import faulty
 
-from ovms.errors import DigestMismatch
-from ovms.oci import plain, small, transfer, workers
+from ovms.errors import DigestMismatch, RegistryError
+from ovms.oci import connections, plain, small, transfer, workers
+from ovms.oci.credentials import Credential
 from ovms.oci.descriptor import Descriptor
 from ovms.oci.layout import Layout
 from ovms.oci.reference import Reference
@@ -103,19 +104,111 @@ def test_what_does_not_simply_come_is_fetched_as_ever(
     assert server.faults == []
 
 
-def test_a_registry_that_sends_elsewhere_is_asked_by_many_at_once(server: faulty.Server, layout: Layout) -> None:
+def sent_elsewhere(server: faulty.Server, location: str) -> None:
+    """Each blob lies where *location* (with its digest at the end) says."""
+    server.faults = [
+        ("GET", of_bytes(data), faulty.status(307, Location=location + of_bytes(data)))
+        for data in BLOBS
+        for _ in range(2)
+    ]
+
+
+def test_a_registry_that_sends_elsewhere_is_followed_at_once(server: faulty.Server, layout: Layout) -> None:
     """As those do that keep their blobs in an object store: each takes two answers, one after the other."""
     with faulty.Server() as store:
         store.blobs = server.blobs
-        server.faults = [
-            ("GET", of_bytes(data), faulty.status(307, Location=f"http://{store.host}/blobs/{of_bytes(data)}"))
-            for data in BLOBS
-            for _ in range(2)
-        ]
-        store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= workers.PARALLEL, timeout=0.05)
+        sent_elsewhere(server, f"http://{store.host}/blobs/")
+        store.pace = lambda _size: faulty.wait_until(lambda: store.at_once >= small.CONNECTIONS, timeout=0.05)
         pull(server, layout)
-        assert sum(times(server).values()) <= COUNT + small.CONNECTIONS, "the others were not tried in vain"
-        assert store.most_at_once == workers.PARALLEL
+        assert set(times(server).values()) == {1}
+        assert [len(store.asked("GET", of_bytes(data))) for data in BLOBS] == [1] * COUNT
+        assert workers.PARALLEL < store.most_at_once <= small.CONNECTIONS
+
+
+class Secret:
+    def get(self, _host: str, _repository: str) -> Credential:
+        return Credential("user", "secret")
+
+
+def test_no_secret_follows_elsewhere(server: faulty.Server, layout: Layout) -> None:
+    with faulty.Server() as store:
+        store.blobs = server.blobs
+        seen: dict[bool, list[str | None]] = {True: [], False: []}
+
+        def noted(handler: faulty.Handler, _body: bytes) -> bool:
+            seen[handler.server is store].append(handler.headers["Authorization"])
+            return False
+
+        sent_elsewhere(server, f"http://{store.host}/blobs/")
+        server.faults = [
+            ("GET", "/manifests/", faulty.status(401, WWW_Authenticate='Basic realm="x"')),
+            *[
+                (
+                    method,
+                    digest,
+                    lambda handler, body, redirect=redirect: noted(handler, body) or redirect(handler, body),
+                )
+                for method, digest, redirect in server.faults
+            ],
+        ]
+        store.faults = [("GET", "/blobs/", noted) for _ in range(2 * COUNT)]
+        with RegistryClient(server.host, credentials=Secret(), backoff=0.001) as client:
+            transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
+        assert seen == {False: ["Basic dXNlcjpzZWNyZXQ="] * COUNT, True: [None] * COUNT}
+
+
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.1:1/", "https://", "ftp://x/", "http://far.example/", "/v2/x/blobs/"]
+)
+def test_one_that_sends_nowhere_is_told_of_as_ever(server: faulty.Server, layout: Layout, location: str) -> None:
+    digests = [of_bytes(data) for data in BLOBS]
+    server.faults = [
+        ("GET", digest, faulty.status(307, Location=location + ("" if "//" in location else digest)))
+        for digest in digests
+        for _ in range(50)
+    ]
+    with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(RegistryError) as caught:
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
+    assert caught.value.hint
+    assert list(layout.partial_dir.iterdir()) == []
+
+
+def test_a_connection_that_takes_its_time_holds_nobody_up(
+    server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All comes over the one that is there, while others are made."""
+    going, opening = threading.Event(), connections.Connections._open
+
+    def slow(self: connections.Connections, key: object) -> object:
+        if threading.current_thread().name == "small blobs' connection":
+            going.wait(20)
+        return opening(self, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(connections.Connections, "_open", slow)
+    try:
+        pull(server, layout)
+        assert set(times(server).values()) == {1}
+        assert server.most_at_once == 1
+    finally:
+        going.set()
+
+
+def test_a_registry_that_takes_no_more_connections_is_asked_over_those_that_it_took(
+    server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def refused(self: connections.Connections, key: object) -> object:
+        if threading.current_thread().name == "small blobs' connection":
+            tries.append("x")
+            raise ConnectionRefusedError
+        return opening(self, key)  # type: ignore[arg-type]
+
+    opening = connections.Connections._open
+    monkeypatch.setattr(connections.Connections, "_open", refused)
+    pull(server, layout)
+    assert set(times(server).values()) == {1}
+    assert 0 < len(tries) < small.CONNECTIONS
 
 
 def test_wrong_bytes_are_refused_and_nothing_is_left(server: faulty.Server, layout: Layout) -> None:

@@ -186,15 +186,15 @@ def test_a_new_connection_that_is_closed_is_an_error(connections: Connections) -
 
 
 def test_no_more_than_some_are_kept(server: Server, connections: Connections) -> None:
-    held = [connections.request("GET", server.url, {}, None, None) for _ in range(12)]
+    held = [connections.request("GET", server.url, {}, None, None) for _ in range(20)]
     for response, release in held:
         response.read()
         release(True)
-    held = [connections.request("GET", server.url, {}, None, None) for _ in range(12)]
+    held = [connections.request("GET", server.url, {}, None, None) for _ in range(20)]
     for response, release in held:
         response.read()
         release(True)
-    assert server.connections == 12 + 4  # eight were kept
+    assert server.connections == 20 + 4  # sixteen were kept
 
 
 class Body:
