@@ -23,8 +23,8 @@ from ovms.oci.http import RATE_MIN, READ_TIMEOUT, Asked
 from ovms.oci.plain import Unlike
 from ovms.oci.registry import Busy, Elsewhere, RegistryClient
 
-#: Connections for small blobs. What they wait for is not the link but each answer: more of them are faster here (sixteen than
-#: eight by a twentieth, thirty-two by as much again), and registries count them.
+#: Connections for small blobs. What these wait for is each answer, and not the link, so that more of them are faster: sixteen
+#: than eight by a twentieth on loopback, thirty-two by half as much again. But registries count them.
 CONNECTIONS: Final = 16
 #: Answers that are kept before a registry has to wait.
 _READY_MAX: Final = 32
@@ -51,9 +51,9 @@ class _Wanted(NamedTuple):
 class Fetch:
     """Blobs that are asked for, in their order, as long as the registry simply sends them.
 
-    At the first that it does not simply send (a redirect, a challenge, an error, a connection that breaks) no more are asked
-    for, and nothing is raised: what was not given to *keep* is to be fetched in the usual way, which knows what to do about all
-    that. A registry that is busy is left alone for a while, all the same.
+    Where it sends us elsewhere, they are asked for there. At the first that does not simply come (a challenge, an error, a
+    connection that breaks) no more are asked for, and nothing is raised: what was not given to *keep* is to be fetched in the
+    usual way, which knows what to do about all that. A registry that is busy is left alone for a while, all the same.
     """
 
     def __init__(

@@ -152,20 +152,35 @@ def test_somebody_else_fills_the_disk_half_way(ovm: Ovm, server: Server, store: 
 
 
 @pytest.mark.spec("OCI-22")
-@pytest.mark.parametrize("what", ["bytes", "files"])
-def test_the_disk_is_full_when_all_blobs_are_here(
-    ovm: Ovm, server: Server, store: Layout, disk: Disk, what: str
-) -> None:
+def test_the_disk_is_full_when_all_blobs_are_here(ovm: Ovm, server: Server, store: Layout, disk: Disk) -> None:
     path, kernel = store.partial_dir / hex_of(of_bytes(DISK)), store.path(of_bytes(KERNEL))
 
     def fill() -> None:
         faulty.wait_until(lambda: path.stat().st_size == 6 * MIB and kernel.exists())
-        disk.fill() if what == "bytes" else disk.fill_inodes()
+        disk.fill()
 
     server.faults = [("GET", f"/blobs/{of_bytes(DISK)}$", stopping_at(6 * MIB, fill))]
     is_refused(pull(ovm, server), store)
     works_now(ovm, server, store, disk)
     assert server.asked("GET", BULK) == [], "what had come was kept"
+
+
+@pytest.mark.spec("OCI-22")
+def test_what_a_download_gives_back_is_files_enough_for_its_end(
+    ovm: Ovm, server: Server, store: Layout, disk: Disk
+) -> None:
+    path, kernel = store.partial_dir / hex_of(of_bytes(DISK)), store.path(of_bytes(KERNEL))
+
+    def fill() -> None:
+        faulty.wait_until(lambda: path.stat().st_size == 6 * MIB and kernel.exists())
+        disk.fill_inodes()
+
+    server.faults = [("GET", f"/blobs/{of_bytes(DISK)}$", stopping_at(6 * MIB, fill))]
+    done = pull(ovm, server)
+    assert done.code == 0, done.err
+    is_sound(store)
+    assert [entry.name for entry in store.entries()] == [f"{server.host}/x:1"]
+    works_now(ovm, server, store, disk)
 
 
 @pytest.mark.spec("OCI-22")
