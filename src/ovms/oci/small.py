@@ -6,6 +6,7 @@ A thread for each request would be simpler, and so would one for each artifact. 
 
 from __future__ import annotations
 
+import _thread
 import collections
 import contextlib
 import os
@@ -265,6 +266,7 @@ class _Loop:
         #: For which there is no connection yet.
         self._waiting: collections.deque[_Wanted] = collections.deque()
         self._ready: collections.deque[tuple[Fetch, Descriptor, bytes]] = collections.deque()
+        self._lock = threading.Lock()
         self._opening = 0
         self._opened: collections.deque[bool] = collections.deque()
         self._may_open = True
@@ -335,7 +337,8 @@ class _Loop:
     def _wait_for_one(self, wanted: _Wanted, make: Callable[[], None]) -> bool:
         if self._may_open and self._opening <= len(self._waiting):
             try:
-                threading.Thread(target=self._open, args=(make,), name="small blobs' connection", daemon=True).start()
+                # not threading's, whose start waits until the thread runs: a millisecond for each, with answers to be taken
+                _thread.start_new_thread(self._open, (make,))
                 self._opening += 1
             except RuntimeError:  # no more threads
                 self._may_open = False
@@ -353,12 +356,14 @@ class _Loop:
         except Exception:  # noqa: BLE001, S110 - whoever asks for it in the usual way is told
             pass
         finally:
-            self._opened.append(came)
-            self.wake()
+            # the loop may end as soon as it knows: it does not before it was woken
+            with self._lock:
+                self._opened.append(came)
+                self.wake()
 
     def _see_opened(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
+        with self._lock:
+            while self._opened:
                 came = self._opened.popleft()
                 self._opening -= 1
                 # what has refused one refuses the next

@@ -177,10 +177,10 @@ def test_a_connection_that_takes_its_time_holds_nobody_up(
     server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All comes over the one that is there, while others are made."""
-    going, opening = threading.Event(), connections.Connections._open
+    going, opening, usual = threading.Event(), connections.Connections._open, threading.get_ident()
 
     def slow(self: connections.Connections, key: object) -> object:
-        if threading.current_thread().name == "small blobs' connection":
+        if threading.get_ident() != usual:
             going.wait(20)
         return opening(self, key)  # type: ignore[arg-type]
 
@@ -199,12 +199,12 @@ def test_a_registry_that_takes_no_more_connections_is_asked_over_those_that_it_t
     tries: list[str] = []
 
     def refused(self: connections.Connections, key: object) -> object:
-        if threading.current_thread().name == "small blobs' connection":
+        if threading.get_ident() != usual:
             tries.append("x")
             raise ConnectionRefusedError
         return opening(self, key)  # type: ignore[arg-type]
 
-    opening = connections.Connections._open
+    opening, usual = connections.Connections._open, threading.get_ident()
     monkeypatch.setattr(connections.Connections, "_open", refused)
     pull(server, layout)
     assert set(times(server).values()) == {1}
