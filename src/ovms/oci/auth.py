@@ -82,6 +82,16 @@ class Authenticator:
         """Whether the registry has asked for credentials."""
         return self._challenge is not None
 
+    def ready(self, scope: str) -> bool:
+        """Whether :meth:`header` knows what to say, and need ask nobody."""
+        if not self._lock.acquire(blocking=False):
+            return False  # somebody asks just now
+        try:
+            bearer = self._challenge is not None and self._challenge.scheme == "bearer"
+            return not bearer or time.monotonic() < self._tokens.get(scope, ("", 0.0))[1]
+        finally:
+            self._lock.release()
+
     def header(self, scope: str, credential: Callable[[], Credential | None]) -> str | None:
         """What to send with a request of this *scope*; None before the registry has asked for anything.
 

@@ -52,9 +52,12 @@ class AddressInvalid(ValueError):
 
 
 class NoneIdle(Exception):
-    """No connection is there that could be used at once. ``open`` makes one, which is used next; it waits, and raises as that went."""
+    """No connection is there that could be used at once. ``open`` makes one, which is used next; it waits, and raises as that went.
 
-    def __init__(self, open_one: Callable[[], None]) -> None:
+    What else has to be waited for before a request can be sent (a token) is got in the same way.
+    """
+
+    def __init__(self, open_one: Callable[[], object]) -> None:
         super().__init__()
         self.open = open_one
 
@@ -62,10 +65,12 @@ class NoneIdle(Exception):
 class Sent:
     """A request whose answer is still to come."""
 
-    def __init__(self, connection: http.client.HTTPConnection, keep: Callable[[], None]) -> None:
-        """*keep* lets the connection be used again."""
+    def __init__(self, connection: http.client.HTTPConnection, keep: Callable[[], None], read_timeout: float) -> None:
+        """*keep* lets the connection be used again. *read_timeout*: for :meth:`read`; nothing else waits."""
+        connection.sock.settimeout(0)
         self._connection = connection
         self._keep = keep
+        self._read_timeout = read_timeout
         self._plain = plain.Answer(connection.sock)
         #: The descriptor that can be read when something comes.
         self.fileno: int = connection.sock.fileno()
@@ -89,6 +94,7 @@ class Sent:
     def read(self) -> tuple[http.client.HTTPResponse, Release]:
         """The answer up to its body, waited for; to be called once. Whoever is given it lets the connection go."""
         with _closed_on_error(self._connection):
+            self._connection.sock.settimeout(self._read_timeout)
             response = Response(self._plain.ahead(), method="GET")
             response.begin()
 
@@ -176,7 +182,7 @@ class Connections:
             if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
                 connection.sock.settimeout(self._read_timeout)
             connection.sock.sendall(_get(connection, target, headers))
-        return Sent(connection, lambda: self._keep(key, connection))
+            return Sent(connection, lambda: self._keep(key, connection), self._read_timeout)
 
     def _release(
         self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse

@@ -131,14 +131,20 @@ class Download:
     def together(
         self, blobs: list[Descriptor], keep: small.Keep, ended: Callable[[BaseException | None], object]
     ) -> small.Fetch:
-        """Begins to fetch small blobs, together with those of other artifacts."""
-        fetch = small.Fetch(self._client, self._repository, blobs, keep, ended)
+        """A fetch of small blobs, together with those of other artifacts."""
+        return small.Fetch(self._client, self._repository, blobs, keep, ended)
+
+    def begin(self, fetch: small.Fetch) -> None:
+        """Lets it begin. Raises as :meth:`ovms.oci.small.Pool.begin`."""
         self._pool.begin(fetch)
-        return fetch
 
     def give_up(self, fetch: small.Fetch) -> None:
         """Ends that; nothing of it is kept from here on."""
         self._pool.cancel(fetch)
+
+    def bear(self, busy: Busy) -> None:
+        """Leaves the registry alone as long as it asks. Raises *busy* where that is longer than anybody waits."""
+        self._client.patience().bear(busy)
 
     def run(self, jobs: list[workers.Job]) -> None:
         """Runs jobs over as many connections as this pull may have."""
@@ -370,8 +376,14 @@ class Coming:
 
     def __enter__(self) -> Self:
         if len(self._left) > _FEW:
-            blobs = list(self._left.values())
-            self._fetch = self._download.together(blobs, self._keep_soon, self._ended)
+            self._fetch = self._download.together(list(self._left.values()), self._keep_soon, self._ended)
+            try:
+                self._download.begin(self._fetch)
+            except (OSError, RuntimeError):  # no descriptor, or no thread, left for it
+                self._fetch = None
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
@@ -419,9 +431,11 @@ class Coming:
         # for those that are wanted (None: for all), or until no more come
         while self._fetch is not None and (wanted is None or any(digest in self._left for digest in wanted)):
             if (come := self._come.get()) is None:
-                self._fetch = None
+                busy, self._fetch = self._fetch.busy, None
                 if self._error is not None:
                     raise self._error
+                if busy is not None:
+                    self._download.bear(busy)
                 return
             for blob, writer in come:
                 writer.wait()

@@ -120,8 +120,8 @@ class Answer:
 
     def _small(self) -> bool:
         # What is left of a small body is read, so that the connection can be used again.
-        length = self.header("content-length")
-        return length is not None and length.isdigit() and int(length) <= BUFFER
+        length = self.length()
+        return length is not None and length <= BUFFER
 
     def header(self, name: str) -> str | None:
         """A header's value."""
@@ -132,9 +132,11 @@ class Answer:
         return self._response.headers.get_all(name) or []
 
     def length(self) -> int | None:
-        """What Content-Length says, None where it says nothing."""
+        """What Content-Length says, None where it says nothing, or nothing that counts: a body in chunks has another end."""
         text = self.header("content-length")
-        return int(text) if text is not None and text.isdigit() and len(text) < 20 else None
+        if text is None or self._response.chunked or not (text.isascii() and text.isdigit() and len(text) < 20):
+            return None
+        return int(text)
 
     def chunks(self, seconds: float | None = None, buffer: memoryview | None = None) -> Iterator[memoryview]:
         """The body, as it comes, all in one buffer: a piece is overwritten when the next is asked for.

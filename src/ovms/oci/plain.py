@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _RECEIVE: Final = 64 * 1024
 #: Bytes of a head that belongs to a blob.
 _HEAD_MAX: Final = 16 * 1024
-_BEGINS: Final = b"HTTP/1.1 200 "
+_HTTP: Final = b"HTTP/"
 #: Lines as they should be, without any of the liberties that were once allowed.
 _HEAD: Final = regex(rb"HTTP/1\.1 200 [^\r\n\0]*\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n)+)\r\n")
 #: What makes a body anything but so many bytes, after which the next answer comes.
@@ -34,17 +34,18 @@ class Answer:
     """What comes on a socket after a GET."""
 
     def __init__(self, sock: socket.socket) -> None:
+        """*sock* waits for nothing (``settimeout(0)``)."""
         self._sock = sock
-        self._data = b""
+        self._data = bytearray()
         self._body: int | None = None
         #: Whether nothing came after it, so that the connection can be used again.
         self.clean = False
 
     def take(self, size: int) -> bytes | None:
-        """Takes what has come of a body of *size* bytes, when something has. Returns it when it is whole, else None.
+        """Takes what has come, if anything, of a body of *size* bytes. Returns it when it is whole, else None.
 
         Raises:
-            Unlike: it is no such answer.
+            Unlike: it is no such answer, of which all of the head is here.
             OSError, http.client.HTTPException: the connection broke.
         """
         self._receive()
@@ -55,10 +56,16 @@ class Answer:
         if len(self._data) < self._body + size:
             return None
         self.clean = len(self._data) == self._body + size
-        return self._data[self._body : self._body + size]
+        return bytes(self._data[self._body : self._body + size])
 
     def _receive(self) -> None:
-        data = self._sock.recv(_RECEIVE)
+        try:
+            data = self._sock.recv(_RECEIVE)
+        except OSError as exc:
+            # TLS has things to say to itself, too; with ssl, which is imported where it is spoken
+            if isinstance(exc, BlockingIOError) or type(exc).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+                return
+            raise
         if not data:
             raise http.client.RemoteDisconnected("the connection was closed before the whole answer had come")
         self._data += data
@@ -70,15 +77,15 @@ class Answer:
     def _head(self, size: int) -> int | None:
         # where the body begins; None: not all of the head is here
         data = self._data
-        if not data.startswith(_BEGINS[: len(data)]):
+        if not data.startswith(_HTTP[: len(data)]):
             raise Unlike
         end = data.find(b"\r\n\r\n", 0, _HEAD_MAX)
         if end < 0:
             if len(data) >= _HEAD_MAX:
                 raise Unlike
             return None
-        head = _HEAD.match(data)
-        if head is None or head.end() != end + 4:
+        head = _HEAD.fullmatch(bytes(data[: end + 4]))
+        if head is None:
             raise Unlike
         lengths = []
         for line in head[1].split(b"\r\n"):
@@ -94,7 +101,7 @@ class Answer:
 
     def ahead(self) -> socket.socket:
         """The socket, for :class:`http.client.HTTPResponse`: what was taken comes first."""
-        return _Ahead(self._data, self._sock)  # type: ignore[return-value]
+        return _Ahead(bytes(self._data), self._sock)  # type: ignore[return-value]
 
 
 class _Ahead:

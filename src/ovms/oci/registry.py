@@ -57,6 +57,8 @@ class Elsewhere(Exception):
         self.send = send
 
 
+#: Seconds that a small blob may be waited for by whom others wait for.
+_SMALL_TIME: Final = 10.0
 #: What docker-registry says of a blob that is there, in the moment in which another client uploads it, too.
 _BLOB_UNKNOWN: Final = "blob unknown to registry"
 _ERROR_BODY_MAX: Final = 64 * limits.KIB
@@ -307,8 +309,13 @@ class RegistryClient:
         with asked.answer() as answer:
             if answer.status in BUSY:
                 raise busy(answer, f"the blob {descriptor.digest}")
-            if answer.status == 200 and answer.length() == descriptor.size:
-                return b"".join(bytes(piece) for piece in answer.chunks())
+            if answer.status == 200 and answer.length() in (descriptor.size, None):
+                data = bytearray()
+                for piece in answer.chunks(_SMALL_TIME):
+                    data += piece
+                    if len(data) > descriptor.size:
+                        return None
+                return bytes(data) if len(data) == descriptor.size else None
             location = answer.header("location")
         # when the connection is free again
         if answer.status in REDIRECTS:

@@ -15,6 +15,7 @@ from typing import IO, Final, Protocol
 from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
 from ovms.lazy import dataclass, field
 from ovms.oci import auth
+from ovms.oci.connections import NoneIdle
 from ovms.oci.credentials import Credential
 from ovms.oci.http import CONNECT_TIMEOUT, READ_TIMEOUT, Answer, Asked, Broken, Transport, origin
 from ovms.oci.proxies import Proxies
@@ -127,13 +128,19 @@ class Session:
         """Sends a GET, and does not wait for the answer, which may be a challenge; *path* is below ``/v2/``.
 
         None where it is not known yet how the host is spoken to, or a proxy is in between. Raises as
-        :meth:`ovms.oci.http.Transport.send`, and as :meth:`request` where a token has to be fetched first.
+        :meth:`ovms.oci.http.Transport.send`; also NoneIdle where a token has to be fetched first.
         """
         with self._lock:
             base, authenticator = self._base, self._auth
         if authenticator is None or self._guessed:
             return None
-        authorization = authenticator.header(scope, lambda: self._credential(repository))
+
+        def header() -> str | None:
+            return authenticator.header(scope, lambda: self._credential(repository))
+
+        if not authenticator.ready(scope):
+            raise NoneIdle(header)
+        authorization = header()
         headers = {} if authorization is None else {"Authorization": authorization}
         return self._noting(self._transport.send(base + path, headers), repository)
 
@@ -317,5 +324,5 @@ def _seconds(after: str) -> float | None:
         return float(after)
     try:
         return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -47,6 +47,7 @@ class _Wanted(NamedTuple):
     fetch: Fetch
     blob: Descriptor
     send: Callable[[], Asked | None]
+    elsewhere: bool = False
 
 
 class Fetch:
@@ -54,7 +55,7 @@ class Fetch:
 
     Where it sends us elsewhere, they are asked for there. At the first that does not simply come (a challenge, an error, a
     connection that breaks) no more are asked for, and nothing is raised: what was not given to *keep* is to be fetched in the
-    usual way, which knows what to do about all that. A registry that is busy is left alone for a while, all the same.
+    usual way, which knows what to do about all that.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Fetch:
         keep: Keep,
         ended: Callable[[BaseException | None], object],
     ) -> None:
-        """*ended* is called once, when no more will come: with what *keep* raised, or with Busy where nobody waits so long."""
-        self._client = client
+        """*ended* is called once, when no more will come: with what *keep* raised."""
+        self.client = client
         self._repository = repository
         self._left = collections.deque(blobs)
         self._keep = keep
@@ -74,9 +75,13 @@ class Fetch:
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._cancelled = False
-        self._waited = False
-        #: Asked for, and not kept yet.
+        #: What the registry said, where it wants to be left alone for a while: before anything is fetched in the usual way.
+        self.busy: Busy | None = None
+        #: Asked for, and not kept yet; the pool's thread counts, here and below.
         self.under_way = 0
+        #: Connections that are being made for it; and whether more are worth a try.
+        self.opening = 0
+        self.may_open = True
 
     @property
     def asks(self) -> bool:
@@ -105,7 +110,7 @@ class Fetch:
         except IndexError:  # cancelled in this moment
             return None
         self.under_way += 1
-        return _Wanted(self, blob, lambda: self._client.send_blob(self._repository, blob))
+        return _Wanted(self, blob, lambda: self.client.send_blob(self._repository, blob))
 
     def receive(self, asked: Asked, blob: Descriptor) -> bytes | _Wanted | None:
         """Something has come: all of a blob, or where to ask for it. None: there is more to come.
@@ -116,30 +121,23 @@ class Fetch:
         try:
             return asked.take(blob.size)
         except Unlike:
-            pass
+            if self._cancelled:
+                asked.close()
+                raise _Lost from None
         except OvmsError:
             raise _Lost from None
         try:
-            data = self._client.receive_blob(asked, blob)
+            data = self.client.receive_blob(asked, blob)
         except Elsewhere as exc:
-            return _Wanted(self, blob, exc.send)
+            return _Wanted(self, blob, exc.send, elsewhere=True)
         except Busy as exc:
-            self._wait(exc)
+            self.busy = self.busy or exc
             raise _Lost from None
         except OvmsError:
             raise _Lost from None
         if data is None:
             raise _Lost
         return data
-
-    def _wait(self, busy: Busy) -> None:
-        # of several that are told so, the first has waited for all of them
-        if not self._waited:
-            self._waited = True
-            try:
-                self._client.patience().bear(busy)
-            except Busy as enough:
-                self.fail(enough)
 
     def lost(self) -> None:
         """What was asked for does not come."""
@@ -195,12 +193,14 @@ class Pool:
         return max(self.each, self._connections - self._elsewhere)
 
     def begin(self, fetch: Fetch) -> None:
-        """Lets a fetch begin. The one that began first is asked for first: so that it is at its end while others still come."""
+        """Lets a fetch begin. The one that began first is asked for first: so that it is at its end while others still come.
+
+        Raises:
+            OSError, RuntimeError: this host has no descriptor, or no thread, left for it.
+        """
         with self._lock:
             if self._loop is None:
-                loop = _Loop(self)
-                threading.Thread(target=loop.run, name="small blobs", daemon=True).start()
-                self._loop = loop
+                self._loop = _Loop.started(self)
             else:
                 self._loop.wake()
             self._fetches.append(fetch)
@@ -268,9 +268,19 @@ class _Loop:
         self._ready: collections.deque[tuple[Fetch, Descriptor, bytes]] = collections.deque()
         self._lock = threading.Lock()
         self._opening = 0
-        self._opened: collections.deque[bool] = collections.deque()
-        self._may_open = True
+        self._opened: collections.deque[tuple[Fetch, bool]] = collections.deque()
         self._looked = time.monotonic()
+
+    @classmethod
+    def started(cls, pool: Pool) -> _Loop:
+        """A loop that runs; under the pool's lock."""
+        loop = cls(pool)
+        try:
+            threading.Thread(target=loop.run, name="small blobs", daemon=True).start()
+        except BaseException:
+            os.close(loop._waker)
+            raise
+        return loop
 
     def wake(self) -> None:
         """Something has begun, or is cancelled; under the pool's lock, under which the loop also ends. Or a connection is there."""
@@ -280,6 +290,7 @@ class _Loop:
         """Until nothing is left to fetch."""
         try:
             while self._opening or not self._pool.closed():
+                self._drop(lambda one: one.fetch.cancelled)
                 self._ask()
                 self._tell_ended()
                 if self._under_way or self._ready or self._opening:
@@ -298,22 +309,26 @@ class _Loop:
     # --- asking ------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        for _ in range(len(self._waiting)):
-            if not self._send(self._waiting.popleft()):
-                break
         most = self._pool.for_small
-        if len(self._under_way) + len(self._waiting) >= most:
-            return
+        in_vain: set[tuple[Fetch, bool]] = set()
+        for _ in range(len(self._waiting)):
+            wanted = self._waiting.popleft()
+            if len(self._under_way) >= most or (wanted.fetch, wanted.elsewhere) in in_vain:
+                self._waiting.append(wanted)
+            elif not self._send(wanted):
+                in_vain.add((wanted.fetch, wanted.elsewhere))
         for fetch in self._pool.fetches():
-            while fetch.asks:
-                if len(self._under_way) + len(self._waiting) >= most:
-                    return
-                if (wanted := fetch.next()) is not None:
-                    self._send(wanted)
+            while fetch.asks and self._used(fetch) < most:
+                if (coming := fetch.next()) is not None:
+                    self._send(coming)
+
+    def _used(self, fetch: Fetch) -> int:
+        # a registry to which no connection comes about takes no other's
+        return len(self._under_way) + sum(one.fetch.client is fetch.client for one in self._waiting)
 
     def _send(self, wanted: _Wanted) -> bool:
         """False where it has to wait for a connection."""
-        fetch, blob, send = wanted
+        fetch, blob, send, _ = wanted
         if fetch.cancelled:
             fetch.lost()
             return True
@@ -326,6 +341,8 @@ class _Loop:
             return False
         except OvmsError:
             pass
+        except Exception as exc:  # noqa: BLE001 - raised again by whoever waits for it; the others have nothing to do with it
+            fetch.fail(exc)
         if asked is None:
             fetch.lost()
             return True
@@ -334,20 +351,23 @@ class _Loop:
         self._answers.register(asked.fileno, select.POLLIN)
         return True
 
-    def _wait_for_one(self, wanted: _Wanted, make: Callable[[], None]) -> bool:
-        if self._may_open and self._opening <= len(self._waiting):
+    def _wait_for_one(self, wanted: _Wanted, make: Callable[[], object]) -> bool:
+        fetch = wanted.fetch
+        waiting = sum(one.fetch is fetch for one in self._waiting)
+        if fetch.may_open and fetch.opening <= waiting:
             try:
                 # not threading's, whose start waits until the thread runs: a millisecond for each, with answers to be taken
-                _thread.start_new_thread(self._open, (make,))
+                _thread.start_new_thread(self._open, (fetch, make))
                 self._opening += 1
+                fetch.opening += 1
             except RuntimeError:  # no more threads
-                self._may_open = False
-        if not self._opening and not self._under_way:
+                fetch.may_open = False
+        if not fetch.opening and not any(one.fetch is fetch for one in self._under_way.values()):
             return False
         self._waiting.append(wanted)
         return True
 
-    def _open(self, make: Callable[[], None]) -> None:
+    def _open(self, fetch: Fetch, make: Callable[[], object]) -> None:
         # in a thread of its own
         came = False
         try:
@@ -358,19 +378,17 @@ class _Loop:
         finally:
             # the loop may end as soon as it knows: it does not before it was woken
             with self._lock:
-                self._opened.append(came)
+                self._opened.append((fetch, came))
                 self.wake()
 
     def _see_opened(self) -> None:
         with self._lock:
             while self._opened:
-                came = self._opened.popleft()
+                fetch, came = self._opened.popleft()
                 self._opening -= 1
+                fetch.opening -= 1
                 # what has refused one refuses the next
-                self._may_open = self._may_open and came
-        if not self._opening and not self._under_way and not self._may_open:
-            while self._waiting:
-                self._waiting.popleft().fetch.lost()
+                fetch.may_open = fetch.may_open and came
 
     # --- answers -----------------------------------------------------------------------------------------------
 
@@ -379,29 +397,38 @@ class _Loop:
         come = self._answers.poll(0 if self._ready else READ_TIMEOUT * 1000)
         if not come and not self._ready:
             self._drop(lambda _one: True)  # nothing more is said
-        if self._ready and (not come or len(self._ready) >= _READY_MAX):
-            fetch, blob, data = self._ready.popleft()
-            fetch.keep(blob, data)
+        if self._ready and not come:
+            self._keep_one()
         for fileno, _ in come:
             if fileno == self._waker:
                 os.eventfd_read(self._waker)
                 self._see_opened()
-                self._drop(lambda one: one.fetch.cancelled)
             elif fileno in self._under_way:
                 self._receive(fileno)
+        while len(self._ready) > _READY_MAX:
+            self._keep_one()
         if (now := time.monotonic()) - self._looked > _LOOK:
             self._looked = now
             self._drop(lambda one: one.until < now)
 
+    def _keep_one(self) -> None:
+        fetch, blob, data = self._ready.popleft()
+        fetch.keep(blob, data)
+
     def _receive(self, fileno: int) -> None:
         fetch, asked, blob, _ = self._under_way[fileno]
+        data = None
         try:
             data = fetch.receive(asked, blob)
             if data is None:
                 return
         except _Lost:
             fetch.lost()
-            data = None
+        except Exception as exc:  # noqa: BLE001 - as above
+            with contextlib.suppress(OSError):
+                asked.close()
+            fetch.fail(exc)
+            fetch.lost()
         del self._under_way[fileno]
         self._answers.unregister(fileno)
         if isinstance(data, _Wanted):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
+import select
+import socket
+import ssl
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from support import faulty
+from support.tls import Authority, server_context
 
 from ovms.errors import DigestMismatch, RegistryError
 from ovms.oci import connections, plain, small, transfer, workers
@@ -435,3 +440,183 @@ def test_and_nothing_of_them_is_left_where_it_does_not_pass(server: faulty.Serve
     assert [layout.size(of_bytes(data)) for data in BLOBS] == [None] * COUNT
     assert list(layout.partial_dir.iterdir()) == []
     assert layout.entries() == []
+
+
+# --- hostile and broken ones -------------------------------------------------------------------------------------------
+
+
+def raw(answer: bytes, *, then: Callable[[], object] = lambda: None) -> faulty.Fault:
+    """An answer as it is written here."""
+
+    def fault(handler: faulty.Handler, _body: bytes) -> bool:
+        handler.wfile.write(answer)
+        handler.wfile.flush()
+        then()
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n",
+        b"HTTP/1.1 404 N\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n",
+        b"HTTP/1.1 429 B\r\nContent-Length: 0\r\nRetry-After: Mon, 01 Jan 2024 00:00:00 +99999999999999999999\r\n\r\n",
+        b"HTTP/1.1 307 T\r\nContent-Length: 0\r\nConnection: close\r\nLocation: http://[::1\r\n\r\n",
+        b"HTTP/1.1 307 T\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        b"HTTP/9\r\n\r\n",
+        b"\r\n\r\n",
+        b"no HTTP\r\n\r\n",
+    ],
+)
+def test_what_one_says_ends_no_other(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor], head: bytes, tmp_path: Path
+) -> None:
+    server.faults = [("GET", blobs[3].digest, raw(head))]
+    pool = small.Pool(connections=2)
+    first, second = Taken(pool, client, blobs[:10]), Taken(pool, client, blobs[10:])
+    assert [first.end(), second.end()] == [None, None]
+    assert blobs[3] not in first.came
+    assert len(second.came) == 10
+    # and by itself it is nothing that a user would be shown as a fault of ours
+    server.faults = [("GET", blobs[3].digest, raw(head))]
+    pull(server, Layout(tmp_path / "other"))
+
+
+def test_chunks_without_end_are_not_taken(server: faulty.Server, layout: Layout) -> None:
+    size = len(BLOBS[5])
+    sent: list[int] = []
+
+    def endless(handler: faulty.Handler, _body: bytes) -> bool:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % size)
+        with contextlib.suppress(OSError):
+            while len(sent) < 1000:
+                handler.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                sent.append(0x10000)
+        handler.close_connection = True
+        return True
+
+    server.faults = [("GET", of_bytes(BLOBS[5]), endless)]
+    pull(server, layout)
+    assert len(sent) < 1000
+
+
+def test_nobody_waits_for_what_tls_says_to_itself(tmp_path: Path) -> None:
+    """Tickets come before the first answer does."""
+    authority = Authority(tmp_path)
+    ours, theirs = socket.socketpair()
+    going = threading.Event()
+
+    def serve() -> None:
+        with server_context(authority.issue("server")).wrap_socket(theirs, server_side=True) as sock:
+            sock.recv(100)
+            going.wait(20)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            sock.recv(1)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with context.wrap_socket(ours) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        sock.settimeout(0)
+        answer = plain.Answer(sock)
+        came = select.poll()
+        came.register(sock, select.POLLIN)
+        assert came.poll(10_000), "the tickets"
+        assert answer.take(2) is None
+        going.set()
+        body = None
+        while body is None:
+            assert came.poll(10_000)
+            body = answer.take(2)
+        assert body == b"ok"
+    thread.join(10)
+
+
+class Slow:
+    """A client whose connections take their time, and are refused then."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def send_blob(self, _repository: str, _blob: Descriptor) -> None:
+        raise connections.NoneIdle(self._open)
+
+    def _open(self) -> None:
+        time.sleep(self._seconds)
+        raise ConnectionRefusedError
+
+
+def test_a_registry_that_cannot_be_reached_holds_up_no_other(client: RegistryClient, blobs: list[Descriptor]) -> None:
+    pool = small.Pool(connections=4)
+    began = time.monotonic()
+    first = Taken(pool, Slow(2.0), blobs[:5])  # type: ignore[arg-type]
+    second = Taken(pool, client, blobs)
+    assert second.end() is None
+    assert len(second.came) == COUNT
+    assert time.monotonic() - began < 2
+    assert first.end() is None
+    assert first.came == []
+
+
+def test_only_so_many_answers_wait_to_be_kept(
+    client: RegistryClient, blobs: list[Descriptor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "_READY_MAX", 2)
+    pool, ended = small.Pool(), queue.SimpleQueue[BaseException | None]()
+    waiting: list[int] = []
+
+    def keep(_blob: Descriptor, _data: bytes) -> None:
+        assert pool._loop is not None
+        waiting.append(len(pool._loop._ready))
+        time.sleep(0.01)
+
+    pool.begin(small.Fetch(client, "x", blobs, keep, ended.put))
+    assert ended.get(timeout=30) is None
+    assert len(waiting) == COUNT
+    # those of one look are all taken
+    assert max(waiting) <= 2 + small.CONNECTIONS
+    assert sorted(waiting)[COUNT // 2] <= 4
+
+
+def test_what_is_wrong_is_told_while_others_say_nothing(server: faulty.Server, layout: Layout) -> None:
+    going = threading.Event()
+    server.faults = [
+        ("GET", of_bytes(BLOBS[COUNT - 1]), faulty.wrong_bytes),
+        *[("GET", of_bytes(data), lambda _handler, _body: going.wait(20) and False) for data in BLOBS[:-1]],
+    ]
+    began = time.monotonic()
+    with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(DigestMismatch):
+        transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
+    assert time.monotonic() - began < 10
+    going.set()
+
+
+def test_without_a_thread_for_it_they_come_as_ever(
+    server: faulty.Server, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(_pool: small.Pool) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(small._Loop, "started", started)
+    pull(server, layout)
+    assert set(times(server).values()) == {1}
+
+
+def test_one_that_hangs_in_a_head_holds_up_no_other(
+    server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
+) -> None:
+    going = threading.Event()
+    server.faults = [("GET", blob.digest, raw(b"HTTP/1.1 404 Not", then=lambda: going.wait(20))) for blob in blobs[:3]]
+    pool = small.Pool(connections=4)
+    first, second = Taken(pool, client, blobs[:3]), Taken(pool, client, blobs[3:])
+    began = time.monotonic()
+    assert second.end() is None
+    assert time.monotonic() - began < 3
+    assert len(second.came) == COUNT - 3
+    going.set()
+    assert first.end() is None
