@@ -47,6 +47,7 @@ from ovms.oci import (
     registries,
     registry,
     route,
+    small,
     source,
     tar,
     transport,
@@ -355,9 +356,9 @@ class _Client(registry.RegistryClient):
         return attempt()
 
 
-@target()
-def registry_answers(data: bytes) -> None:
-    # each connection brings the next answer, and then the last one again
+@contextlib.contextmanager
+def answering(data: bytes) -> Iterator[_Client]:
+    """A client of a registry whose every connection brings the next answer, and then the last one again."""
     answers = data.split(b"\n---\n")[:4]
 
     def connect(address: object, *rest: object) -> socket.socket:
@@ -372,25 +373,55 @@ def registry_answers(data: bytes) -> None:
     kept: list[int] = []
     session = Session("127.0.0.1:5000", Settings(connect_timeout=0.5, read_timeout=0.5))
     session._use("http")
-    named = Reference("127.0.0.1:5000", "x", "1")
-    blob = Descriptor("application/x", Digest(DIGEST), 100)
     try:
         with (
             mock.patch.object(connections, "_connect", connect),
             _Client(session.host, find=route.Alone(session)) as client,
         ):
-            steps: tuple[Callable[[], object], ...] = (
-                lambda: client.get_manifest(named),
-                lambda: client.has_blob("x", blob.digest),
-                lambda: sum(len(piece) for piece in client.read_blob("x", blob)),
-                lambda: referrers.fetch(client, "x", blob.digest),
-            )
-            for step in steps:
-                with said_safely():
-                    step()
+            yield client
     finally:
         for fd in kept:
             os.close(fd)
+
+
+@target()
+def registry_answers(data: bytes) -> None:
+    named = Reference("127.0.0.1:5000", "x", "1")
+    blob = Descriptor("application/x", Digest(DIGEST), 100)
+    with answering(data) as client:
+        steps: tuple[Callable[[], object], ...] = (
+            lambda: client.get_manifest(named),
+            lambda: client.has_blob("x", blob.digest),
+            lambda: sum(len(piece) for piece in client.read_blob("x", blob)),
+            lambda: referrers.fetch(client, "x", blob.digest),
+        )
+        for step in steps:
+            with said_safely():
+                step()
+
+
+@target()
+def blob_answers(data: bytes) -> None:
+    # as they are taken where many come at once
+    blob = Descriptor("application/x", Digest(DIGEST), 5)
+    with answering(data) as client:
+        client._route._served.add("x")
+        fetch = small.Fetch(client, "x", [blob], lambda _blob, _data: None, lambda _error: None)
+        wanted = fetch.next()
+        with contextlib.suppress(small._Lost), said_safely():
+            while wanted is not None:
+                try:
+                    asked = wanted.send()
+                except connections.NoneIdle as exc:
+                    exc.open()
+                    asked = wanted.send()
+                if asked is None:
+                    return
+                came = None
+                while came is None:
+                    came = fetch.receive(asked, blob)
+                assert isinstance(came, small._Wanted) or len(came) == blob.size
+                wanted = came if isinstance(came, small._Wanted) else None
 
 
 # --- who signed it ---------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Fetch:
         ended: Callable[[BaseException | None], object],
     ) -> None:
         """*ended* is called once, when no more will come: with what *keep* raised."""
+        #: Of whom they are asked: connections to the same one are shared.
         self.client = client
         self._repository = repository
         self._left = collections.deque(blobs)
