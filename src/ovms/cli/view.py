@@ -21,7 +21,10 @@ def state_text(instance: Mapping[str, Any]) -> str:
     """The state as Docker words it: ``Up 3 minutes``."""
     state = str(instance["state"])
     if state == "error":
-        return _error_text(instance)
+        text = _error_text(instance)
+        if (soon := instance.get("restarts_in_ms")) is not None:
+            return f"Restarting in {output.duration(soon / 1000)}{text.removeprefix('Error')}"
+        return text
     if state == "stopped":
         return _ENDINGS.get(str(instance.get("ending")), "Exited")
     if state in ("running", "paused", "stopping") and instance.get("started"):

@@ -63,6 +63,7 @@ def instance(
         "timings_ms": _timings(record, files),
         "exit": _exit(status),
         "restarts": None if record.restart is None else record.restart.count,
+        "restarts_in_ms": None if status.restarts_in is None else round(status.restarts_in * 1000),
         "pid": None if record.process is None or not status.state.alive else record.process.pid,
         "error": _error(status),
     }

@@ -52,6 +52,8 @@ _WATCHER_END: Final = 5.0
 
 #: Marks an instance as one to be ended.
 STOP: Final = "stop"
+#: Held, as a lock, by whoever waits until an instance is started again; its time is when that will be, by the clock that nobody sets.
+RESTART: Final = "restart"
 _ID: Final = regex(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 #: The VMM of a name.
@@ -62,7 +64,8 @@ Vmms = Callable[[str], Vmm]
 class Status:
     """An instance and what it does now; for one that is no more ``ending``, and ``exit`` where its end was seen.
 
-    ``exit_status`` is the workload's, by the guest's own word, where it powered off.
+    ``exit_status`` is the workload's, by the guest's own word, where it powered off. ``restarts_in``: seconds until it is started
+    again, where somebody waits for that.
     """
 
     record: Record
@@ -70,6 +73,7 @@ class Status:
     ending: Ending | None = None
     exit: Exit | None = None
     exit_status: int | None = None
+    restarts_in: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -201,7 +205,8 @@ class Instances:
         failed = ending in (Ending.KILLED, Ending.OUT_OF_MEMORY, Ending.PANICKED) and not record.stop_requested
         said = record.workload and ending is Ending.POWERED_OFF
         status = workload.exit_status(files) if said else None
-        return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status)
+        restarts_in = self._restarts_in(record) if failed and record.restart is not None else None
+        return Status(record, State.ERROR if failed else State.STOPPED, ending, seen, status, restarts_in)
 
     def living(self, record: Record) -> Status:
         """What an instance does now whose VM lives; unlike :meth:`status` it waits for nobody."""
@@ -415,6 +420,34 @@ class Instances:
     def stop_asked(self, record: Record) -> bool:
         """Whether an instance is marked as one to be ended."""
         return self.stop_left(record) is not None
+
+    @contextlib.contextmanager
+    def restarting(self, record: Record, seconds: float) -> Iterator[None]:
+        """Says that *record* is started again in so many seconds, while the context lasts, or its process."""
+        mark = self.directory(record.id) / RESTART
+        with contextlib.ExitStack() as held:
+            # what only tells others is in nobody's way: a full disk, or an instance that is removed just now
+            with contextlib.suppress(OSError, Locked):
+                held.enter_context(fsutil.file_lock(mark, timeout=0.5))  # others look at it
+                at = time.monotonic() + seconds
+                os.utime(mark, (at, at))
+            yield
+
+    def _restarts_in(self, record: Record) -> float | None:
+        mark = self.directory(record.id) / RESTART
+        try:
+            at = mark.stat().st_mtime
+        except OSError:
+            return None
+        if self.stop_asked(record):
+            return None
+        try:
+            with fsutil.file_lock(mark, timeout=0):
+                return None  # whoever waited is gone
+        except Locked:
+            return max(0.0, at - time.monotonic())
+        except OSError:
+            return None
 
     def _stop_mark(self, record: Record) -> Path:
         return self.directory(record.id) / STOP

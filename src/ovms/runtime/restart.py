@@ -78,7 +78,9 @@ def ended(runtime: Runtime, instance_id: str, *, sleep: Callable[[float], None] 
         if policy is None or not status.failed or policy.used_up:
             runtime.instances.recover()
             return None
-        sleep(_pause(policy, status.ran_s))
+        pause = _pause(policy, status.ran_s)
+        with runtime.instances.restarting(record, pause):
+            sleep(pause)
         if runtime.instances.stop_asked(record):
             return None  # its user has stopped it meanwhile
         try:

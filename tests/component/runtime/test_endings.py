@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import stat
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.cli import Ovm
+from support.faulty import wait_until
 from support.guests import MEMORY, Console
 
 from ovms.artifact.resolve import Found, find
@@ -17,6 +22,7 @@ from ovms.cli import view
 from ovms.errors import InstanceNotFound, Interrupted, StateConflict, UsageError
 from ovms.oci.reference import Reference
 from ovms.runtime import cgroups, document, jail, restart, security, snapshots
+from ovms.runtime.instances import STOP
 from ovms.runtime.jail import SecurityOptions
 from ovms.runtime.record import Record, Restart
 from ovms.runtime.runtime import RunOptions, Runtime
@@ -223,6 +229,44 @@ def test_one_that_is_stopped_while_it_waits_is_not_booted_again(runtime: Runtime
             time.sleep(1.5)  # its watcher's own try
             assert runtime.instances.status(runtime.instances.find(record.id)).state is State.ERROR
         runtime.remove(record)
+
+
+def test_one_that_waits_to_be_booted_again_says_so(
+    runtime: Runtime, echo: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    record = runtime.start(echo, replace(TCG, restart=Restart(None, 9))).record  # the next try is 51 s from here
+    kill(record)
+
+    def told() -> dict[str, Any]:
+        return document.instance(runtime.instances.status(runtime.instances.find(record.id)))
+
+    wait_until(lambda: told()["restarts_in_ms"] is not None, 20)
+    assert 40_000 < told()["restarts_in_ms"] < 51_300
+    assert re.fullmatch(r"Restarting in [45][0-9] s \(the VMM died: signal SIGKILL\)", view.state_text(told()))
+    ovm = Ovm(runtime.root.path, tmp_path)
+    assert ovm.ok("ps", "-q").out.split() == [record.id]
+    assert "Restarting in" in ovm.ok("ps").out
+    # not any more when its user has stopped it, or when nobody waits
+    runtime.stop(record, grace=0)
+    assert told()["restarts_in_ms"] is None
+    assert view.state_text(told()) == "Error (the VMM died: signal SIGKILL)"
+    assert ovm.ok("ps", "-q").out == ""
+    (runtime.instances.directory(record.id) / STOP).unlink()
+    assert told()["restarts_in_ms"] is not None
+    for pid in waiting(record):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: told()["restarts_in_ms"] is None, 10)
+
+
+def waiting(record: Record) -> list[int]:
+    """Who waits to start an instance again."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if record.id.encode() in words and restart.COMMAND.encode() in words:
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_the_wait_grows_and_begins_anew(runtime: Runtime, echo: Found) -> None:

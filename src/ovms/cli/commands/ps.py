@@ -1,8 +1,10 @@
-"""List instances: those that run, or all of them."""
+"""List instances: those that run or are about to be started again, or all of them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from ovms.cli import output
 from ovms.cli.context import Context
@@ -17,11 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="IDs only")
 
 
+def _goes_on(one: Mapping[str, Any]) -> bool:
+    return one["state"] not in _ENDED or one.get("restarts_in_ms") is not None
+
+
 def run(args: argparse.Namespace, context: Context) -> int:
     """Runs the command."""
     from ovms.cli.view import port_text, state_text
 
-    shown = [one for one in reversed(context.client.instances()) if args.all or one["state"] not in _ENDED]
+    shown = [one for one in reversed(context.client.instances()) if args.all or _goes_on(one)]
     if args.json:
         output.answer_json(shown)
     elif args.quiet:
