@@ -166,3 +166,10 @@ class Context:
             if host not in self._clients:
                 self._clients[host] = self.connector(host)
             return self._clients[host]
+
+    def close(self) -> None:
+        """Closes the connections to registries."""
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
+            client.close()

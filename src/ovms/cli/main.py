@@ -223,6 +223,8 @@ def _run(arguments: list[str]) -> int:
         from ovms import fsutil
 
         raise (_stdout_error() or fsutil.disk_full(exc, f"ovm {name}", context.root.path) or exc) from exc
+    finally:
+        context.close()
 
 
 def _open_streams() -> None:

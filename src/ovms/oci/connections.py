@@ -121,11 +121,14 @@ class Connections:
         self._read_timeout = read_timeout
         #: … and since when nobody uses them.
         self._idle: dict[_Key, list[tuple[http.client.HTTPConnection, float]]] = {}
+        #: How often they were closed: what is opened meanwhile is not wanted any more.
+        self._closed = 0
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Closes those that nobody uses."""
         with self._lock:
+            self._closed += 1
             idle, self._idle = self._idle, {}
         for connections in idle.values():
             for connection, _ in connections:
@@ -176,7 +179,8 @@ class Connections:
         key, target = _parse(url, context)
         connection = self._idle_one(key, fresh=_FRESH)
         if connection is None:
-            raise NoneIdle(lambda: self._keep(key, self._open(key)))
+            closed = self._closed
+            raise NoneIdle(lambda: self._make(key, closed))
         with _closed_on_error(connection):
             # one that was used before may have a shorter time: who sends is told when something comes
             if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
@@ -239,6 +243,13 @@ class Connections:
             if time.monotonic() - since < fresh or _alive(connection.sock):
                 return connection
             connection.close()
+
+    def _make(self, key: _Key, closed: int) -> None:
+        connection = self._open(key)
+        if closed != self._closed:
+            connection.close()
+        else:
+            self._keep(key, connection)
 
     def _keep(self, key: _Key, connection: http.client.HTTPConnection) -> None:
         with self._lock:

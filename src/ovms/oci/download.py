@@ -391,6 +391,7 @@ class Coming:
     ) -> None:
         if self._fetch is not None:
             self._download.give_up(self._fetch)
+            self._fetch = None  # which knows us
         with self._lock:
             self._held.close()
 
@@ -432,8 +433,12 @@ class Coming:
         while self._fetch is not None and (wanted is None or any(digest in self._left for digest in wanted)):
             if (come := self._come.get()) is None:
                 busy, self._fetch = self._fetch.busy, None
-                if self._error is not None:
-                    raise self._error
+                error, self._error = self._error, None
+                try:
+                    if error is not None:
+                        raise error
+                finally:
+                    del error
                 if busy is not None:
                     self._download.bear(busy)
                 return

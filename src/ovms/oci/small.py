@@ -162,7 +162,9 @@ class Fetch:
 
     def end(self) -> None:
         """Tells that no more will come."""
-        self._ended(self._error)
+        # an error knows the frames that it came through, and so whoever holds it: a circle, in which connections stay open
+        error, self._error = self._error, None
+        self._ended(error)
 
 
 class Pool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import os
 import queue
 import select
 import socket
@@ -17,6 +19,7 @@ import pytest
 from support import faulty
 from support.tls import Authority, server_context
 
+from ovms.cli import main
 from ovms.errors import DigestMismatch, RegistryError
 from ovms.oci import connections, plain, small, transfer, workers
 from ovms.oci.credentials import Credential
@@ -620,3 +623,23 @@ def test_one_that_hangs_in_a_head_holds_up_no_other(
     assert len(second.came) == COUNT - 3
     going.set()
     assert first.end() is None
+
+
+def test_a_command_leaves_no_connection_open(server: faulty.Server, tmp_path: Path) -> None:
+    def sockets() -> int:
+        count = 0
+        for entry in os.scandir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                count += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115
+        return count
+
+    gc.collect()
+    gc.disable()  # which would close them some day
+    try:
+        before = sockets()
+        assert main.main(["--root", str(tmp_path / "root"), "--progress", "none", "pull", f"{server.host}/x:1"]) == 0
+        # the server's end of them is in this process, too
+        faulty.wait_until(lambda: sockets() <= before, timeout=10)
+        assert sockets() <= before
+    finally:
+        gc.enable()
