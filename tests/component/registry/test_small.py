@@ -20,6 +20,7 @@ from support import faulty
 from support.tls import Authority, server_context
 
 from ovms.cli import main
+from ovms.cli.exitcodes import Exit
 from ovms.errors import DigestMismatch, RegistryError
 from ovms.oci import connections, plain, small, transfer, workers
 from ovms.oci.credentials import Credential
@@ -637,7 +638,10 @@ def test_a_command_leaves_no_connection_open(server: faulty.Server, tmp_path: Pa
     gc.disable()  # which would close them some day
     try:
         before = sockets()
-        assert main.main(["--root", str(tmp_path / "root"), "--progress", "none", "pull", f"{server.host}/x:1"]) == 0
+        # what comes is no manifest: nor does one that fails
+        arguments = ["--root", str(tmp_path / "root"), "--progress", "none", "pull", f"{server.host}/x:1"]
+        assert main.main(arguments) == Exit.INPUT
+        assert len(server.asked("GET", "/blobs/")) > 1
         # the server's end of them is in this process, too
         faulty.wait_until(lambda: sockets() <= before, timeout=10)
         assert sockets() <= before
