@@ -642,8 +642,9 @@ def test_a_command_leaves_no_connection_open(server: faulty.Server, tmp_path: Pa
         arguments = ["--root", str(tmp_path / "root"), "--progress", "none", "pull", f"{server.host}/x:1"]
         assert main.main(arguments) == Exit.INPUT
         assert len(server.asked("GET", "/blobs/")) > 1
-        # the server's end of them is in this process, too
-        faulty.wait_until(lambda: sockets() <= before, timeout=10)
-        assert sockets() <= before
+        # the server's end of them is in this process, too, and one that was being made may come and go
+        began = time.monotonic()
+        faulty.wait_until(lambda: sockets() <= before, timeout=20)
+        assert time.monotonic() - began < 20
     finally:
         gc.enable()
