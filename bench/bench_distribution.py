@@ -2,7 +2,7 @@
 
 Each round runs every tool once, in turn, so that noise falls on all alike. ``skopeo`` is on the PATH; ``oras`` and ``crane`` are
 taken from there too, or from ``$OVMS_CACHE/tools``, and left out where they are not. The floor is a copy of the same bytes
-and their SHA-256 on this machine. OVMS_BENCH_MIB (512) and OVMS_BENCH_ROUNDS (3) make it shorter.
+and their SHA-256 on this machine. OVMS_BENCH_MIB (512) and OVMS_BENCH_ROUNDS (5) make it shorter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ovms.spec.manifest import DiskFormat, PartKind
 
 OVM = Path(sys.executable).parent / "ovm"
 BLOB_MIB = int(os.environ.get("OVMS_BENCH_MIB", "512"))
-ROUNDS = int(os.environ.get("OVMS_BENCH_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("OVMS_BENCH_ROUNDS", "5"))
 LARGE_GIB = int(os.environ.get("OVMS_BENCH_LARGE_GIB", "8"))
 
 
