@@ -544,25 +544,26 @@ def test_nobody_waits_for_what_tls_says_to_itself(tmp_path: Path) -> None:
 class Slow:
     """A client whose connections take their time, and are refused then."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
+        self.going = threading.Event()
 
     def send_blob(self, _repository: str, _blob: Descriptor) -> None:
         raise connections.NoneIdle(self._open)
 
     def _open(self) -> None:
-        time.sleep(self._seconds)
+        self.going.wait(30)
         raise ConnectionRefusedError
 
 
 def test_a_registry_that_cannot_be_reached_holds_up_no_other(client: RegistryClient, blobs: list[Descriptor]) -> None:
-    pool = small.Pool(connections=4)
+    pool, slow = small.Pool(connections=4), Slow()
     began = time.monotonic()
-    first = Taken(pool, Slow(2.0), blobs[:5])  # type: ignore[arg-type]
+    first = Taken(pool, slow, blobs[:5])  # type: ignore[arg-type]
     second = Taken(pool, client, blobs)
     assert second.end() is None
     assert len(second.came) == COUNT
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30, "the other's connections had not come"
+    slow.going.set()
     assert first.end() is None
     assert first.came == []
 
@@ -577,26 +578,25 @@ def test_only_so_many_answers_wait_to_be_kept(
     def keep(_blob: Descriptor, _data: bytes) -> None:
         assert pool._loop is not None
         waiting.append(len(pool._loop._ready))
-        time.sleep(0.01)
+        time.sleep(0.005)
 
-    pool.begin(small.Fetch(client, "x", blobs, keep, ended.put))
+    pool.begin(small.Fetch(client, "x", blobs * 4, keep, ended.put))
     assert ended.get(timeout=30) is None
-    assert len(waiting) == COUNT
+    assert len(waiting) == 4 * COUNT
     # those of one look are all taken
     assert max(waiting) <= 2 + small.CONNECTIONS
-    assert sorted(waiting)[COUNT // 2] <= 4
 
 
 def test_what_is_wrong_is_told_while_others_say_nothing(server: faulty.Server, layout: Layout) -> None:
     going = threading.Event()
     server.faults = [
         ("GET", of_bytes(BLOBS[COUNT - 1]), faulty.wrong_bytes),
-        *[("GET", of_bytes(data), lambda _handler, _body: going.wait(20) and False) for data in BLOBS[:-1]],
+        *[("GET", of_bytes(data), lambda _handler, _body: going.wait(60) and False) for data in BLOBS[:-1]],
     ]
     began = time.monotonic()
     with RegistryClient(server.host, backoff=0.001) as client, pytest.raises(DigestMismatch):
         transfer.pull(layout, client, Reference.parse(f"{server.host}/x:1"))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
     going.set()
 
 
@@ -615,12 +615,12 @@ def test_one_that_hangs_in_a_head_holds_up_no_other(
     server: faulty.Server, client: RegistryClient, blobs: list[Descriptor]
 ) -> None:
     going = threading.Event()
-    server.faults = [("GET", blob.digest, raw(b"HTTP/1.1 404 Not", then=lambda: going.wait(20))) for blob in blobs[:3]]
+    server.faults = [("GET", blob.digest, raw(b"HTTP/1.1 404 Not", then=lambda: going.wait(60))) for blob in blobs[:3]]
     pool = small.Pool(connections=4)
     first, second = Taken(pool, client, blobs[:3]), Taken(pool, client, blobs[3:])
     began = time.monotonic()
     assert second.end() is None
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20, "they had not been given up"
     assert len(second.came) == COUNT - 3
     going.set()
     assert first.end() is None

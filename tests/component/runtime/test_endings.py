@@ -241,8 +241,8 @@ def test_one_that_waits_to_be_booted_again_says_so(
         return document.instance(runtime.instances.status(runtime.instances.find(record.id)))
 
     wait_until(lambda: told()["restarts_in_ms"] is not None, 20)
-    assert 40_000 < told()["restarts_in_ms"] < 51_300
-    assert re.fullmatch(r"Restarting in [45][0-9] s \(the VMM died: signal SIGKILL\)", view.state_text(told()))
+    assert 20_000 < told()["restarts_in_ms"] < 51_300
+    assert re.fullmatch(r"Restarting in [1-5][0-9] s \(the VMM died: signal SIGKILL\)", view.state_text(told()))
     ovm = Ovm(runtime.root.path, tmp_path)
     assert ovm.ok("ps", "-q").out.split() == [record.id]
     assert "Restarting in" in ovm.ok("ps").out
