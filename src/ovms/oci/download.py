@@ -77,7 +77,6 @@ class Download:
         self._progress = progress
         self._tally = tally or Tally()
         self._pool = pool or small.Pool()
-        self._parallel = self._pool.each
         self._unfinished = 0
         self._several = True
         self._lock = threading.Lock()
@@ -161,14 +160,14 @@ class Download:
         large.sort(key=lambda blob: -blob.size)
         self._unfinished = len(large)
         if large:
-            with self._pool.large() as self._parallel:
-                workers.run_all([self._job(blob) for blob in large], parallel=self._parallel)
+            with self._pool.large():
+                self.run([self._job(blob) for blob in large])
 
     def _spare(self) -> int:
         # connections that no blob is waiting for, shared out among those at work
         if not self._several:
             return 0
-        return max(0, self._parallel - self._unfinished) // max(1, self._unfinished)
+        return max(0, self._pool.each - self._unfinished) // max(1, self._unfinished)
 
     def _job(self, blob: Descriptor) -> workers.Job:
         def fetch(stopped: Callable[[], bool]) -> None:

@@ -180,12 +180,12 @@ class Pool:
         self._loop: _Loop | None = None
 
     @contextlib.contextmanager
-    def large(self) -> Iterator[int]:
-        """While a pull fetches large blobs: gives the number of its own connections, which are not for small ones then."""
+    def large(self) -> Iterator[None]:
+        """While a pull fetches large blobs: its own connections are not for small ones then."""
         with self._lock:
             self._elsewhere += self.each
         try:
-            yield self.each
+            yield
         finally:
             with self._lock:
                 self._elsewhere -= self.each
