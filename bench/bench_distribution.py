@@ -1,12 +1,16 @@
 """Pull and push beside skopeo, oras and crane, against Debian's docker-registry on loopback; all in one run.
 
-Each round runs every tool once, in turn, so that noise falls on all alike. ``skopeo`` is on the PATH; ``oras`` and ``crane`` are
-taken from there too, or from ``$OVMS_CACHE/tools``, and left out where they are not. The floor is a copy of the same bytes
-and their SHA-256 on this machine. OVMS_BENCH_MIB (512) and OVMS_BENCH_ROUNDS (5) make it shorter.
+Each round runs every tool once, so that noise falls on all alike, and in another order, for a run pays for the one before it:
+memory that this machine's own host has taken back costs whoever asks for it first up to a second for each GiB. So a
+first round, which brings it all back, doesn't count, and with the number of rounds a multiple of the tools' every tool comes
+as often in each place and after each other tool. ``skopeo`` is on the PATH; ``oras`` and ``crane`` are taken from there too,
+or from ``$OVMS_CACHE/tools``, and left out where they are not. The floor is a copy of the same bytes and their SHA-256 on this
+machine. OVMS_BENCH_MIB (512) and OVMS_BENCH_ROUNDS (8) make it shorter.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +37,7 @@ from ovms.spec.manifest import DiskFormat, PartKind
 
 OVM = Path(sys.executable).parent / "ovm"
 BLOB_MIB = int(os.environ.get("OVMS_BENCH_MIB", "512"))
-ROUNDS = int(os.environ.get("OVMS_BENCH_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("OVMS_BENCH_ROUNDS", "8"))
 LARGE_GIB = int(os.environ.get("OVMS_BENCH_LARGE_GIB", "8"))
 
 
@@ -187,31 +191,30 @@ def measure(scratch: Path, registry: Registry) -> dict[str, float]:
     if crane := find("crane"):
         pulls["crane"] = lambda: run([crane, "pull", "--insecure", "--format=oci", ref, clean(scratch / "crane")])
     run([OVM, "push", ref], **env)
-    table: dict[str, dict[str, list[Took]]] = {"pull": {}, "push": {}}
-    floors = []
-    for _ in range(ROUNDS):
-        for tool, action in pulls.items():
-            table["pull"].setdefault(tool, []).append(action())
-        floors.append(floor(layout.blob_dir, clean(scratch / "floor")))
-        for tool, send in pushes.items():
-            target = Registry(clean(scratch / "target"))
-            try:
-                table["push"].setdefault(tool, []).append(send(target.host))
-            finally:
-                target.close()
+    floors = [floor(layout.blob_dir, clean(scratch / "floor")) for _ in range(ROUNDS // 2)]
+    table = {"pull": in_turn(pulls)}
+    for name in ("floor", "pull", *pulls):
+        clean(scratch / name)
+    table["push"] = in_turn(
+        {tool: functools.partial(to_new_registry, scratch / "target", send) for tool, send in pushes.items()}
+    )
     repull = [run([OVM, "pull", ref], **env).wall * 1000 for _ in range(5)]
     wall = {
         what: {tool: statistics.median(took.wall for took in runs) for tool, runs in tools.items()}
         for what, tools in table.items()
     }
     print(f"{total} MiB in 4 blobs; medians of {ROUNDS} rounds\n")
-    print(f"{'':16}{'MB/s':>8}{'wall s':>8}{'CPU s':>8}{'RSS MB':>8}")
+    print(f"{'':16}{'MB/s':>8}{'wall s':>8}{'from':>8}{'to':>8}{'CPU s':>8}{'RSS MB':>8}")
     for what, tools in [*table.items(), ("floor", {"copy+sha256": floors})]:
         for tool, runs in tools.items():
-            middle = statistics.median(took.wall for took in runs)
+            walls = sorted(took.wall for took in runs)
+            middle = statistics.median(walls)
             cpu = statistics.median(took.cpu for took in runs)
             rss = max(took.rss for took in runs)
-            print(f"{what + ' ' + tool:16}{total * 1.048576 / middle:8.0f}{middle:8.2f}{cpu:8.2f}{rss:8.0f}")
+            print(
+                f"{what + ' ' + tool:16}{total * 1.048576 / middle:8.0f}{middle:8.2f}{walls[0]:8.2f}{walls[-1]:8.2f}"
+                f"{cpu:8.2f}{rss:8.0f}"
+            )
     bottom = statistics.median(took.wall for took in floors)
     figures = {
         **{f"pull_vs_{tool}": wall["pull"][tool] / wall["pull"]["ovm"] for tool in wall["pull"] if tool != "ovm"},
@@ -224,6 +227,34 @@ def measure(scratch: Path, registry: Registry) -> dict[str, float]:
     return {name: round(value, 2) for name, value in figures.items()}
 
 
+def to_new_registry(directory: Path, send: Callable[[str], Took]) -> Took:
+    target = Registry(clean(directory))
+    try:
+        return send(target.host)
+    finally:
+        target.close()
+
+
+def in_turn(actions: Mapping[str, Callable[[], Took]], rounds: int = ROUNDS) -> dict[str, list[Took]]:
+    """What each action took in each round that counts."""
+    table: dict[str, list[Took]] = {tool: [] for tool in actions}
+    orders = balanced(list(actions))
+    for number in range(-1, rounds):
+        for tool in orders[number % len(orders)]:
+            took = actions[tool]()
+            if number >= 0:
+                table[tool].append(took)
+    return table
+
+
+def balanced(items: Sequence[str]) -> list[list[str]]:
+    """Orders in which every item is as often in each place, and as often right after each other one (a Williams design)."""
+    size = len(items)
+    steps = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(size)]
+    orders = [[items[(start + step) % size] for step in steps] for start in range(size)]
+    return orders if size % 2 == 0 else orders + [order[::-1] for order in orders]
+
+
 def small(scratch: Path, registry: Registry) -> dict[str, float]:
     """200 blobs of 4 KiB, in four artifacts of 50: a disk has at most 64 layers."""
     layout = Layout(scratch / "small" / "store")
@@ -234,23 +265,28 @@ def small(scratch: Path, registry: Registry) -> dict[str, float]:
         run([OVM, "push", f"{name}:{number}"], **env)
     names = [f"{name}:{number}" for number in range(4)]
     crane = find("crane")
-    times: dict[str, list[float]] = {}
 
-    def pulls(tool: str, argv: list[object], target: Path) -> None:
+    def pulls(tool: str, argv: list[object], last: list[object]) -> dict[str, Callable[[], Took]]:
         """All by one command, and by one command each."""
+        target = scratch / f"small-{tool}"
         env = {"OVMS_ROOT": str(target)}
-        last = [target] if tool == "crane" else []
-        clean(target)
-        times.setdefault(f"{tool}, one command", []).append(run([*argv, *names, *last], **env).wall)
-        clean(target)
-        each = sum(run([*argv, one, *last], **env).wall for one in names)
-        times.setdefault(f"{tool}, a command each", []).append(each)
 
-    for _ in range(2 * ROUNDS + 1):
-        pulls("ovm", [OVM, "pull"], scratch / "small-pull")
-        if crane:
-            pulls("crane", [crane, "pull", "--insecure", "--format=oci"], scratch / "small-crane")
-    medians = {what: statistics.median(walls) for what, walls in times.items()}
+        def each() -> Took:
+            clean(target)
+            took = [run([*argv, one, *last], **env) for one in names]
+            return Took(sum(t.wall for t in took), sum(t.cpu for t in took), max(t.rss for t in took))
+
+        def together() -> Took:
+            clean(target)
+            return run([*argv, *names, *last], **env)
+
+        return {f"{tool}, one command": together, f"{tool}, a command each": each}
+
+    tools = pulls("ovm", [OVM, "pull"], [])
+    if crane:
+        tools |= pulls("crane", [crane, "pull", "--insecure", "--format=oci"], [scratch / "small-crane"])
+    took = in_turn(tools, 2 * ROUNDS)
+    medians = {what: statistics.median(t.wall for t in runs) for what, runs in took.items()}
     print("\n200 blobs of 4 KiB in 4 artifacts")
     for what, wall in medians.items():
         print(f"{what:24}{wall:8.2f} s")
