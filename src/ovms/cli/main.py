@@ -209,9 +209,8 @@ def _run(arguments: list[str]) -> int:
     from ovms.cli.context import Context
 
     tls_verify = getattr(args, "tls_verify", None)
-    context = Context(
-        options.root, options.progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json
-    )
+    progress = "none" if getattr(args, "no_progress", False) else options.progress
+    context = Context(options.root, progress, tls_verify, options.host, looking=name in LOOKING, quiet=args.json)
     try:
         code = int(module.run(args, context))
         sys.stdout.flush()

@@ -31,6 +31,13 @@ def add_tls_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Adds ``-q``, for a command that tells of its progress."""
+    parser.add_argument(
+        "-q", "--quiet", dest="no_progress", action="store_true", help="tell no progress, as --progress none does"
+    )
+
+
 def memory(text: str) -> int:
     """Memory in bytes, from ``512m``, ``1g``, ``2GiB`` or a number of bytes, as Docker has it."""
     exact = sizes.parse(text.strip())

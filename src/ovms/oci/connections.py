@@ -1,4 +1,7 @@
-"""Connections to servers, kept open and used again: the standard library's HTTP, without what sits on top of it elsewhere.
+"""Connections to servers, kept open and used again: HTTP/1.1, as registries speak it.
+
+Requests are written here. Answers are read by :mod:`ovms.oci.plain` where they are plain, and else by the standard library
+(:mod:`ovms.oci.response`), which is imported for the first of those.
 
 A connection belongs to one request at a time; who is given an answer says at its end whether the connection can be used
 again. Several threads may ask at once. Errors leave as Python has them; :mod:`ovms.oci.http` tells what they mean.
@@ -8,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import http.client
+import functools
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 from ovms.lazy import regex
@@ -26,12 +29,13 @@ if TYPE_CHECKING:
 
 #: Connections without work that are kept for each server.
 _IDLE_MAX: Final = 16
+_PORTS: Final = {"http": 80, "https": 443}
 #: What may stand in a request's target as it is. All else is encoded: nothing that a server sends us to breaks a line.
 _AS_IT_IS: Final = "!#$%&'()*+,/:;=?@[]~"
 #: A server that has said no before it read the whole body: its answer is what counts.
 _CUT_OFF: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 #: How a kept connection shows that it had been closed, before a byte of an answer.
-_GONE: Final = (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected)
+_GONE: Final = (ConnectionResetError, BrokenPipeError)
 
 #: Seconds in which hardly any server closes a connection that it has kept. One that does makes the answer fail, and no worse.
 _FRESH: Final = 0.5
@@ -40,15 +44,42 @@ _FRESH: Final = 0.5
 Release = Callable[[bool], None]
 _Key = tuple[str, str, int, "ssl.SSLContext | None"]
 
-
-#: Seconds from the first byte of an answer's head to its last, and for what stands around the chunks of a body.
-LINES_TIME: Final = 30.0
-#: Lines after a chunked body.
-_TRAILERS_MAX: Final = 100
+#: A line of a request.
+_LINE: Final = regex(r"[\t -~\x80-\xff]+")
 
 
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class Response(Protocol):
+    """An answer, up to its body."""
+
+    status: int
+
+    @property
+    def sock(self) -> socket.socket | None:
+        """What the body comes from, None where it has ended."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether it comes in chunks, so that Content-Length says nothing."""
+
+    @property
+    def will_close(self) -> bool:
+        """Whether the connection is of no use after it."""
+
+    def get_all(self, name: str) -> list[str]:
+        """The values of a header."""
+
+    def read_some(self, buffer: memoryview) -> int:
+        """Reads once, as much as there is and there is room for. 0: no more comes."""
+
+    def isclosed(self) -> bool:
+        """Whether all of it was read."""
+
+    def close(self) -> None:
+        """Nobody wants the rest."""
 
 
 class NoneIdle(Exception):
@@ -65,7 +96,7 @@ class NoneIdle(Exception):
 class Sent:
     """A request whose answer is still to come."""
 
-    def __init__(self, connection: http.client.HTTPConnection, keep: Callable[[], None], read_timeout: float) -> None:
+    def __init__(self, connection: Connection, keep: Callable[[], None], read_timeout: float) -> None:
         """*keep* lets the connection be used again. *read_timeout*: for :meth:`read`; nothing else waits."""
         connection.sock.settimeout(0)
         self._connection = connection
@@ -91,25 +122,27 @@ class Sent:
                 self.close()
         return body
 
-    def read(self) -> tuple[http.client.HTTPResponse, Release]:
+    def read(self) -> tuple[Response, Release]:
         """The answer up to its body, waited for; to be called once. Whoever is given it lets the connection go."""
         with _closed_on_error(self._connection):
             self._connection.sock.settimeout(self._read_timeout)
-            response = Response(self._plain.ahead(), method="GET")
-            response.begin()
-
-        def release(again: bool) -> None:
-            if again and response.isclosed() and not response.will_close:
-                self._keep()
-            else:
-                response.close()
-                self.close()
-
-        return response, release
+            response = _read(self._plain.come, self._connection.sock, "GET")
+        return response, _release(response, self._connection, self._keep)
 
     def close(self) -> None:
         """Closes the connection: nobody wants the answer any more."""
         self._connection.close()
+
+
+class Connection(NamedTuple):
+    """A connection, and what its server is called in a request."""
+
+    sock: socket.socket
+    host: str
+
+    def close(self) -> None:
+        """Closes it."""
+        self.sock.close()
 
 
 class Connections:
@@ -120,7 +153,7 @@ class Connections:
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         #: … and since when nobody uses them.
-        self._idle: dict[_Key, list[tuple[http.client.HTTPConnection, float]]] = {}
+        self._idle: dict[_Key, list[tuple[Connection, float]]] = {}
         #: How often they were closed: what is opened meanwhile is not wanted any more.
         self._closed = 0
         self._lock = threading.Lock()
@@ -146,12 +179,12 @@ class Connections:
         headers: Mapping[str, str],
         body: bytes | IO[bytes] | None,
         context: ssl.SSLContext | None,
-    ) -> tuple[http.client.HTTPResponse, Release]:
+    ) -> tuple[Response, Release]:
         """Sends a request, and reads the answer up to its body. *context* is for ``https``.
 
         Raises:
             AddressInvalid: *url* is none.
-            OSError, http.client.HTTPException: as it went.
+            OSError, ValueError, http.client.HTTPException: as it went.
         """
         key, target = _parse(url, context)
         connection = self._idle_one(key)
@@ -167,7 +200,7 @@ class Connections:
                     raise
                 connection = self._open(key)
                 response = self._ask(connection, method, target, headers, body)
-        return response, self._release(key, connection, response)
+        return response, _release(response, connection, functools.partial(self._keep, key, connection))
 
     def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
         """Sends a GET, and waits for nothing. Tries nothing twice.
@@ -185,54 +218,36 @@ class Connections:
             # one that was used before may have a shorter time: who sends is told when something comes
             if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
                 connection.sock.settimeout(self._read_timeout)
-            connection.sock.sendall(_get(connection, target, headers))
-            return Sent(connection, lambda: self._keep(key, connection), self._read_timeout)
-
-    def _release(
-        self, key: _Key, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
-    ) -> Release:
-        def release(again: bool) -> None:
-            # a server that does not keep it open has it closed by now
-            if again and response.isclosed() and connection.sock is not None:
-                self._keep(key, connection)
-            else:
-                response.close()
-                connection.close()
-
-        return release
+            connection.sock.sendall(_head("GET", target, connection.host, headers))
+            return Sent(connection, functools.partial(self._keep, key, connection), self._read_timeout)
 
     def _ask(
         self,
-        connection: http.client.HTTPConnection,
+        connection: Connection,
         method: str,
         target: str,
         headers: Mapping[str, str],
         body: bytes | IO[bytes] | None,
-    ) -> http.client.HTTPResponse:
+    ) -> Response:
         with _closed_on_error(connection):
             connection.sock.settimeout(self._read_timeout)
             _send(connection, method, target, headers, body)
-            return connection.getresponse()
+            return _read(plain.receive(connection.sock), connection.sock, method)
 
-    def _open(self, key: _Key) -> http.client.HTTPConnection:
+    def _open(self, key: _Key) -> Connection:
         scheme, host, port, context = key
-        connection: http.client.HTTPConnection
-        if scheme == "https":
-            connection = http.client.HTTPSConnection(
-                host, port, timeout=self._connect_timeout, blocksize=BUFFER, context=context
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout, blocksize=BUFFER)
-        connection._create_connection = _connect  # type: ignore[attr-defined]  # noqa: SLF001
-        connection.response_class = Response
+        sock = _connect((host, port), self._connect_timeout)
         try:
-            connection.connect()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context is not None:
+                sock = context.wrap_socket(sock, server_hostname=host)
         except BaseException:
-            connection.close()
+            sock.close()
             raise
-        return connection
+        called = f"[{host}]" if ":" in host else host
+        return Connection(sock, called if port == _PORTS[scheme] else f"{called}:{port}")
 
-    def _idle_one(self, key: _Key, *, fresh: float = 0.0) -> http.client.HTTPConnection | None:
+    def _idle_one(self, key: _Key, *, fresh: float = 0.0) -> Connection | None:
         # one that was in use *fresh* seconds ago is not looked at
         while True:
             with self._lock:
@@ -251,7 +266,7 @@ class Connections:
         else:
             self._keep(key, connection)
 
-    def _keep(self, key: _Key, connection: http.client.HTTPConnection) -> None:
+    def _keep(self, key: _Key, connection: Connection) -> None:
         with self._lock:
             idle = self._idle.setdefault(key, [])
             if len(idle) < _IDLE_MAX:
@@ -261,7 +276,7 @@ class Connections:
 
 
 @contextlib.contextmanager
-def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
+def _closed_on_error(connection: Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -269,9 +284,29 @@ def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
         raise
 
 
-def _connect(address: tuple[str, int], *rest: Any) -> socket.socket:
+def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
     # A name as bytes is taken as it is; for a string Python imports what knows every script there is.
-    return socket.create_connection((address[0].encode("ascii"), address[1]), *rest)  # type: ignore[arg-type]
+    return socket.create_connection((address[0].encode("ascii"), address[1]), timeout)  # type: ignore[arg-type]
+
+
+def _release(response: Response, connection: Connection, keep: Callable[[], None]) -> Release:
+    def release(again: bool) -> None:
+        if again and response.isclosed() and not response.will_close:
+            keep()
+        else:
+            response.close()
+            connection.close()
+
+    return release
+
+
+def _read(data: bytes, sock: socket.socket, method: str) -> Response:
+    # *data* is what has come of it
+    if (response := plain.response(data, sock, method)) is not None:
+        return response
+    from ovms.oci import response as unusual
+
+    return unusual.read(data, sock, method)
 
 
 def _parse(url: str, context: ssl.SSLContext | None) -> tuple[_Key, str]:
@@ -282,9 +317,9 @@ def _parse(url: str, context: ssl.SSLContext | None) -> tuple[_Key, str]:
             host = host.encode("idna").decode("ascii")
     except ValueError as exc:
         raise AddressInvalid(str(exc)) from exc
-    if not host or parts.scheme not in ("http", "https"):
+    if not host or parts.scheme not in _PORTS:
         raise AddressInvalid("no host")
-    port = port or (443 if parts.scheme == "https" else 80)
+    port = port or _PORTS[parts.scheme]
     target = quote(parts.path or "/", _AS_IT_IS) + (f"?{quote(parts.query, _AS_IT_IS)}" if parts.query else "")
     return (parts.scheme, host, port, context if parts.scheme == "https" else None), target
 
@@ -297,117 +332,35 @@ def _alive(sock: socket.socket) -> bool:
 
 
 def _send(
-    connection: http.client.HTTPConnection,
+    connection: Connection,
     method: str,
     target: str,
     headers: Mapping[str, str],
     body: bytes | IO[bytes] | None,
 ) -> None:
-    connection.putrequest(method, target)
-    for name, value in headers.items():
-        connection.putheader(name, value)
     if isinstance(body, bytes) and not any(name.lower() == "content-length" for name in headers):
-        connection.putheader("Content-Length", str(len(body)))
-    connection.endheaders()
+        headers = {**headers, "Content-Length": str(len(body))}
+    connection.sock.sendall(_head(method, target, connection.host, headers))
     if not body:
         return
     try:
         if isinstance(body, bytes):
-            connection.send(body)
+            connection.sock.sendall(body)
             return
         send_to = getattr(body, "send_to", None)
         if send_to is not None and type(connection.sock) is socket.socket:
             send_to(connection.sock)
             return
         while data := body.read(BUFFER):
-            connection.send(data)
+            connection.sock.sendall(data)
     except OSError as exc:
         if exc.errno not in _CUT_OFF:
             raise
 
 
-def _get(connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]) -> bytes:
-    # as the standard library writes it, which takes longer to do so than a registry to find a small blob
-    host = f"[{connection.host}]" if ":" in connection.host else connection.host
-    port = "" if connection.port == connection.default_port else f":{connection.port}"
-    lines = [f"GET {target} HTTP/1.1", f"Host: {host}{port}", "Accept-Encoding: identity"]
+def _head(method: str, target: str, host: str, headers: Mapping[str, str]) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if any(not _LINE.fullmatch(line) for line in lines):
         raise ValueError("a header of a request has a line break, or what is no text")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-
-class Response(http.client.HTTPResponse):
-    """An answer whose lines have an end.
-
-    The standard library bounds each, and not all of them: any number of 100s before an answer, of trailers after it, and of bytes
-    that drip.
-    """
-
-    fp: Any
-
-    def begin(self) -> None:
-        """Reads the head. Raises :class:`TimeoutError` where it does not come to an end."""
-        ahead = self.fp.peek(1)
-        if b"\r\n\r\n" in ahead and _FINAL.match(ahead):
-            super().begin()  # all of it is here, as it nearly always is
-            return
-        with self._in_time():
-            super().begin()
-
-    @contextlib.contextmanager
-    def _in_time(self) -> Iterator[None]:
-        fp = self.fp
-        self.fp = lines = _Lines(fp)
-        try:
-            yield
-        finally:
-            if self.fp is lines:  # else it was closed
-                self.fp = fp
-
-    def _read_next_chunk_size(self) -> int:
-        if b"\n" in self.fp.peek(1):  # which is nearly always so
-            return int(super()._read_next_chunk_size())  # type: ignore[misc]
-        with self._in_time():
-            return int(super()._read_next_chunk_size())  # type: ignore[misc]
-
-    def _read_and_discard_trailer(self) -> None:
-        lines = _Lines(self.fp)
-        for _ in range(_TRAILERS_MAX):
-            if lines.readline(_LINE_MAX) in (b"\r\n", b"\n", b""):
-                return
-        raise http.client.HTTPException("more trailers than anybody needs")
-
-
-#: The beginning of a head that no other follows, as one does after a 100.
-_FINAL: Final = regex(rb"HTTP/1\.[01] [2-5][0-9][0-9] ")
-#: A line of a request.
-_LINE: Final = regex(r"[\t -~\x80-\xff]+")
-#: Of one line that nobody wants.
-_LINE_MAX: Final = 64 * 1024
-
-
-class _Lines:
-    """The lines of an open file, as long as they come in :data:`LINES_TIME` from the first byte on."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._end: float | None = None
-
-    def readline(self, limit: int) -> bytes:
-        """A line, or *limit* bytes of one. Raises :class:`TimeoutError`."""
-        line = b""
-        while len(line) < limit and not line.endswith(b"\n"):
-            ahead = self._file.peek(1)  # waits for one piece at the most
-            now = time.monotonic()
-            self._end = self._end or now + LINES_TIME
-            if now > self._end:
-                raise TimeoutError("an answer's head does not come to an end")
-            if not ahead:
-                break
-            line += self._file.read(min(ahead.find(b"\n") + 1 or len(ahead), limit - len(line)))
-        return line
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()

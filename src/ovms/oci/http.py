@@ -8,7 +8,7 @@ trusts is :mod:`ovms.oci.tls`'s matter, and which proxy is used :mod:`ovms.oci.p
 from __future__ import annotations
 
 import contextlib
-import http.client
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +65,7 @@ class NoTls(RegistryUnreachable):
 class Answer:
     """A status, headers, and a body that is read in pieces. Use it as a context manager."""
 
-    def __init__(self, response: http.client.HTTPResponse, url: str, release: Release) -> None:
+    def __init__(self, response: Response, url: str, release: Release) -> None:
         """*release* is called once, at the end, and told whether the connection can be used again."""
         self._response = response
         self._release = release
@@ -108,15 +108,17 @@ class Answer:
             self._patient(_DRAIN_TIME)
             while self._read_into(buffer, pace):
                 pass
-        except (RegistryUnreachable, http.client.HTTPException, OSError, ValueError):
+        except Exception as exc:
+            if not isinstance(exc, (RegistryUnreachable, OSError, ValueError)) and not _no_http(exc):
+                raise
             return False
         return True
 
     def _patient(self, seconds: float) -> None:
         # The socket's own time limit, which the next request on it sets anew.
-        connection = getattr(getattr(self._response.fp, "raw", None), "_sock", None)
-        if connection is not None and (connection.gettimeout() or seconds + 1) > seconds:
-            connection.settimeout(seconds)
+        sock = self._response.sock
+        if sock is not None and (sock.gettimeout() or seconds + 1) > seconds:
+            sock.settimeout(seconds)
 
     def _small(self) -> bool:
         # What is left of a small body is read, so that the connection can be used again.
@@ -125,11 +127,12 @@ class Answer:
 
     def header(self, name: str) -> str | None:
         """A header's value."""
-        return self._response.getheader(name)
+        values = self._response.get_all(name)
+        return ", ".join(values) if values else None
 
     def headers(self, name: str) -> list[str]:
         """Every value of a header that may come several times."""
-        return self._response.headers.get_all(name) or []
+        return self._response.get_all(name)
 
     def length(self) -> int | None:
         """What Content-Length says, None where it says nothing, or nothing that counts: a body in chunks has another end."""
@@ -165,13 +168,12 @@ class Answer:
         # not readinto, which comes back when the buffer is full, however long that takes
         while filled < len(buffer) and pace.waited - began < _HAND_ON:
             with pace:
-                count = _read_once(self._response, buffer[filled:])
+                count = self._response.read_some(buffer[filled:])
             if not count:
                 break
             filled += count
             pace.received(count)
-        # which closes the answer where it has been read to its end
-        return filled or self._response.readinto(buffer)
+        return filled
 
     def read(self, limit: int, seconds: float = DOCUMENT_TIME, *, what: str = "a document") -> bytes:
         """The whole body, of a document that is small; *what* was asked for.
@@ -240,17 +242,6 @@ class _Pace:
             if self._bytes < RATE_MIN * RATE_WINDOW:
                 raise _broken_off(self._url, f"less than {RATE_MIN} bytes a second come")
             self._window, self._bytes = self.waited, 0
-
-
-def _read_once(answer: http.client.HTTPResponse, buffer: memoryview) -> int:
-    # What one read of the socket gives; nothing is allocated or copied where the length is known.
-    if answer.length is None or answer.chunked or not hasattr(answer.fp, "readinto1"):
-        data = answer.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-    count: int = answer.fp.readinto1(buffer[: answer.length])
-    answer.length -= count
-    return count
 
 
 class Transport:
@@ -403,6 +394,8 @@ def _pools() -> dict[str, Any]:
     # urllib3's, whose answers have an end
     from urllib3 import connectionpool
 
+    from ovms.oci.response import Response
+
     answer = {}
     for scheme, pool in (("http", connectionpool.HTTPConnectionPool), ("https", connectionpool.HTTPSConnectionPool)):
         connection = type("Connection", (pool.ConnectionCls,), {"response_class": Response})
@@ -484,9 +477,15 @@ def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
         raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
     except Exception as exc:
         # what urllib3 raises derives from nothing that is known here, and it is imported for a proxy alone
-        if not isinstance(exc, (http.client.HTTPException, OSError, ValueError)) and not _of_urllib3(exc):
+        if not isinstance(exc, (OSError, ValueError)) and not _no_http(exc) and not _of_urllib3(exc):
             raise
         raise _translate(exc, url, reached=reached) from exc
+
+
+def _no_http(exc: BaseException) -> bool:
+    # what the standard library says of an answer, which it reads only where it has to
+    library = sys.modules.get("http.client")
+    return library is not None and isinstance(exc, library.HTTPException)
 
 
 def _of_urllib3(exc: Exception) -> bool:
@@ -518,7 +517,7 @@ def _translate(exc: Exception, url: str, *, reached: bool) -> OvmsError:
     if (explained := tls.explain(inner, host_of(url))) is not None:
         why, hint = explained
         return NoTls(f"no TLS connection to {host_of(url)}: {shown(why)}", hint=hint)
-    if isinstance(inner, http.client.HTTPException) and not isinstance(inner, ConnectionError):
+    if _no_http(inner) and not isinstance(inner, ConnectionError):
         return Broken(
             f"the registry {host_of(url)} answers with what is not HTTP: {shown(_reason(exc))}",
             hint="check the host and the port, and what lies between (a proxy, a firewall)",

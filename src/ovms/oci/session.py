@@ -6,10 +6,8 @@ TLS), and where the user has called the registry insecure: there TLS with any ce
 
 from __future__ import annotations
 
-import email.utils
 import threading
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import IO, Final, Protocol
 
 from ovms.errors import RegistryDenied, RegistryError, RegistryProtocol, RegistryUnreachable
@@ -322,6 +320,9 @@ def _seconds(after: str) -> float | None:
     """What a Retry-After says: seconds, or a date."""
     if after.isascii() and after.isdigit() and len(after) < 13:
         return float(after)
+    import email.utils
+    from datetime import UTC, datetime
+
     try:
         return max(0.0, (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError, OverflowError):

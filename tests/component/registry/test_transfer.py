@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -499,3 +500,37 @@ def test_one_command_pulls_several(registry: Registry, tmp_path: Path) -> None:
     assert (failed.code, failed.error["code"]) == (4, "reference-not-found")
     # what came before the one that failed stays
     assert names[0] in [one["name"] for one in other.ok("ls", "--json").json]
+
+
+@pytest.mark.parametrize("command", ["pull", "push"])
+def test_what_registries_answer_needs_no_library(
+    registry: Registry, tmp_path: Path, ref: Reference, command: str
+) -> None:
+    """The standard library's HTTP takes a fifth of a pull's start to import: it is for answers that are not plain."""
+    root = tmp_path / "root"
+    artifact = artifacts.of_layers(Layout(root / "store"), str(ref), [b"disk %d" % i for i in range(20)])
+    if command == "pull":
+        Ovm(root, tmp_path).ok("push", str(ref))
+        root = tmp_path / "other"
+    script = (
+        "import sys; from ovms.cli.main import main; code = main(sys.argv[1:]); "
+        "heavy = {'http.client', 'email', 'ssl', 'urllib3', 'asyncio'} & set(sys.modules); "
+        "sys.exit(code or (f'imports {sorted(heavy)}' if heavy else 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--root", root, command, str(ref)],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert artifact.digest in done.stdout
+
+
+@pytest.mark.parametrize("quiet", ["-q", "--quiet"])
+def test_progress_can_be_left_out(registry: Registry, tmp_path: Path, ref: Reference, quiet: str) -> None:
+    """As of ``docker pull``; also where it was asked for."""
+    ovm, other = Ovm(tmp_path / "root", tmp_path), Ovm(tmp_path / "other", tmp_path)
+    make(Layout(tmp_path / "root/store"), str(ref))
+    assert "label" not in ovm.ok("--progress=json", "push", quiet, str(ref)).err
+    assert other.ok("--progress=json", "pull", quiet, str(ref)).err == ""
+    shutil.rmtree(tmp_path / "other")
+    assert other.ok("--progress=json", "pull", str(ref)).err != ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import random
 import socket
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ovms.oci import plain
+from ovms.oci import response as unusual
 from ovms.oci.connections import Response
 
 BODY = b"some bytes\r\n\r\nof a blob"
@@ -79,7 +79,7 @@ def test_one_that_ends_too_early(pair: tuple[socket.socket, socket.socket], data
     theirs.sendall(data)
     theirs.shutdown(socket.SHUT_WR)
     answer = plain.Answer(ours)
-    with pytest.raises(http.client.RemoteDisconnected):
+    with pytest.raises(plain.Disconnected):
         while True:
             assert answer.take(len(BODY)) is None
 
@@ -151,32 +151,110 @@ def test_any_other_answer_is_left_to_others_whole(data: bytes, pieces: int) -> N
             pytest.fail("it was taken for one that is to go on")
         theirs.sendall(whole[given:])
         theirs.shutdown(socket.SHUT_WR)
-        with answer.ahead().makefile("rb") as file:
+        with plain.Ahead(answer.come, ours).makefile("rb") as file:
             assert file.read() == whole
+
+
+STATUSES = [
+    b"HTTP/1.1 %d x" % status for status in (100, 101, 199, 201, 202, 204, 206, 299, 304, 307, 401, 404, 429, 500, 600)
+]
+PIECES = [
+    b"HTTP/1.1 200 OK", b"HTTP/1.1 200 ", b"HTTP/1.0 200 OK", b"HTTP/1.1 206 x", b"\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t",
+    b"Content-Length: 5", b"content-length:5", b"Content-Length : 5", b"Content-Length: 6", b"Content-Length: 5 ",
+    b"Content-Length: 05", b"Content-Length: 5, 5", b"Content-Length", b": 5", b"X: y", b"X:", b"Transfer-Encoding: chunked",
+    b"Connection: close", b"Connection: keep-alive", b"\0", b"\xe9", b"hello",
+]  # fmt: skip
+
+
+def odd_answers(statuses: list[bytes]) -> Iterator[bytes]:
+    rng = random.Random(5)
+    for _ in range(20_000):
+        lines = [rng.choice(PIECES[:1] * 8 + PIECES + statuses), b"\r\n"]
+        for _ in range(rng.randrange(4)):
+            lines += [rng.choice(PIECES), *rng.choice([[b"\r\n"]] * 6 + [[b"\n"], [], [rng.choice(PIECES), b"\r\n"]])]
+        yield b"".join([*lines, rng.choice([b"Content-Length: 5\r\n", b""]), b"\r\n", b"hello"])
+
+
+def read_all(response: Response) -> bytes:
+    buffer, data = memoryview(bytearray(3)), b""
+    while count := response.read_some(buffer):
+        data += buffer[:count]
+    return data
 
 
 def test_what_is_taken_is_what_the_standard_library_reads() -> None:
     """Whatever we take for a plain answer, it takes for the same; where it says another thing, we say nothing."""
-    rng = random.Random(5)
-    pieces = [
-        b"HTTP/1.1 200 OK", b"HTTP/1.1 200 ", b"HTTP/1.0 200 OK", b"HTTP/1.1 206 x", b"\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t",
-        b"Content-Length: 5", b"content-length:5", b"Content-Length : 5", b"Content-Length: 6", b"Content-Length: 5 ",
-        b"Content-Length: 05", b"Content-Length: 5, 5", b"Content-Length", b": 5", b"X: y", b"X:", b"Transfer-Encoding: chunked",
-        b"Connection: close", b"Connection: keep-alive", b"\0", b"\xe9", b"hello",
-    ]  # fmt: skip
     taken = 0
-    for _ in range(20_000):
-        lines = [rng.choice(pieces[:1] * 8 + pieces), b"\r\n"]
-        for _ in range(rng.randrange(4)):
-            lines += [rng.choice(pieces), *rng.choice([[b"\r\n"]] * 6 + [[b"\n"], [], [rng.choice(pieces), b"\r\n"]])]
-        data = b"".join([*lines, rng.choice([b"Content-Length: 5\r\n", b""]), b"\r\n", b"hello"])
+    for data in odd_answers([]):
         with contextlib.suppress(plain.Unlike), through(data, 5) as (body, answer):
             if body is None:
                 continue
             taken += 1
-            response = Response(answer.ahead(), method="GET")
-            response.begin()
+            response = unusual.read(answer.come, answer._sock, "GET")
             assert (response.status, response.length, response.chunked, response.will_close) == (200, 5, False, False)
-            assert response.read() == body
-            response.close()
+            assert read_all(response) == body
     assert taken > 100
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_an_answer_that_is_waited_for_is_what_the_standard_library_reads(
+    method: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    theirs.close()
+    taken = set()
+    for data in odd_answers(STATUSES):
+        if (response := plain.response(data, ours, method)) is None:
+            continue
+        taken.add(response.status)
+        other = unusual.read(data, ours, method)
+        for name in ("content-length", "X", "Connection", "y", "Transfer-Encoding"):
+            assert [value.strip(" \t") for value in other.get_all(name)] == response.get_all(name), data
+        assert (response.status, response.chunked) == (other.status, other.chunked)
+        assert (response.isclosed(), method) in ((False, "GET"), (True, "HEAD"))
+        body = read_all(response)
+        assert body == read_all(other), data
+        promised = 0 if method == "HEAD" else int(response.get_all("content-length")[0])
+        assert response.isclosed() == (len(body) == promised)
+        more = len(data) > data.index(b"\r\n\r\n") + 4 + promised
+        assert response.will_close == (other.will_close or more), data
+    assert taken == {200, 201, 202, 206, 299, 307, 401, 404, 429, 500}
+
+
+def test_a_body_comes_from_the_socket_after_what_came_with_the_head(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.sendall(HEAD + BODY[:5])
+    response = plain.response(plain.receive(ours), ours, "GET")
+    assert response is not None
+    theirs.sendall(BODY[5:] + b"HTTP/1.1 200 OK\r\n")
+    assert read_all(response) == BODY, "and no byte of what comes next"
+    assert response.isclosed()
+    assert not response.will_close
+
+
+def test_a_body_that_ends_too_early_is_not_at_its_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    theirs.sendall(HEAD + BODY[:5])
+    theirs.close()
+    response = plain.response(plain.receive(ours), ours, "GET")
+    assert response is not None
+    assert read_all(response) == BODY[:5]
+    assert not response.isclosed()
+
+
+def test_after_more_than_was_promised_the_connection_is_of_no_use(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    theirs.sendall(HEAD + BODY + b"HTTP/1.1 200 OK\r\n")
+    response = plain.response(plain.receive(ours), ours, "GET")
+    assert response is not None
+    assert read_all(response) == BODY
+    assert response.will_close
+
+
+def test_no_answer_at_all(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    theirs.close()
+    with pytest.raises(plain.Disconnected):
+        plain.receive(ours)

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-provenance", dest="provenance", action="store_false", help="the same as --provenance=false"
     )
+    values.add_quiet(parser)
     values.add_tls_verify(parser)
 
 

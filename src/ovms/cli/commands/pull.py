@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="without its RAM snapshot: what boots, and no more. 'ovm run' fetches it where it restores, 'ovm pull' always",
     )
+    values.add_quiet(parser)
     values.add_tls_verify(parser)
 
 

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also what was attached to it here ('ovm attach'), and has no name of its own",
     )
     parser.add_argument("--remove-signatures", action="store_true", help="leave the signatures behind")
+    values.add_quiet(parser)
     values.add_tls_verify(parser)
 
 

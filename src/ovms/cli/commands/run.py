@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="leave out a part of the jail: user, namespaces, root, network, seccomp, cgroups, limits; may be repeated",
     )
+    values.add_quiet(parser)
     values.add_tls_verify(parser)
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: KVM where guests really run on it, else TCG")
     parser.add_argument("--runtime", metavar="IMPL", default="qemu", help="the VMM: qemu (default)")
