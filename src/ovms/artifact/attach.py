@@ -333,27 +333,30 @@ def pull_referrers(
     with layout.using():
         nodes, complete = tree(_roots(layout, digest), lister(client, repository))
         left_out, size = int(not complete), 0
-        fetched: dict[Digest, Descriptor] = {}
+        fetched: dict[Digest, ImageManifest] = {}
         pending = nodes
-        while pending:
-            node = pending.pop()
-            if node.repeated or node.descriptor.artifact_type == mediatypes.MANIFEST:
-                continue
-            image = _referrer(client, repository, node.descriptor, node.subject)
-            total = 0 if image is None else sum(blob.size for blob in image.blobs)
-            if image is None or size + total > PULLED_BYTES_MAX:
-                left_out += 1
-                continue
-            try:
-                transfer.fetch(layout, client, repository, image, progress)
-            except (BlobNotFound, IntegrityError):
-                left_out += 1  # a stranger's damaged artifact must not keep the others away
-                continue
-            size += total
-            layout.add_nameless(image.descriptor())
-            fetched[image.digest] = image.as_referrer()
-            pending += node.children
-        return list(fetched.values()), left_out
+        try:
+            while pending:
+                node = pending.pop()
+                if node.repeated or node.descriptor.artifact_type == mediatypes.MANIFEST:
+                    continue
+                image = _referrer(client, repository, node.descriptor, node.subject)
+                total = 0 if image is None else sum(blob.size for blob in image.blobs)
+                if image is None or size + total > PULLED_BYTES_MAX:
+                    left_out += 1
+                    continue
+                try:
+                    transfer.fetch(layout, client, repository, image, progress)
+                except (BlobNotFound, IntegrityError):
+                    left_out += 1  # a stranger's damaged artifact must not keep the others away
+                    continue
+                size += total
+                fetched[image.digest] = image
+                pending += node.children
+        finally:
+            # what came is kept; the list of the store is written once, for it may be a long one
+            layout.add_nameless(*(image.descriptor() for image in fetched.values()))
+        return [image.as_referrer() for image in fetched.values()], left_out
 
 
 def _roots(layout: Layout, digest: Digest) -> list[Digest]:

@@ -518,13 +518,14 @@ class Layout:
             index["manifests"] = [*kept, item]
             self.write_index(index)
 
-    def add_nameless(self, descriptor: Descriptor) -> None:
-        """Lists *descriptor* without a name, unless it is listed so."""
-        item = descriptor.to_json()
+    def add_nameless(self, *descriptors: Descriptor) -> None:
+        """Lists *descriptors* without a name, unless they are listed so."""
         with self.index_lock():
             index = self.read_index()
-            if not any(_key_of(m) == ("", descriptor.digest) for m in index["manifests"]):
-                index["manifests"].append(item)
+            listed = {_key_of(m) for m in index["manifests"]}
+            new = {descriptor.digest: descriptor for descriptor in descriptors if ("", descriptor.digest) not in listed}
+            if new:
+                index["manifests"] += [descriptor.to_json() for descriptor in new.values()]
                 self.write_index(index)
 
     def remove_name(self, name: str) -> bool:

@@ -19,7 +19,7 @@ from support.tools import find as find_tool
 
 from ovms.artifact import attach, model
 from ovms.artifact.attach import Attachment
-from ovms.errors import ReferenceNotFound, RegistryError, RegistryProtocol, UsageError
+from ovms.errors import ReferenceNotFound, RegistryError, RegistryProtocol, RegistryUnreachable, UsageError
 from ovms.oci import collector, patience, referrers, transfer
 from ovms.oci.collector import Needs
 from ovms.oci.descriptor import Descriptor, ImageManifest, build_manifest
@@ -178,6 +178,41 @@ def test_referrers_go_and_come_with_the_artifact(
     blob = other.manifest(first.digest)
     assert isinstance(blob, ImageManifest)
     assert other.path(blob.layers[0].digest).read_bytes() == sbom.read_bytes()
+
+
+@ONE
+def test_referrers_that_come_are_listed_together_and_kept_where_another_fails(
+    layout: Layout, other: Layout, client: RegistryClient, ref: Reference, base: ImageManifest, sbom: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    added = {attach_to(layout, client, ref, sbom, n=str(n)).digest for n in range(5)}
+    transfer.pull(other, client, ref)
+    pull, write = transfer.fetch, Layout.write_index
+    written: list[dict[str, Any]] = []
+    came: list[Digest] = []
+
+    def until_the_fourth(
+        layout: Layout, client: RegistryClient, repository: str, image: ImageManifest, *rest: Any
+    ) -> None:
+        if len(came) == 3:
+            raise RegistryUnreachable("gone")
+        pull(layout, client, repository, image, *rest)
+        came.append(image.digest)
+
+    def count(layout: Layout, index: dict[str, Any]) -> None:
+        written.append(index)
+        write(layout, index)
+
+    monkeypatch.setattr(Layout, "write_index", count)
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "fetch", until_the_fourth)
+        with pytest.raises(RegistryUnreachable):
+            attach.pull_referrers(other, client, ref.repository, base.digest)
+    assert len(written) == 1, "the index is as long as what it lists"
+    collector.collect(other, Needs)
+    assert set(digests(referrers.local_lister(other)(base.digest, None))) == set(came)
+    attach.pull_referrers(other, client, ref.repository, base.digest)
+    assert set(digests(referrers.local_lister(other)(base.digest, None))) == added
 
 
 def test_an_index_can_refer_to_an_artifact(
