@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Final, Protocol
 from urllib.parse import quote, urlsplit
 
 from ovms.lazy import regex
@@ -37,19 +37,25 @@ _CUT_OFF: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 #: How a kept connection shows that it had been closed, before a byte of an answer.
 _GONE: Final = (ConnectionResetError, BrokenPipeError)
 
-#: Seconds in which hardly any server closes a connection that it has kept. One that does makes the answer fail, and no worse.
+#: Seconds in which a new connection is not looked at: TLS has things to say to itself then, and nothing was asked that could be answered.
 _FRESH: Final = 0.5
 
 #: Gives a connection back: it can be used again, or not.
 Release = Callable[[bool], None]
 _Key = tuple[str, str, int, "ssl.SSLContext | None"]
 
+#: No name, as far as its characters tell; the resolver would end at a zero.
+_HOST: Final = regex(r"[!-~]+")
 #: A line of a request.
 _LINE: Final = regex(r"[\t -~\x80-\xff]+")
 
 
 class AddressInvalid(ValueError):
     """A URL that leads nowhere."""
+
+
+class RequestInvalid(ValueError):
+    """A request with something in its head that would be more than one line, or no text."""
 
 
 class Response(Protocol):
@@ -96,15 +102,15 @@ class NoneIdle(Exception):
 class Sent:
     """A request whose answer is still to come."""
 
-    def __init__(self, connection: Connection, keep: Callable[[], None], read_timeout: float) -> None:
+    def __init__(self, sock: socket.socket, keep: Callable[[], None], read_timeout: float) -> None:
         """*keep* lets the connection be used again. *read_timeout*: for :meth:`read`; nothing else waits."""
-        connection.sock.settimeout(0)
-        self._connection = connection
+        sock.settimeout(0)
+        self._sock = sock
         self._keep = keep
         self._read_timeout = read_timeout
-        self._plain = plain.Answer(connection.sock)
+        self._plain = plain.Answer(sock)
         #: The descriptor that can be read when something comes.
-        self.fileno: int = connection.sock.fileno()
+        self.fileno: int = sock.fileno()
 
     def take(self, size: int) -> bytes | None:
         """What came; see :meth:`ovms.oci.plain.Answer.take`. With the last of it, or an error, the connection is let go."""
@@ -124,25 +130,14 @@ class Sent:
 
     def read(self) -> tuple[Response, Release]:
         """The answer up to its body, waited for; to be called once. Whoever is given it lets the connection go."""
-        with _closed_on_error(self._connection):
-            self._connection.sock.settimeout(self._read_timeout)
-            response = _read(self._plain.come, self._connection.sock, "GET")
-        return response, _release(response, self._connection, self._keep)
+        with _closed_on_error(self._sock):
+            self._sock.settimeout(self._read_timeout)
+            response = _read(self._plain.come, self._sock, "GET")
+        return response, _release(response, self._sock, self._keep)
 
     def close(self) -> None:
         """Closes the connection: nobody wants the answer any more."""
-        self._connection.close()
-
-
-class Connection(NamedTuple):
-    """A connection, and what its server is called in a request."""
-
-    sock: socket.socket
-    host: str
-
-    def close(self) -> None:
-        """Closes it."""
-        self.sock.close()
+        self._sock.close()
 
 
 class Connections:
@@ -152,8 +147,8 @@ class Connections:
         """Both in seconds: until a connection is there, and between two pieces of an answer."""
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
-        #: … and since when nobody uses them.
-        self._idle: dict[_Key, list[tuple[Connection, float]]] = {}
+        #: … and when those were opened that nobody has used.
+        self._idle: dict[_Key, list[tuple[socket.socket, float | None]]] = {}
         #: How often they were closed: what is opened meanwhile is not wanted any more.
         self._closed = 0
         self._lock = threading.Lock()
@@ -163,9 +158,9 @@ class Connections:
         with self._lock:
             self._closed += 1
             idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection, _ in connections:
-                connection.close()
+        for kept in idle.values():
+            for sock, _ in kept:
+                sock.close()
 
     def __del__(self) -> None:
         # a client that nobody has closed leaves no socket open
@@ -184,58 +179,53 @@ class Connections:
 
         Raises:
             AddressInvalid: *url* is none.
+            RequestInvalid: *headers* are none.
             OSError, ValueError, http.client.HTTPException: as it went.
         """
         key, target = _parse(url, context)
-        connection = self._idle_one(key)
-        if connection is None:
-            connection = self._open(key)
-            response = self._ask(connection, method, target, headers, body)
-        else:
+        head = _head(method, target, key, _with_length(headers, body))
+        response = None
+        if (sock := self._idle_one(key)) is not None:
             try:
-                response = self._ask(connection, method, target, headers, body)
+                response = self._ask(sock, method, head, body)
             except _GONE:
                 # The server closed it just as it was taken. What asks for something and changes nothing may ask twice.
                 if method not in ("GET", "HEAD"):
                     raise
-                connection = self._open(key)
-                response = self._ask(connection, method, target, headers, body)
-        return response, _release(response, connection, functools.partial(self._keep, key, connection))
+        if sock is None or response is None:
+            sock = self._open(key)
+            response = self._ask(sock, method, head, body)
+        return response, _release(response, sock, functools.partial(self._keep, key, sock))
 
     def send(self, url: str, headers: Mapping[str, str], context: ssl.SSLContext | None) -> Sent:
         """Sends a GET, and waits for nothing. Tries nothing twice.
 
         Raises:
             NoneIdle: there is no connection to the server yet, or none without work.
-            AddressInvalid, OSError: as :meth:`request`.
+            AddressInvalid, RequestInvalid, OSError: as :meth:`request`.
         """
         key, target = _parse(url, context)
-        connection = self._idle_one(key, fresh=_FRESH)
-        if connection is None:
+        head = _head("GET", target, key, headers)
+        sock = self._idle_one(key, fresh=_FRESH)
+        if sock is None:
             closed = self._closed
             raise NoneIdle(lambda: self._make(key, closed))
-        with _closed_on_error(connection):
+        with _closed_on_error(sock):
             # one that was used before may have a shorter time: who sends is told when something comes
-            if not 0 < (connection.sock.gettimeout() or 0) <= self._read_timeout:
-                connection.sock.settimeout(self._read_timeout)
-            connection.sock.sendall(_head("GET", target, connection.host, headers))
-            return Sent(connection, functools.partial(self._keep, key, connection), self._read_timeout)
+            if not 0 < (sock.gettimeout() or 0) <= self._read_timeout:
+                sock.settimeout(self._read_timeout)
+            sock.sendall(head)
+            return Sent(sock, functools.partial(self._keep, key, sock), self._read_timeout)
 
-    def _ask(
-        self,
-        connection: Connection,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | IO[bytes] | None,
-    ) -> Response:
-        with _closed_on_error(connection):
-            connection.sock.settimeout(self._read_timeout)
-            _send(connection, method, target, headers, body)
-            return _read(plain.receive(connection.sock), connection.sock, method)
+    def _ask(self, sock: socket.socket, method: str, head: bytes, body: bytes | IO[bytes] | None) -> Response:
+        with _closed_on_error(sock):
+            sock.settimeout(self._read_timeout)
+            sock.sendall(head)
+            _send_body(sock, body)
+            return _read(plain.receive(sock), sock, method)
 
-    def _open(self, key: _Key) -> Connection:
-        scheme, host, port, context = key
+    def _open(self, key: _Key) -> socket.socket:
+        _, host, port, context = key
         sock = _connect((host, port), self._connect_timeout)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -244,43 +234,42 @@ class Connections:
         except BaseException:
             sock.close()
             raise
-        called = f"[{host}]" if ":" in host else host
-        return Connection(sock, called if port == _PORTS[scheme] else f"{called}:{port}")
+        return sock
 
-    def _idle_one(self, key: _Key, *, fresh: float = 0.0) -> Connection | None:
-        # one that was in use *fresh* seconds ago is not looked at
+    def _idle_one(self, key: _Key, *, fresh: float = 0.0) -> socket.socket | None:
+        # one that was opened *fresh* seconds ago, and not used, is not looked at
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
-                connection, since = idle.pop()
-            if time.monotonic() - since < fresh or _alive(connection.sock):
-                return connection
-            connection.close()
+                sock, opened = idle.pop()
+            if (opened is not None and time.monotonic() - opened < fresh) or _quiet(sock):
+                return sock
+            sock.close()
 
     def _make(self, key: _Key, closed: int) -> None:
-        connection = self._open(key)
+        sock = self._open(key)
         if closed != self._closed:
-            connection.close()
+            sock.close()
         else:
-            self._keep(key, connection)
+            self._keep(key, sock, time.monotonic())
 
-    def _keep(self, key: _Key, connection: Connection) -> None:
+    def _keep(self, key: _Key, sock: socket.socket, opened: float | None = None) -> None:
         with self._lock:
             idle = self._idle.setdefault(key, [])
             if len(idle) < _IDLE_MAX:
-                idle.append((connection, time.monotonic()))
+                idle.append((sock, opened))
                 return
-        connection.close()
+        sock.close()
 
 
 @contextlib.contextmanager
-def _closed_on_error(connection: Connection) -> Iterator[None]:
+def _closed_on_error(sock: socket.socket) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.close()
+        sock.close()
         raise
 
 
@@ -289,13 +278,13 @@ def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
     return socket.create_connection((address[0].encode("ascii"), address[1]), timeout)  # type: ignore[arg-type]
 
 
-def _release(response: Response, connection: Connection, keep: Callable[[], None]) -> Release:
+def _release(response: Response, sock: socket.socket, keep: Callable[[], None]) -> Release:
     def release(again: bool) -> None:
         if again and response.isclosed() and not response.will_close:
             keep()
         else:
             response.close()
-            connection.close()
+            sock.close()
 
     return release
 
@@ -317,50 +306,54 @@ def _parse(url: str, context: ssl.SSLContext | None) -> tuple[_Key, str]:
             host = host.encode("idna").decode("ascii")
     except ValueError as exc:
         raise AddressInvalid(str(exc)) from exc
-    if not host or parts.scheme not in _PORTS:
+    if not host or not _HOST.fullmatch(host) or parts.scheme not in _PORTS:
         raise AddressInvalid("no host")
     port = port or _PORTS[parts.scheme]
     target = quote(parts.path or "/", _AS_IT_IS) + (f"?{quote(parts.query, _AS_IT_IS)}" if parts.query else "")
     return (parts.scheme, host, port, context if parts.scheme == "https" else None), target
 
 
-def _alive(sock: socket.socket) -> bool:
-    # What can be read of a connection without a request is its end, or what nobody asked for.
+def _quiet(sock: socket.socket) -> bool:
+    # What can be read of a connection without a request is its end, or what nobody asked for, and the next would take for its answer.
+    pending = getattr(sock, "pending", None)
+    if pending is not None and pending():
+        return False  # which TLS has decrypted already
     poll = select.poll()
     poll.register(sock, select.POLLIN | select.POLLPRI)
     return not poll.poll(0)
 
 
-def _send(
-    connection: Connection,
-    method: str,
-    target: str,
-    headers: Mapping[str, str],
-    body: bytes | IO[bytes] | None,
-) -> None:
-    if isinstance(body, bytes) and not any(name.lower() == "content-length" for name in headers):
-        headers = {**headers, "Content-Length": str(len(body))}
-    connection.sock.sendall(_head(method, target, connection.host, headers))
+def _with_length(headers: Mapping[str, str], body: bytes | IO[bytes] | None) -> Mapping[str, str]:
+    if not isinstance(body, bytes) or any(name.lower() == "content-length" for name in headers):
+        return headers
+    return {**headers, "Content-Length": str(len(body))}
+
+
+def _send_body(sock: socket.socket, body: bytes | IO[bytes] | None) -> None:
     if not body:
         return
     try:
         if isinstance(body, bytes):
-            connection.sock.sendall(body)
+            sock.sendall(body)
             return
         send_to = getattr(body, "send_to", None)
-        if send_to is not None and type(connection.sock) is socket.socket:
-            send_to(connection.sock)
+        if send_to is not None and type(sock) is socket.socket:
+            send_to(sock)
             return
         while data := body.read(BUFFER):
-            connection.sock.sendall(data)
+            sock.sendall(data)
     except OSError as exc:
         if exc.errno not in _CUT_OFF:
             raise
 
 
-def _head(method: str, target: str, host: str, headers: Mapping[str, str]) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
+def _head(method: str, target: str, key: _Key, headers: Mapping[str, str]) -> bytes:
+    scheme, host, port, _ = key
+    called = f"[{host}]" if ":" in host else host
+    if port != _PORTS[scheme]:
+        called += f":{port}"
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {called}", "Accept-Encoding: identity"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if any(not _LINE.fullmatch(line) for line in lines):
-        raise ValueError("a header of a request has a line break, or what is no text")
+        raise RequestInvalid("a header has a line break in it, or what is no text")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")

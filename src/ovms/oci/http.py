@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 from ovms.errors import OvmsError, RegistryProtocol, RegistryUnreachable
-from ovms.oci.connections import AddressInvalid, Connections, Release, Response
+from ovms.oci.connections import AddressInvalid, Connections, Release, RequestInvalid, Response
 from ovms.oci.realm import is_loopback
 from ovms.text import printable
 
@@ -108,9 +108,7 @@ class Answer:
             self._patient(_DRAIN_TIME)
             while self._read_into(buffer, pace):
                 pass
-        except Exception as exc:
-            if not isinstance(exc, (RegistryUnreachable, OSError, ValueError)) and not _no_http(exc):
-                raise
+        except (RegistryUnreachable, OSError, ValueError):
             return False
         return True
 
@@ -475,6 +473,11 @@ def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
         raise
     except AddressInvalid as exc:
         raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
+    except RequestInvalid as exc:
+        raise RegistryProtocol(
+            f"nothing can be asked of {host_of(url)}: {exc}",
+            hint=_ASTRAY,
+        ) from exc
     except Exception as exc:
         # what urllib3 raises derives from nothing that is known here, and it is imported for a proxy alone
         if not isinstance(exc, (OSError, ValueError)) and not _no_http(exc) and not _of_urllib3(exc):

@@ -153,9 +153,9 @@ class Response:
         self.sock = sock
         self._fields = found.fields
         self._left = 0 if method == "HEAD" else found.length
-        # nobody has asked for more
+        # what came with it and is no part of it; what comes later, the connection shows
         self.will_close = len(rest) > self._left
-        self._rest = memoryview(rest)[: self._left]
+        self._rest = memoryview(rest)
 
     def get_all(self, name: str) -> list[str]:
         """The values of a header."""
@@ -213,9 +213,24 @@ class Ahead:
         self._data = data
         self._sock = sock
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
+    def makefile(self, _mode: str) -> Reader:
         """What can be read."""
-        return io.BufferedReader(_Raw(self._data, self._sock))
+        return Reader(_Raw(self._data, self._sock))
+
+
+class Reader(io.BufferedReader):
+    """What can be read, and, where it was closed, whether anything was left of what had come."""
+
+    #: Told by :meth:`close`.
+    surplus = False
+
+    def close(self) -> None:
+        """Closes it; the socket stays as it is."""
+        raw = self.raw
+        if not self.closed and isinstance(raw, _Raw):
+            raw.ended = True  # nothing more is waited for
+            self.surplus = bool(self.peek(1))
+        super().close()
 
 
 class _Raw(io.RawIOBase):
@@ -223,12 +238,16 @@ class _Raw(io.RawIOBase):
         self._data = data
         #: As the standard library calls it, too: whose patience is changed on the way.
         self._sock = sock
+        #: Whether the socket is read no more.
+        self.ended = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if not self._data:
+            if self.ended:
+                return 0
             return self._sock.recv_into(buffer)
         count = min(len(buffer), len(self._data))
         buffer[:count] = self._data[:count]

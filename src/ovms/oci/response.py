@@ -74,6 +74,12 @@ class Response(http.client.HTTPResponse):
         # which closes the answer where it was read to its end
         return count or self.readinto(buffer)
 
+    def _close_conn(self) -> None:
+        fp = self.fp
+        super()._close_conn()  # type: ignore[misc]
+        # what nobody asked for: the next request would take what follows it for its answer
+        self.will_close = self.will_close or getattr(fp, "surplus", False)
+
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
         fp = self.fp

@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import pytest
 from support.proxy import Proxy
+from support.tls import Authority, server_context
 
+from ovms.errors import RegistryProtocol
+from ovms.oci import connections as _connections
 from ovms.oci import plain
 from ovms.oci import response as unusual
-from ovms.oci.connections import AddressInvalid, Connections, Response, _alive
-from ovms.oci.http import Broken, Transport
+from ovms.oci.connections import AddressInvalid, Connections, NoneIdle, RequestInvalid, Response, _quiet
+from ovms.oci.http import Broken, Refused, Transport
 from ovms.oci.proxies import Proxies
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -149,7 +153,7 @@ def test_one_that_the_server_has_closed_is_not(connections: Connections) -> None
         for _ in range(2):
             assert get(connections, server.url) == b"ok"
             # until its end has come here
-            while any(_alive(kept.sock) for idle in connections._idle.values() for kept, _ in idle):
+            while any(_quiet(kept) for idle in connections._idle.values() for kept, _ in idle):
                 os.sched_yield()
         assert server.connections == 2
     finally:
@@ -190,6 +194,192 @@ def test_a_new_connection_that_is_closed_is_an_error(connections: Connections) -
             get(connections, server.url)
         assert len(server.requests) == 1
     finally:
+        server.close()
+
+
+SMUGGLED = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nSMUGGLED"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "used_again"),
+    [
+        ("GET", OK, True),
+        ("GET", CHUNKED, True),
+        ("HEAD", OK.removesuffix(b"ok"), True),
+        ("GET", OK + SMUGGLED, False),
+        ("GET", CHUNKED + SMUGGLED, False),
+        ("GET", OK + b"\0", False),
+        ("HEAD", OK, False),
+        ("GET", OK.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), False),
+        ("GET", OK.replace(b"/1.1", b"/1.0"), False),
+    ],
+)
+def test_a_connection_is_used_again_where_nothing_but_its_answer_came(
+    connections: Connections, method: str, answer: bytes, used_again: bool
+) -> None:
+    server = Server(lambda _request: answer)
+    try:
+        for _ in range(2):
+            response, release = connections.request(method, server.url, {}, None, None)
+            assert read_all(response) == (b"ok" if method == "GET" else b"")
+            release(True)
+        assert server.connections == (1 if used_again else 2)
+    finally:
+        server.close()
+
+
+def test_one_whose_answer_was_cut_short_is_not_used_again(connections: Connections) -> None:
+    server = Server(lambda _request: OK[:-1])
+    try:
+        response, release = connections.request("GET", server.url, {}, None, None)
+        assert response.read_some(memoryview(bytearray(10))) == 1
+        assert not response.isclosed()
+        release(True)
+        connections.request("GET", server.url, {}, None, None)[1](False)
+        assert server.connections == 2
+    finally:
+        server.close()
+
+
+class Late:
+    """A server whose every answer brings another one with it, after its head: in one piece, with TLS in one record."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.head_is_there = threading.Event()
+        self.connections = 0
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        scheme = "http" if context is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}/v2/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if self._context is not None:
+                sock = self._context.wrap_socket(sock, server_side=True)
+            with sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while sock.recv(65536):
+                    sock.sendall(OK.removesuffix(b"ok"))
+                    self.head_is_there.wait(10)
+                    sock.sendall(b"ok" + SMUGGLED)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_what_comes_after_an_answer_is_no_other_requests(connections: Connections, tmp_path: Path, tls: bool) -> None:
+    authority = Authority(tmp_path) if tls else None
+    server = Late(None if authority is None else server_context(authority.issue("server")))
+    trusted = None if authority is None else ssl.create_default_context(cafile=authority.ca.cert)
+    try:
+        for number in range(3):
+            response, release = connections.request("GET", server.url, {}, None, trusted)
+            server.head_is_there.set()
+            assert read_all(response) == b"ok"
+            release(True)
+            server.head_is_there.clear()
+            with pytest.raises(NoneIdle):
+                connections.send(server.url, {}, trusted)
+            assert server.connections == number + 1
+    finally:
+        server.close()
+
+
+def test_nor_after_one_that_was_not_waited_for(connections: Connections) -> None:
+    server = Server(lambda _request: OK)
+    try:
+        get(connections, server.url)
+        server.answer = lambda _request: OK + SMUGGLED
+        sent = connections.send(server.url, {}, None)
+        while (body := sent.take(2)) is None:
+            os.sched_yield()
+        assert body == b"ok"
+        get(connections, server.url)
+        get(connections, server.url)
+        assert server.connections == 2
+    finally:
+        server.close()
+
+
+def test_a_new_connection_may_say_something_at_first(server: Server, connections: Connections) -> None:
+    """As TLS does."""
+    with pytest.raises(NoneIdle) as caught:
+        connections.send(server.url, {}, None)
+    caught.value.open()
+    sent = connections.send(server.url, {}, None)
+    while sent.take(2) is None:
+        os.sched_yield()
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: b", "a\nb", "a\rb", "a\0b", "\u20ac", "\x7f", ""])
+def test_no_header_is_more_than_a_line_of_text(server: Server, connections: Connections, value: str) -> None:
+    headers = {"Authorization": value} if value else {"": "x\r\n"}
+    with pytest.raises(RequestInvalid):
+        connections.request("GET", server.url, headers, None, None)
+    with pytest.raises(RequestInvalid):
+        connections.send(server.url, headers, None)
+    transport = Transport()
+    with pytest.raises(RegistryProtocol, match="nothing can be asked of 127"):
+        transport.request("GET", server.url, headers)
+    transport.close()
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "port", "called"),
+    [
+        ("http", "registry.example", 80, b"registry.example"),
+        ("https", "registry.example", 443, b"registry.example"),
+        ("http", "registry.example", 443, b"registry.example:443"),
+        ("https", "registry.example", 5000, b"registry.example:5000"),
+        ("https", "::1", 443, b"[::1]"),
+        ("http", "::1", 5000, b"[::1]:5000"),
+    ],
+)
+def test_what_a_request_says(scheme: str, host: str, port: int, called: bytes) -> None:
+    head = _connections._head("GET", "/v2/", (scheme, host, port, None), {"Range": "bytes=0-"})
+    assert head == b"GET /v2/ HTTP/1.1\r\nHost: %s\r\nAccept-Encoding: identity\r\nRange: bytes=0-\r\n\r\n" % called
+
+
+def test_a_length_is_said_once(server: Server, connections: Connections) -> None:
+    response, release = connections.request("PUT", server.url, {"content-length": "2"}, b"ab", None)
+    release(response.isclosed())
+    assert server.requests[0].lower().count(b"content-length") == 1
+    assert server.requests[0].endswith(b"\r\n\r\nab")
+
+
+def test_a_server_that_is_gone_when_a_kept_connection_is_replaced(connections: Connections) -> None:
+    server = Server()
+
+    def once(_request: bytes) -> bytes:
+        if len(server.requests) == 1:
+            return OK
+        server._listener.shutdown(socket.SHUT_RDWR)
+        return b""
+
+    server.answer = once
+    transport = Transport()
+    try:
+        with transport.request("GET", server.url, {}) as answer:
+            assert answer.read(10) == b"ok"
+        with pytest.raises(Refused):
+            transport.request("GET", server.url, {})
+        assert len(server.requests) == 2
+    finally:
+        transport.close()
         server.close()
 
 
@@ -268,6 +458,23 @@ def test_an_answer_that_comes_before_all_of_the_body_counts(connections: Connect
         server.close()
 
 
+class Unreadable(Body):
+    """A body whose disk fails."""
+
+    def send_to(self, sock: socket.socket) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_body_that_cannot_be_read_is_an_error(server: Server, connections: Connections, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"x")
+    body = Unreadable(tmp_path / "blob")
+    try:
+        with pytest.raises(OSError, match="Input/output"):
+            connections.request("PUT", server.url, {"Content-Length": "1"}, body, None)  # type: ignore[arg-type]
+    finally:
+        body.close()
+
+
 def test_connections_that_nobody_closes_are_closed_with_their_owner(server: Server) -> None:
     connections = Connections(5, 5)
     get(connections, server.url)
@@ -288,7 +495,18 @@ def test_an_empty_body_has_a_length(server: Server, connections: Connections) ->
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "http://host:port/", "http://host:99999/", "ftp://host/", "/v2/", "http://[::1/", "http://\u00ff..x/"],
+    [
+        "http://",
+        "http://127.0.0.1\0.example/",
+        "http://a b/",
+        "http://a\x7f/",
+        "http://host:port/",
+        "http://host:99999/",
+        "ftp://host/",
+        "/v2/",
+        "http://[::1/",
+        "http://\u00ff..x/",
+    ],
 )
 def test_what_is_no_address(connections: Connections, url: str) -> None:
     with pytest.raises(AddressInvalid):
