@@ -1,7 +1,7 @@
 """Pull and push beside skopeo, oras and crane, against Debian's docker-registry on loopback; all in one run.
 
 Each round runs every tool once, so that noise falls on all alike, and in another order, for a run pays for the one before it:
-memory that this machine's own host has taken back costs whoever asks for it first up to a second for each GiB. So a
+memory that this machine's own host has taken back costs whoever asks for it first up to two seconds for each GiB. So a
 first round, which brings it all back, doesn't count, and with the number of rounds a multiple of the tools' every tool comes
 as often in each place and after each other tool. ``skopeo`` is on the PATH; ``oras`` and ``crane`` are taken from there too,
 or from ``$OVMS_CACHE/tools``, and left out where they are not. The floor is a copy of the same bytes and their SHA-256 on this
