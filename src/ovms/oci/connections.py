@@ -22,11 +22,12 @@ from urllib.parse import quote, urlsplit
 
 from ovms.lazy import regex
 from ovms.oci import plain
-from ovms.oci.appending import BUFFER
 
 if TYPE_CHECKING:
     import ssl
 
+#: Bytes of a request's body in one piece, after which it is asked whether to go on.
+_BODY: Final = 1 << 20
 #: Connections without work that are kept for each server.
 _IDLE_MAX: Final = 16
 _PORTS: Final = {"http": 80, "https": 443}
@@ -340,7 +341,7 @@ def _send_body(sock: socket.socket, body: bytes | IO[bytes] | None) -> None:
         if send_to is not None and type(sock) is socket.socket:
             send_to(sock)
             return
-        while data := body.read(BUFFER):
+        while data := body.read(_BODY):
             sock.sendall(data)
     except OSError as exc:
         if exc.errno not in _CUT_OFF:
