@@ -474,10 +474,7 @@ def _translated(url: str, *, reached: bool = False) -> Iterator[None]:
     except AddressInvalid as exc:
         raise RegistryProtocol(f"{shown(url)!a} is no address") from exc
     except RequestInvalid as exc:
-        raise RegistryProtocol(
-            f"nothing can be asked of {host_of(url)}: {exc}",
-            hint=_ASTRAY,
-        ) from exc
+        raise RegistryProtocol(f"nothing can be asked of {host_of(url)}: {exc}", hint=_ASTRAY) from exc
     except Exception as exc:
         # what urllib3 raises derives from nothing that is known here, and it is imported for a proxy alone
         if not isinstance(exc, (OSError, ValueError)) and not _no_http(exc) and not _of_urllib3(exc):

@@ -242,26 +242,15 @@ def test_one_whose_answer_was_cut_short_is_not_used_again(connections: Connectio
         server.close()
 
 
-class Late:
+class Late(Server):
     """A server whose every answer brings another one with it, after its head: in one piece, with TLS in one record."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.head_is_there = threading.Event()
-        self.connections = 0
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        scheme = "http" if context is None else "https"
-        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}/v2/"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        super().__init__()
+        if context is not None:
+            self.url = self.url.replace("http:", "https:")
 
     def _serve(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -273,9 +262,6 @@ class Late:
                     sock.sendall(OK.removesuffix(b"ok"))
                     self.head_is_there.wait(10)
                     sock.sendall(b"ok" + SMUGGLED)
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
